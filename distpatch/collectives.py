@@ -1,0 +1,202 @@
+"""Differentiable movements between replicated and sharded values.
+
+A plain tensor is replicated: every rank holds the same value and, in the backward pass, the same
+cotangent. Rows of a shard are one rank's own. So, forward and backward:
+
+    shard_rows      slice                       gather of the slices
+    gather_rows     gather                      slice
+    spread          identity (before a replicated tensor meets rows)    sum over ranks
+    sum_partials    sum over ranks              identity
+    stack_ranks     one row a rank              own row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distpatch.exchange import fetch_rows
+from distpatch.group import Communicator, attempt, communicator_of
+from distpatch.layout import RowLayout
+
+
+def gather_rows(local: Tensor, layout: RowLayout, name: str, op: str = "gather") -> Tensor:
+    """All rows of a sharded tensor, on every rank; the backward keeps the rank's own rows."""
+    return _Gather.apply(local, layout, name, op)
+
+
+def shard_rows(full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
+    """This rank's rows of a replicated tensor, a view; the backward gathers the gradient."""
+    if torch.is_grad_enabled() and full.requires_grad:
+        return _Shard.apply(full, layout, rank, name)
+    return narrow_rows(full, layout, rank)
+
+
+def narrow_rows(full: Tensor, layout: RowLayout, rank: int) -> Tensor:
+    lo, hi = layout.interval(rank)
+    return full.narrow(layout.dim, lo, hi - lo)
+
+
+def spread(tensor: Tensor, name: str) -> Tensor:
+    """The same tensor, about to meet this rank's rows; the backward sums over ranks."""
+    if name and torch.is_grad_enabled() and tensor.requires_grad:
+        return _Spread.apply(tensor, name)
+    return tensor
+
+
+def tie(rows: Tensor, *pieces: Tensor) -> Tensor:
+    """The same rows, so that a backward pass that reaches them also reaches the pieces' exchange.
+
+    Returning rows is collective. A rank that sent rows but uses none of its pieces must take part.
+    """
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return _Tie.apply(rows, *pieces)
+    return rows
+
+
+def sum_partials(tensor: Tensor, name: str, op: str) -> Tensor:
+    """The sum of every rank's partial result, on every rank; bit-identical on all."""
+    return _Sum.apply(tensor, name, op) if name else tensor
+
+
+def reduce_ranks(tensor: Tensor, name: str, op: str, how: str) -> Tensor:
+    """``amax`` or ``amin`` of every rank's partial result; gradients flow to the winners."""
+    return getattr(stack_ranks(tensor, name, op), how)(0)
+
+
+def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
+    """Every rank's (small) tensor, stacked along a new first dim in rank order."""
+    return _Stack.apply(tensor, name, op) if name else tensor.unsqueeze(0)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str) -> Tensor:
+        ctx.layout, ctx.name = layout, name
+        everything = (((0, layout.size),),) * layout.world_size
+        rows = fetch_rows(local, layout.dim, layout.bounds, everything, name, op, False)[0]
+        return rows.contiguous(memory_format=memory_format(local))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rank = communicator_of(ctx.name).rank
+        return shard_rows(grad, ctx.layout, rank, ctx.name), None, None, None
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
+        ctx.layout, ctx.name = layout, name
+        return narrow_rows(full, layout, rank)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return gather_rows(grad, ctx.layout, ctx.name, "shard backward"), None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return sum_partials(grad, ctx.name, "replicated gradient"), None
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, *pieces: Tensor) -> Tensor:
+        ctx.count = len(pieces)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * ctx.count
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, name: str, op: str) -> Tensor:
+        ctx.name = name
+        return _all_reduce(tensor, name, op)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return spread(grad, ctx.name), None, None
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, name: str, op: str) -> Tensor:
+        ctx.name = name
+        return _all_gather(tensor, name, op)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad[communicator_of(ctx.name).rank], None, None
+
+
+@torch.library.custom_op("distpatch::all_reduce", mutates_args=())
+def _all_reduce(tensor: Tensor, name: str, op: str) -> Tensor:
+    comm = communicator_of(name)
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    _record(comm, "all_reduce", op, total)
+    attempt(comm, op, lambda: dist.all_reduce(total, group=comm.pg), None)
+    return total
+
+
+@torch.library.custom_op("distpatch::all_gather", mutates_args=())
+def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
+    comm = communicator_of(name)
+    mine = tensor.contiguous()
+    stacked = mine.new_empty((comm.size, *mine.shape))
+    _record(comm, "all_gather", op, mine)
+    attempt(comm, op, lambda: dist.all_gather_single(stacked.view(-1), mine.view(-1), group=comm.pg), None)
+    return stacked
+
+
+@_all_reduce.register_fake
+def _(tensor: Tensor, name: str, op: str) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@_all_gather.register_fake
+def _(tensor: Tensor, name: str, op: str) -> Tensor:
+    return tensor.new_empty((communicator_of(name).size, *tensor.shape))
+
+
+def _record(comm: Communicator, kind: str, op: str, tensor: Tensor) -> None:
+    """Bytes of a ring: each rank passes on what it has to its neighbour, size - 1 times."""
+    passes = (2 if kind == "all_reduce" else 1) * (comm.size - 1)
+    share = tensor.numel() * tensor.element_size()
+    sent = passes * share // comm.size if kind == "all_reduce" else passes * share
+    comm.recorder.record(kind, op, sent, passes)
+
+
+def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Mean and centred second moment of the union of samples stacked along dim 0.
+
+    ``mean`` and ``m2`` (sum of squared distances from the mean): (K, ...); ``counts``: K. Chan, Golub
+    and LeVeque's pairwise update, in its K-way form (Updating Formulae, 1979): no difference of large
+    squares, so as exact as the samples' own moments. Returns (count, mean (...), m2 (...)).
+    """
+    total = sum(counts)
+    shape = [-1] + [1] * (mean.ndim - 1)
+    weight = torch.tensor(counts, dtype=mean.dtype, device=mean.device).view(shape)
+    union = (mean * (weight / max(total, 1))).sum(0)
+    spread_between = ((mean - union).square() * weight).sum(0)
+    return total, union, m2.sum(0) + spread_between
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """``channels_last`` (2-D or 3-D) where the tensor has it, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last

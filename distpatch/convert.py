@@ -1,0 +1,237 @@
+"""``convert_model``: the calls of a model enter and leave the sharded computation; nothing else changes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from distpatch import rules as _rules
+from distpatch.collectives import gather_rows
+from distpatch.errors import DistPatchError, LayoutError
+from distpatch.exchange import fetch_rows
+from distpatch.group import Communicator, Group, communicator
+from distpatch.layout import EMPTY, RowLayout, even_bounds
+from distpatch.tensor import PatchTensor, Region, check_dim, shard_in
+from distpatch.tree import map_tensors, tensors_in
+
+__all__ = ["convert_model", "restore_model"]
+assert _rules  # imported for the table of rules
+
+M = TypeVar("M", bound=nn.Module)
+
+ENTRY_POINTS = ("forward", "encode", "decode")
+_STATE = "_distpatch"
+_ABSENT = object()
+SAMPLED = 1 << 16  # elements of each parameter that the ranks compare when a model is converted
+
+
+@dataclass
+class _Conversion:
+    """What was done to a model, and what is needed to undo it."""
+
+    region: Region
+    dim: int
+    output: str
+    before: dict[str, Any] = field(default_factory=dict)
+    thread: threading.local = field(default_factory=threading.local)
+
+
+def convert_model(
+    model: M,
+    group: Group = None,
+    *,
+    splits: int | str = "auto",
+    sequential: bool = True,
+    dim: int = -2,
+    output: str = "gather",
+    fallback: str = "warn",
+) -> M:
+    """Make a model run on all ranks of a group, each computing its rows of every activation.
+
+    The model's ``forward`` and, where it has them, ``encode`` and ``decode`` are wrapped on the
+    instance: image-like tensor arguments (floating point, at least 4 dims) are sharded along ``dim``,
+    everything else is replicated, and results are gathered. Class, submodules, parameters, hooks and
+    state dict stay; ``restore_model`` undoes it. Every rank of the group calls this, with the same model.
+
+    ``group``: a ProcessGroup, a 1-D DeviceMesh, or None for this device alone. ``splits``: patches that
+    each rank's rows are convolved in, one after the other (``sequential``) or folded into the batch;
+    "auto" chooses. ``output``: "gather" (plain, on every rank), "shard" (a PatchTensor) or "rank0" (plain
+    on the group's rank 0, None elsewhere). ``fallback``: what an operation without a sharded rule does:
+    "warn" (gather, and say so once), "allow" or "error".
+
+    Returns the model. Raises ``DistPatchError`` where it is converted already, ``RankError`` where a rank
+    is missing, is no member, or has other weights or options, ``ValueError`` for an option out of range.
+    """
+    _check_options(model, splits, dim, output, fallback)
+    comm = communicator(group)
+    comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
+    region = Region(comm, splits, sequential, fallback)
+    state = _Conversion(region, dim, output)
+    wrappers = {
+        name: _entry(getattr(model, name), name, state)
+        for name in ENTRY_POINTS
+        if callable(getattr(model, name, None))
+    }
+    for name, wrapper in wrappers.items():
+        state.before[name] = model.__dict__.get(name, _ABSENT)
+        model.__dict__[name] = wrapper
+    model.__dict__[_STATE] = state
+    return model
+
+
+def restore_model(model: M) -> M:
+    """Undo ``convert_model``: the model is as it was, and runs on this device alone."""
+    state = model.__dict__.get(_STATE)
+    if state is None:
+        raise DistPatchError(f"restore_model: this {type(model).__name__} is not converted")
+    for name, before in state.before.items():
+        if before is _ABSENT:
+            del model.__dict__[name]
+        else:
+            model.__dict__[name] = before
+    del model.__dict__[_STATE]
+    return model
+
+
+def _check_options(model: nn.Module, splits: int | str, dim: int, output: str, fallback: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert_model takes an nn.Module, got {type(model).__name__}")
+    if _STATE in model.__dict__:
+        raise DistPatchError(
+            f"this {type(model).__name__} is converted already; call distpatch.restore_model first"
+        )
+    if splits != "auto" and not (isinstance(splits, int) and splits >= 1):
+        raise ValueError(f'splits is a number of at least 1, or "auto"; got {splits!r}')
+    if not isinstance(dim, int):
+        raise ValueError(f"dim is a number, got {dim!r}")
+    for name, value, choices in (
+        ("output", output, ("gather", "shard", "rank0")),
+        ("fallback", fallback, ("warn", "allow", "error")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} is one of {choices}; got {value!r}")
+
+
+def _identity(model: nn.Module, *options: Any) -> str:
+    """What must be the same on all ranks: class, options, parameter shapes, and a sample of their bits.
+
+    Ranks that built a model from different seeds would each compute rows of another picture.
+    """
+    digest = hashlib.sha256()
+    sums = []
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta" and tensor.numel() and not isinstance(tensor, PatchTensor):
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(flat.numel() // SAMPLED, 1)].contiguous().view(torch.uint8)
+            weights = torch.arange(sample.numel(), device=sample.device) % 251 + 1
+            sums.append((sample * weights).sum().cpu())
+    if sums:
+        digest.update(str(torch.stack(sums).tolist()).encode())
+    return f"{type(model).__name__} with options {options}, state {digest.hexdigest()[:16]}"
+
+
+def _entry(call: Callable[..., Any], name: str, state: _Conversion) -> Callable[..., Any]:
+    """The wrapper of one entry point. Calls from inside the sharded computation pass straight through."""
+
+    @functools.wraps(call)
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        if getattr(state.thread, "inside", False):
+            return call(*args, **kwargs)
+        model_name = type(getattr(call, "__self__", None)).__name__
+        with _inside(state, f"{model_name}.{name}", args, kwargs):
+            sharded = map_tensors(lambda t: _enter(t, state), (args, kwargs))
+            result = call(*sharded[0], **sharded[1])
+            return map_tensors(lambda t: _leave(t, state), result)
+
+    return entry
+
+
+@contextmanager
+def _inside(state: _Conversion, what: str, args: Any, kwargs: Any) -> Iterator[None]:
+    """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait."""
+    comm = state.region.comm
+    problem = _problem(what, args, kwargs, state)
+    comm.enter(what, problem or _signature(args, kwargs))
+    if problem:
+        raise LayoutError(problem)
+    state.thread.inside = True
+    try:
+        yield
+    except BaseException as error:
+        comm.leave_broken(error)
+        raise
+    finally:
+        state.thread.inside = False
+
+
+def _signature(args: Any, kwargs: Any) -> str:
+    described = []
+    for tensor in tensors_in((args, kwargs)):
+        layout = f" {tensor.rows}" if isinstance(tensor, PatchTensor) else ""
+        described.append(f"{tuple(tensor.shape)} {tensor.dtype}{layout}")
+    grads = " with gradients" if torch.is_grad_enabled() else ""
+    return "(" + ", ".join(described) + ")" + grads
+
+
+def _is_image(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim >= 4
+
+
+def _problem(what: str, args: Any, kwargs: Any, state: _Conversion) -> str | None:
+    """Why these arguments cannot be sharded, or None."""
+    tensors = list(tensors_in((args, kwargs)))
+    images = [tensor for tensor in tensors if isinstance(tensor, PatchTensor) or _is_image(tensor)]
+    if not images:
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "none"
+        return (
+            f"{what}: no argument can be sharded: an image is a floating-point tensor of at least 4 dims "
+            f"(B, C, H, W); the tensors given are: {shapes}"
+        )
+    for tensor in images:
+        if isinstance(tensor, PatchTensor):
+            if tensor.region.comm is not state.region.comm:
+                return f"{what}: an argument is sharded over another group than the model's: {tensor!r}"
+        elif not -tensor.ndim <= state.dim < tensor.ndim or state.dim % tensor.ndim < 2:
+            return (
+                f"{what}: dim={state.dim} is out of range for an argument of shape "
+                f"{tuple(tensor.shape)}: rows are sharded along one of its spatial dims "
+                f"{2 - tensor.ndim}..-1 (convert_model(..., dim=...))"
+            )
+    return None
+
+
+def _enter(tensor: Tensor, state: _Conversion) -> Tensor:
+    if isinstance(tensor, PatchTensor):
+        return PatchTensor(tensor.local, tensor.rows, state.region)
+    if not _is_image(tensor):
+        return tensor
+    dim = check_dim(tensor, state.dim)
+    layout = RowLayout(dim, even_bounds(tensor.shape[dim], state.region.comm.size))
+    return shard_in(state.region, tensor, layout)
+
+
+def _leave(tensor: Tensor, state: _Conversion) -> Any:
+    if not isinstance(tensor, PatchTensor) or state.output == "shard":
+        return tensor
+    comm = tensor.region.comm
+    if state.output == "gather":
+        return gather_rows(tensor.local, tensor.rows, comm.name, "output")
+    return _to_rank0(tensor, comm)
+
+
+def _to_rank0(tensor: PatchTensor, comm: Communicator) -> Tensor | None:
+    rows = tensor.rows
+    needs = tuple(((0, rows.size) if rank == 0 else EMPTY,) for rank in range(comm.size))
+    whole = fetch_rows(tensor.local, rows.dim, rows.bounds, needs, comm.name, "output", False)[0]
+    return whole.contiguous() if comm.rank == 0 else None

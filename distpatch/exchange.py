@@ -1,0 +1,221 @@
+"""Rows that move between ranks: the only place that sends point to point.
+
+``fetch_rows`` gives each rank the intervals of global rows that it asks for, ``return_rows`` is its
+transpose (rows of gradient go back to their owners and are added); each is the other's backward.
+All ranks know everyone's needs, so nothing but the rows themselves is sent.
+
+On the wire rows come first, then the other dims with the channels last (``channels_last=True``,
+images) or in their own order (tokens). The order may depend only on what all ranks know: local
+strides are ambiguous for shards of one row, and must not decide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distpatch.group import Communicator, attempt, communicator_of
+from distpatch.layout import Bounds, Needs, TransferPlan, plan_transfer
+
+
+def fetch_rows(
+    local: Tensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
+) -> list[Tensor]:
+    """Fetch the intervals of global rows ``needs[rank]``, from whoever owns them.
+
+    ``local``: this rank's rows, ``bounds[rank]:bounds[rank + 1]`` of dimension ``dim``; ``name``: the
+    communicator's. Returns one tensor an interval. All ranks call it; it is one batch of at most one
+    message to and one from each other rank. Every piece must stay connected to the result, even where
+    it is empty: the backward is collective too.
+    """
+    flat = [row for intervals in needs for interval in intervals for row in interval]
+    if name == "" and not any(flat):
+        return [local.narrow(dim, 0, 0) for _ in needs[0]]
+    pieces: list[Tensor] = _fetch(local, dim, list(bounds), flat, name, op, channels_last)
+    return pieces
+
+
+@torch.library.custom_op("distpatch::fetch_rows", mutates_args=())
+def _fetch(
+    local: Tensor,
+    dim: int,
+    bounds: Sequence[int],
+    needs: Sequence[int],
+    name: str,
+    op: str,
+    channels_last: bool,
+) -> list[Tensor]:
+    comm = communicator_of(name)
+    plan = _plan(bounds, needs, comm)
+    order = _wire_order(local.ndim, dim, channels_last)
+    wire = local.permute(order)
+    pieces = [wire.new_empty((rows, *wire.shape[1:])) for rows in plan.rows]
+    for (lo, hi), part in plan.own:
+        pieces[part.interval][part.start : part.stop] = wire[lo:hi]
+    sends = [(peer, [wire[lo:hi] for lo, hi in cut]) for peer, cut in plan.sends]
+    recvs = [(peer, [pieces[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
+    _transfer(comm, op, sends, recvs)
+    return [piece.permute(_inverse(order)) for piece in pieces]
+
+
+@torch.library.custom_op("distpatch::return_rows", mutates_args=())
+def _return(
+    pieces: Sequence[Tensor],
+    dim: int,
+    bounds: Sequence[int],
+    needs: Sequence[int],
+    name: str,
+    op: str,
+    channels_last: bool,
+) -> Tensor:
+    comm = communicator_of(name)
+    plan = _plan(bounds, needs, comm)
+    order = _wire_order(pieces[0].ndim, dim, channels_last)
+    wires = [piece.permute(order) for piece in pieces]
+    shape = (bounds[comm.rank + 1] - bounds[comm.rank], *wires[0].shape[1:])
+    total = wires[0].new_zeros(shape)
+    for (lo, hi), part in plan.own:
+        total[lo:hi] += wires[part.interval][part.start : part.stop]
+    sends = [(peer, [wires[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
+    landing = [(peer, [total.new_empty((hi - lo, *shape[1:])) for lo, hi in cut]) for peer, cut in plan.sends]
+    _transfer(comm, op, sends, landing)
+    for (_, cut), (_, landed) in zip(plan.sends, landing, strict=True):
+        for (lo, hi), rows in zip(cut, landed, strict=True):
+            total[lo:hi] += rows
+    return total.permute(_inverse(order))
+
+
+def _transfer(
+    comm: Communicator,
+    op: str,
+    sends: list[tuple[int, list[Tensor]]],
+    recvs: list[tuple[int, list[Tensor]]],
+) -> None:
+    """Send and receive, one message a peer: NCCL has no tags to tell several apart."""
+    landing = [_buffer(parts) for _, parts in recvs]
+    outgoing = [_message(parts) for _, parts in sends]
+    post(comm, op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing)
+    for (_, parts), message in zip(recvs, landing, strict=True):
+        if len(parts) > 1:
+            sizes = [part.numel() for part in parts]
+            for part, rows in zip(parts, message.split(sizes), strict=True):
+                part.copy_(rows.view(part.shape))
+
+
+def post(
+    comm: Communicator,
+    op: str,
+    to: list[int],
+    outgoing: list[Tensor],
+    source: list[int],
+    landing: list[Tensor],
+) -> None:
+    """One batch of point-to-point messages of flat, contiguous tensors; returns when they landed."""
+    if not to and not source:
+        return
+    peers = [*source, *to]
+    batch = [
+        *(dist.P2POp(dist.irecv, t, group=comm.pg, group_peer=p) for p, t in zip(source, landing)),
+        *(dist.P2POp(dist.isend, t, group=comm.pg, group_peer=p) for p, t in zip(to, outgoing)),
+    ]
+    sent_bytes = sum(message.numel() * message.element_size() for message in outgoing)
+    comm.recorder.record("p2p", op, sent_bytes, len(outgoing))
+    works: list[Any] = []
+    attempt(comm, op, lambda: works.extend(dist.batch_isend_irecv(batch)), None)
+    named = peers if len(works) == len(peers) else [None] * len(works)
+    for work, peer in zip(works, named, strict=True):
+        attempt(comm, op, work.wait, peer)
+
+
+def _message(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].contiguous().view(-1)
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _buffer(parts: list[Tensor]) -> Tensor:
+    """Where a message lands: straight in its rows, which are contiguous on the wire."""
+    if len(parts) == 1:
+        return parts[0].view(-1)
+    return parts[0].new_empty(sum(part.numel() for part in parts))
+
+
+def _plan(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
+    count = len(needs) // (2 * comm.size)
+    pairs = list(zip(needs[::2], needs[1::2], strict=True))
+    grouped = tuple(tuple(pairs[r * count : (r + 1) * count]) for r in range(comm.size))
+    return plan_transfer(tuple(bounds), grouped, comm.rank)
+
+
+def _wire_order(ndim: int, dim: int, channels_last: bool) -> list[int]:
+    others = [d for d in range(ndim) if d != dim]
+    if channels_last and 1 in others:
+        others = [d for d in others if d != 1] + [1]
+    return [dim, *others]
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+@_fetch.register_fake
+def _(
+    local: Tensor,
+    dim: int,
+    bounds: Sequence[int],
+    needs: Sequence[int],
+    name: str,
+    op: str,
+    channels_last: bool,
+) -> list[Tensor]:
+    order = _wire_order(local.ndim, dim, channels_last)
+    wire = local.permute(order)
+    rows = _plan(bounds, needs, communicator_of(name)).rows
+    return [wire.new_empty((n, *wire.shape[1:])).permute(_inverse(order)) for n in rows]
+
+
+@_return.register_fake
+def _(
+    pieces: Sequence[Tensor],
+    dim: int,
+    bounds: Sequence[int],
+    needs: Sequence[int],
+    name: str,
+    op: str,
+    channels_last: bool,
+) -> Tensor:
+    order = _wire_order(pieces[0].ndim, dim, channels_last)
+    rank = communicator_of(name).rank
+    rest = pieces[0].permute(order).shape[1:]
+    total = pieces[0].new_empty((bounds[rank + 1] - bounds[rank], *rest))
+    return total.permute(_inverse(order))
+
+
+def _fetch_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    local, *ctx.plan = inputs
+    ctx.shapes = [piece.shape for piece in output]
+    ctx.like = local.new_empty(0)
+
+
+def _fetch_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    given = [
+        ctx.like.new_zeros(shape) if grad is None else grad
+        for grad, shape in zip(grads, ctx.shapes, strict=True)
+    ]
+    return _return(given, *ctx.plan), None, None, None, None, None, None
+
+
+def _return_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.plan = inputs[1:]
+
+
+def _return_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _fetch(grad, *ctx.plan), None, None, None, None, None, None
+
+
+_fetch.register_autograd(_fetch_backward, setup_context=_fetch_setup)
+_return.register_autograd(_return_backward, setup_context=_return_setup)

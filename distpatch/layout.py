@@ -1,0 +1,159 @@
+"""Who owns which rows, and who sends which rows to whom: frozen data, no communication."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Protocol
+
+from distpatch.errors import LayoutError
+from distpatch.stencil import Interval
+
+Bounds = tuple[int, ...]
+Needs = tuple[tuple[Interval, ...], ...]  # needs[rank]: the row intervals that rank asks for
+
+EMPTY: Interval = (0, 0)
+
+
+class Stencil(Protocol):
+    """What a rule has to know of an operation along the sharded dim (see stencil.py)."""
+
+    def out_rows(self, rows_in: int) -> int: ...
+    def need(self, lo: int, hi: int) -> Interval: ...
+    def first_out(self, row: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Rank r owns the global rows ``bounds[r]:bounds[r + 1]`` of dimension ``dim`` (>= 0)."""
+
+    dim: int
+    bounds: Bounds
+
+    def __post_init__(self) -> None:
+        ordered = all(a <= b for a, b in pairwise(self.bounds))
+        if len(self.bounds) < 2 or self.bounds[0] != 0 or not ordered:
+            raise LayoutError(
+                f"bounds must begin with 0, never fall and have one entry more than there are ranks; "
+                f"got {self.bounds}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Rows of the whole tensor."""
+        return self.bounds[-1]
+
+    @property
+    def world_size(self) -> int:
+        return len(self.bounds) - 1
+
+    def interval(self, rank: int) -> Interval:
+        return self.bounds[rank], self.bounds[rank + 1]
+
+    def with_dim(self, dim: int) -> RowLayout:
+        return self if dim == self.dim else _layout(dim, self.bounds)
+
+    def with_bounds(self, bounds: Bounds) -> RowLayout:
+        return self if bounds == self.bounds else _layout(self.dim, bounds)
+
+
+@lru_cache(maxsize=4096)
+def _layout(dim: int, bounds: Bounds) -> RowLayout:
+    return RowLayout(dim, bounds)
+
+
+@lru_cache(maxsize=4096)
+def even_bounds(rows: int, world_size: int) -> Bounds:
+    """Bounds that differ by at most one row; the first ranks take the longer shards."""
+    share, extra = divmod(rows, world_size)
+    return tuple(rank * share + min(rank, extra) for rank in range(world_size + 1))
+
+
+@lru_cache(maxsize=4096)
+def aligned_bounds(bounds: Bounds, unit: int) -> Bounds:
+    """The bounds, each moved down to a multiple of ``unit`` rows; the last stays."""
+    return (*(b - b % unit for b in bounds[:-1]), bounds[-1])
+
+
+@dataclass(frozen=True)
+class StencilPlan:
+    """What one operation asks of every rank.
+
+    ``out``: bounds of the output; ``needs[rank]``: the two intervals of rows missing above and below
+    the rank's own.
+    """
+
+    out: Bounds
+    needs: Needs
+
+
+@lru_cache(maxsize=4096)
+def plan_stencil(bounds: Bounds, stencil: Stencil) -> StencilPlan:
+    """Output bounds of a stencil, and the halo rows that each rank needs for its output rows."""
+    rows, rows_out = bounds[-1], stencil.out_rows(bounds[-1])
+    inner = (min(max(stencil.first_out(b), 0), rows_out) for b in bounds[1:-1])
+    out = (0, *inner, rows_out)
+    needs = []
+    for rank, (lo, hi) in enumerate(pairwise(out)):
+        if lo == hi:
+            needs.append((EMPTY, EMPTY))
+            continue
+        start, stop = stencil.need(lo, hi)
+        start, stop = min(max(start, 0), rows), min(max(stop, 0), rows)
+        own_start, own_stop = bounds[rank], bounds[rank + 1]
+        above = (start, min(stop, own_start)) if start < min(stop, own_start) else EMPTY
+        below = (max(start, own_stop), stop) if max(start, own_stop) < stop else EMPTY
+        needs.append((above, below))
+    return StencilPlan(out, tuple(needs))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``start:stop`` of one of the asked intervals, counted from that interval's first row."""
+
+    interval: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """One rank's share of an exchange; at most one message from each rank to each other rank.
+
+    ``sends``: (peer, intervals of local rows); ``recvs``: (peer, parts in the order they are sent);
+    ``own``: (local rows, part) for what the rank already holds; ``rows``: rows of each interval.
+    """
+
+    sends: tuple[tuple[int, tuple[Interval, ...]], ...]
+    recvs: tuple[tuple[int, tuple[Part, ...]], ...]
+    own: tuple[tuple[Interval, Part], ...]
+    rows: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def plan_transfer(bounds: Bounds, needs: Needs, rank: int) -> TransferPlan:
+    """Who sends what to whom so that every rank gets the intervals of rows it needs."""
+    sends = []
+    for peer, intervals in enumerate(needs):
+        local = [piece for piece, _ in _cut(intervals, bounds[rank], bounds[rank + 1])]
+        if peer != rank and local:
+            sends.append((peer, tuple(local)))
+    recvs = []
+    for peer in range(len(bounds) - 1):
+        parts = [part for _, part in _cut(needs[rank], bounds[peer], bounds[peer + 1])]
+        if peer != rank and parts:
+            recvs.append((peer, tuple(parts)))
+    own = _cut(needs[rank], bounds[rank], bounds[rank + 1])
+    return TransferPlan(tuple(sends), tuple(recvs), tuple(own), tuple(hi - lo for lo, hi in needs[rank]))
+
+
+def _cut(intervals: Sequence[Interval], lo: int, hi: int) -> list[tuple[Interval, Part]]:
+    """The parts of the intervals that an owner of rows [lo, hi) holds, with their local rows."""
+    cut = []
+    for index, (start, stop) in enumerate(intervals):
+        a, b = max(start, lo), min(stop, hi)
+        if a < b:
+            cut.append(((a - lo, b - lo), Part(index, a - start, b - start)))
+    return cut

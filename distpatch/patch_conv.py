@@ -1,0 +1,150 @@
+"""Convolve one rank's rows: whole, with the seams mended, or a patch of rows at a time.
+
+No padded copy of the rows is ever made: patches read the rank's own rows and the halo pieces, and write
+into one output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from distpatch.collectives import memory_format
+from distpatch.stencil import Interval, WindowStencil, ceil_div
+
+# A CPU is fastest on patches that stay in its cache, as long as the weights, which are packed anew at
+# every call, stay a small part of them (benchmarks/decode.py).
+PATCH_BYTES = 8 << 20
+PATCH_PER_WEIGHT = 8
+INDEX_LIMIT = 2**31  # elements of an input or output that kernels with 32-bit indices can address
+
+Conv = Callable[[Tensor, int], Tensor]  # (rows, zero rows of padding above and below) -> output rows
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The rows of an image of ``size`` rows that one rank can read; beyond the image are zeros.
+
+    ``pieces``: (first global row, tensor) in ascending order; ``local`` of them is the rank's own.
+    """
+
+    pieces: tuple[tuple[int, Tensor], ...]
+    local: int
+    dim: int
+    size: int
+
+    @property
+    def own(self) -> tuple[int, int, Tensor]:
+        first, tensor = self.pieces[self.local]
+        return first, first + tensor.shape[self.dim], tensor
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        """Rows [lo, hi): a view where the rank's own suffice, else a copy of just these rows."""
+        start, stop, own = self.own
+        if start <= lo and hi <= stop:
+            return own.narrow(self.dim, lo - start, hi - lo)
+        parts = [self._zeros(min(hi, 0) - lo)]
+        for first, piece in self.pieces:
+            a, b = max(lo - first, 0), min(hi - first, piece.shape[self.dim])
+            if a < b:
+                parts.append(piece.narrow(self.dim, a, b - a))
+        parts.append(self._zeros(hi - max(lo, self.size)))
+        parts = [part for part in parts if part.shape[self.dim] > 0]
+        # Rows of padding alone would leave the autograd graph, and the halo's backward is collective.
+        return torch.cat([own.narrow(self.dim, 0, 0), *parts], self.dim)
+
+    def _zeros(self, rows: int) -> Tensor:
+        own = self.own[2]
+        shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
+        return torch.zeros(shape, dtype=own.dtype, device=own.device).contiguous(
+            memory_format=memory_format(own)
+        )
+
+
+def convolve(
+    conv: Conv, slab: Slab, stencil: WindowStencil, out: Interval, patch_rows: int, sequential: bool
+) -> Tensor:
+    """Output rows ``out`` of a convolution (or any sliding window), ``patch_rows`` at a time."""
+    lo, hi = out
+    if lo == hi:  # an idle rank keeps its place in the autograd graph
+        own = slab.own[2]
+        blank = torch.cat(
+            [own.narrow(slab.dim, 0, 0), slab.rows(slab.size, slab.size + stencil.span)], slab.dim
+        )
+        return conv(blank, 0).narrow(slab.dim, 0, 0)
+    if patch_rows >= hi - lo:
+        return _whole(conv, slab, stencil, lo, hi)
+    starts = range(lo, hi, patch_rows)
+    if not sequential:
+        return _batched(conv, slab, stencil, lo, hi, patch_rows)
+    results = (conv(slab.rows(*stencil.need(a, min(a + patch_rows, hi))), 0) for a in starts)
+    if torch.is_grad_enabled():
+        return torch.cat(list(results), slab.dim)
+    return _collect(results, slab.dim, lo, hi, patch_rows)
+
+
+def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:
+    """One call on the rank's own rows as if they were the image; the rows at its seams are redone."""
+    start, stop, own = slab.own
+    pad, step, dim = stencil.before, stencil.stride, slab.dim
+    fits = pad == stencil.after and lo * step == start < stop and stop - start + 2 * pad >= stencil.span
+    if not fits or stencil.out_rows(stop - start) != hi - lo:
+        return conv(slab.rows(*stencil.need(lo, hi)), 0)
+    top = min(ceil_div(start + pad, step), hi) if start > 0 else lo
+    bottom = max((stop + pad - stencil.span) // step + 1, top) if stop < slab.size else hi
+    if bottom - top < (hi - lo) // 2:
+        return conv(slab.rows(*stencil.need(lo, hi)), 0)
+    result = conv(own, pad)
+    for a, b in ((lo, top), (bottom, hi)):
+        if a < b:
+            result.narrow(dim, a - lo, b - a).copy_(conv(slab.rows(*stencil.need(a, b)), 0))
+    return result
+
+
+def _batched(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int, patch_rows: int) -> Tensor:
+    """Patches folded into the batch, one call; the last patch overlaps its neighbour to be as tall."""
+    starts = [min(a, hi - patch_rows) for a in range(lo, hi, patch_rows)]
+    patches = [slab.rows(*stencil.need(a, a + patch_rows)) for a in starts]
+    result = conv(torch.cat(patches, 0), 0)
+    *full, last = rearrange(result, "(n b) ... -> n b ...", n=len(starts)).unbind(0)
+    fresh = hi - lo - patch_rows * len(full)
+    last = last.narrow(slab.dim, patch_rows - fresh, fresh)
+    return torch.cat([*full, last], slab.dim)
+
+
+def _collect(results: Iterable[Tensor], dim: int, lo: int, hi: int, patch_rows: int) -> Tensor:
+    """The patches' results in one preallocated tensor of their memory format."""
+    whole: Tensor | None = None
+    for index, rows in enumerate(results):
+        if whole is None:
+            shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
+            whole = torch.empty(
+                shape, dtype=rows.dtype, device=rows.device, memory_format=memory_format(rows)
+            )
+        whole.narrow(dim, index * patch_rows, rows.shape[dim]).copy_(rows)
+        del rows
+    assert whole is not None
+    return whole
+
+
+def choose_patch_rows(splits: int | str, rows: int, local: Tensor, weight: Tensor, out_numel: int) -> int:
+    """Output rows a patch: what ``splits`` asks for, and never more elements than kernels can index.
+
+    ``rows``: output rows of this rank; ``out_numel``: elements of its output. ``splits="auto"`` cuts
+    on a CPU only, and in inference only: there patches that stay in cache are faster.
+    """
+    largest = max(local.numel(), out_numel)
+    fewest = ceil_div(largest, INDEX_LIMIT - 1) if largest else 1
+    if isinstance(splits, int):
+        fewest = max(fewest, splits)
+    elif local.device.type == "cpu" and not torch.is_grad_enabled():
+        size = local.element_size()
+        patch = max(PATCH_BYTES, PATCH_PER_WEIGHT * weight.numel() * size)
+        share = patch / max(size * (local.numel() + out_numel), 1)
+        if share < 2 / 3:
+            fewest = max(fewest, round(1 / share))
+    return max(ceil_div(rows, fewest), 1)

@@ -1,0 +1,90 @@
+"""Convolution over the sharded dim: the halo rows its windows reach are fetched, the rest is local."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.errors import LayoutError
+from distpatch.layout import RowLayout, plan_stencil
+from distpatch.patch_conv import choose_patch_rows, convolve
+from distpatch.rules.fallback import fallback
+from distpatch.rules.registry import halo, named, op_name, per_dim, rule, spread, wrap
+from distpatch.stencil import WindowStencil
+from distpatch.tensor import PatchTensor
+
+Sizes = int | Sequence[int]
+
+
+@rule(*named("conv1d", "conv2d", "conv3d"))
+def convolution(
+    func: Any,
+    input: PatchTensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+) -> Any:
+    spatial = weight.ndim - 2
+    if isinstance(weight, PatchTensor) or not isinstance(input, PatchTensor):
+        return fallback(func, input, weight, bias, stride, padding, dilation, groups)
+    if input.ndim == spatial + 1:  # unbatched
+        return convolution(
+            func, cast(PatchTensor, input[None]), weight, bias, stride, padding, dilation, groups
+        )[0]
+    axis = input.rows.dim - 2
+    if axis == -1:
+        return fallback(func, input, weight, bias, stride, padding, dilation, groups)
+    weight = spread(weight, input)
+    bias = None if bias is None else spread(bias, input)
+    if axis == -2:
+        return wrap(func(input.local, weight, bias, stride, padding, dilation, groups), input)
+    kernel, strides, dilations = weight.shape[2:], per_dim(stride, spatial), per_dim(dilation, spatial)
+    before, after = _paddings(padding, kernel, dilations, strides)
+    extra = [0 if d == axis else after[d] - before[d] for d in range(spatial)]
+    if any(extra):  # padding="same" with an even kernel: one more on the far side
+        input = cast(PatchTensor, F.pad(input, [n for more in reversed(extra) for n in (0, more)]))
+    windows = [
+        WindowStencil(*numbers) for numbers in zip(kernel, strides, before, after, dilations, strict=True)
+    ]
+    plan, rank = plan_stencil(input.rows.bounds, windows[axis]), input.region.comm.rank
+    lo, hi = plan.out[rank : rank + 2]
+    sizes = [window.out_rows(n) for window, n in zip(windows, input.shape[2:], strict=True)]
+    if min(sizes) < 1:
+        raise LayoutError(
+            f"{op_name(func)}: an input of shape {tuple(input.shape)} is smaller than the kernel "
+            f"{tuple(kernel)} with padding {padding} and dilation {dilation}"
+        )
+
+    def conv(rows: Tensor, row_padding: int) -> Tensor:
+        pads = [row_padding if d == axis else pad for d, pad in enumerate(before)]
+        return func(rows, weight, bias, strides, pads, dilations, groups)
+
+    region = input.region
+    out_numel = input.shape[0] * weight.shape[0] * math.prod(sizes) // max(sizes[axis], 1) * (hi - lo)
+    patch_rows = choose_patch_rows(region.splits, hi - lo, input.local, weight, out_numel)
+    slab = halo(input, plan.needs, func)
+    result = convolve(conv, slab, windows[axis], (lo, hi), patch_rows, region.sequential)
+    return wrap(result, input, RowLayout(input.rows.dim, plan.out))
+
+
+def _paddings(
+    padding: Sizes | str, kernel: Sequence[int], dilations: Sequence[int], strides: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Zero rows before and after, per spatial dim; torch puts an odd one of "same" behind."""
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        if any(stride != 1 for stride in strides):
+            raise RuntimeError("padding='same' is not supported for strided convolutions")
+        total = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+    assert not isinstance(padding, str), padding
+    pads = per_dim(padding, len(kernel))
+    return pads, pads

@@ -1,0 +1,124 @@
+"""Element by element: the same function on the local rows, everything else brought to those rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.errors import UnsupportedOpError
+from distpatch.rules.registry import named, op_name, redistribute, spread
+from distpatch.tensor import RULES, PatchTensor, whole
+from distpatch.tree import map_tensors, tensors_in
+
+
+def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """The rule of every element-wise function; broadcasting follows the global shapes."""
+    lead: PatchTensor | None = None
+    locals_ = []
+    for arg in args:
+        if type(arg) is PatchTensor:
+            if lead is None:
+                lead = arg
+            elif arg.rows != lead.rows or arg.ndim != lead.ndim:
+                break
+            locals_.append(arg.local)
+        elif isinstance(arg, (Tensor, list, tuple)):
+            break
+        else:
+            locals_.append(arg)
+    else:
+        if lead is not None and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
+            return _wrap(func(*locals_, **kwargs), lead, lead.rows.dim - lead.ndim)
+    return _broadcast(func, args, kwargs)
+
+
+def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Operands of different layouts, or sharded beside replicated ones.
+
+    The operand with the most rows leads. A plain operand as tall as it is sliced; one of height 1, or
+    without that dim, is used as it is; a sharded one of height 1 is gathered first.
+    """
+    tensors = list(tensors_in((args, kwargs)))
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    sharded = [t for t in tensors if isinstance(t, PatchTensor)]
+    tall = [t for t in sharded if t.rows.size == shape[t.rows.dim - t.ndim]]
+    if not tall:  # a sharded dim of size 1 is itself broadcast
+        return func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
+    mutated = mutates(func, args, kwargs)
+    if mutated is not None and not isinstance(mutated, PatchTensor):
+        result = func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
+        return result
+    lead = mutated if isinstance(mutated, PatchTensor) else tall[0]
+    if lead.rows.size != shape[lead.rows.dim - lead.ndim]:
+        raise UnsupportedOpError(
+            f"{op_name(func)} in place on a tensor of shape {tuple(lead.shape)} cannot take operands "
+            f"that broadcast to {tuple(shape)}"
+        )
+    dim = lead.rows.dim - lead.ndim  # counted from the back, as broadcasting does
+
+    def to_rows(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, PatchTensor):
+            if tensor.rows.size == lead.rows.size and tensor.ndim >= -dim:
+                layout = lead.rows.with_dim(tensor.ndim + dim)
+                return redistribute(tensor, layout, func).local
+            tensor = whole(tensor)
+        tensor = spread(tensor, lead)
+        if tensor.ndim < -dim or tensor.shape[dim] == 1:
+            return tensor
+        lo, hi = lead.rows.interval(lead.region.comm.rank)
+        return tensor.narrow(dim, lo, hi - lo)
+
+    return _wrap(func(*map_tensors(to_rows, args), **map_tensors(to_rows, kwargs)), lead, dim)
+
+
+def _wrap(result: Any, lead: PatchTensor, dim: int) -> Any:
+    """Results as PatchTensors; an in-place function returns the wrapper it was called on."""
+    if isinstance(result, Tensor):
+        if result is lead.local:
+            return lead
+        return PatchTensor(result, lead.rows.with_dim(result.ndim + dim), lead.region)
+    if isinstance(result, (tuple, list)):
+        return type(result)(_wrap(item, lead, dim) for item in result)
+    return result
+
+
+def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The tensor that a call writes to (``add_``, ``+=``, ``inplace=True``, ``out=``), or None."""
+    if kwargs.get("out") is not None:
+        return kwargs["out"]
+    name = op_name(func)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
+    if not (in_place or kwargs.get("inplace")):
+        return None
+    return args[0] if args else kwargs.get("input", kwargs.get("self"))
+
+
+_IN_PLACE_OPERATORS = {
+    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
+} | {"__setitem__"}
+
+_NAMES = """
+    abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2
+    arctanh asin asinh atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or
+    bitwise_right_shift bitwise_xor bfloat16 bool byte ceil celu char clamp clamp_max clamp_min clip
+    clone conj conj_physical contiguous copysign cos cosh deg2rad detach digamma div divide double elu
+    eq erf erfc erfcx erfinv exp exp2 expit expm1 fix float float_power floor floor_divide fmax fmin
+    fmod frac frexp gcd ge gelu greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh
+    heaviside hypot i0 i0e i1 i1e imag int isclose isfinite isinf isnan isneginf isposinf isreal lcm
+    ldexp le leaky_relu lerp less less_equal lgamma log log10 log1p log2 log_ndtr logaddexp logaddexp2
+    logical_and logical_not logical_or logical_xor logit logsigmoid long lt masked_fill maximum minimum
+    mish mul multiply mvlgamma nan_to_num ndtr ndtri ne neg negative nextafter not_equal polygamma
+    positive pow psi rad2deg real reciprocal relu relu6 remainder resolve_conj resolve_neg round rsqrt
+    rsub selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square
+    sub subtract tan tanh tanhshrink threshold true_divide trunc where xlog1py xlogy zeta
+    __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__
+    __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ __floordiv__ __rfloordiv__ __ifloordiv__
+    __mod__ __rmod__ __imod__ __pow__ __rpow__ __ipow__ __neg__ __pos__ __abs__ __invert__ __and__
+    __rand__ __iand__ __or__ __ror__ __ior__ __xor__ __rxor__ __ixor__ __lshift__ __rlshift__
+    __ilshift__ __rshift__ __rrshift__ __irshift__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+""".split()
+
+for _func in named(*_NAMES, *(f"{name}_" for name in _NAMES if not name.startswith("__"))):
+    RULES.setdefault(_func, pointwise)

@@ -1,0 +1,82 @@
+"""Which input rows an output row reads: integers only, no tensors.
+
+A *stencil* is any object with ``out_rows(rows_in)``, ``need(lo, hi)`` (the half-open interval of
+input rows that output rows ``[lo, hi)`` read; it may reach beyond the image) and ``first_out(row)``
+(the first output row that belongs to the owner of input row ``row`` or of a row below it).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+Interval = tuple[int, int]
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class WindowStencil:
+    """A sliding window (convolution, pooling): output row o reads from ``o * stride - before`` on.
+
+    ``before`` and ``after`` are the rows of padding above and below the image.
+    """
+
+    kernel: int
+    stride: int = 1
+    before: int = 0
+    after: int = 0
+    dilation: int = 1
+
+    @property
+    def span(self) -> int:
+        """Input rows from the first to the last that one output row reads."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    def out_rows(self, rows_in: int) -> int:
+        return (rows_in + self.before + self.after - self.span) // self.stride + 1
+
+    def need(self, lo: int, hi: int) -> Interval:
+        start = lo * self.stride - self.before
+        return start, start + (hi - 1 - lo) * self.stride + self.span
+
+    def first_out(self, row: int) -> int:
+        return ceil_div(row, self.stride)
+
+
+@dataclass(frozen=True)
+class NearestStencil:
+    """Nearest-neighbour resize from ``rows_in`` to ``rows_out``: output row o reads ``source(o)``.
+
+    ``scale`` is input rows per output row: ``1 / scale_factor`` where a factor was given, else
+    ``rows_in / rows_out``. The source row is computed in fp32 and with the two exact short cuts of
+    torch's kernels (``nearest_neighbor_compute_source_index`` in ATen's UpSample.h).
+    """
+
+    rows_in: int
+    rows_out: int
+    scale: float
+
+    def source(self, row: int) -> int:
+        if self.rows_out == self.rows_in:
+            return row
+        if self.rows_out == 2 * self.rows_in:
+            return row // 2
+        return min(int(_float32(row * _float32(self.scale))), self.rows_in - 1)
+
+    def out_rows(self, rows_in: int) -> int:
+        assert rows_in == self.rows_in
+        return self.rows_out
+
+    def need(self, lo: int, hi: int) -> Interval:
+        return self.source(lo), self.source(hi - 1) + 1
+
+    def first_out(self, row: int) -> int:
+        return ceil_div(row * self.rows_out, self.rows_in)
+
+
+def _float32(value: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded

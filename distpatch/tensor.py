@@ -1,0 +1,185 @@
+"""``PatchTensor``: one global tensor of which each rank holds its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch import collectives
+from distpatch.errors import LayoutError, UnsupportedOpError
+from distpatch.group import Communicator, Group, communicator
+from distpatch.layout import RowLayout, even_bounds
+from distpatch.tree import map_tensors
+
+Rule = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Who takes part in a sharded computation, and how each rank computes its rows."""
+
+    comm: Communicator
+    splits: int | str = 1
+    sequential: bool = True
+    fallback: str = "warn"
+    warned: set[str] = field(default_factory=set)
+
+
+class RuleTable(dict[Any, Rule]):
+    """Rules by torch function. A function without a rule gets ``fallback`` (rules/fallback.py)."""
+
+    fallback: Rule
+
+    def __missing__(self, func: Any) -> Rule:
+        return self.fallback
+
+
+RULES = RuleTable()
+
+
+class PatchTensor(torch.Tensor):
+    """A tensor sharded by rows over the ranks of a group.
+
+    ``.shape`` is the global shape; ``.local`` this rank's rows, a plain tensor that carries the
+    autograd graph; ``.rows`` the ``RowLayout``; ``.group`` the process group. Made by ``shard``,
+    ``PatchTensor.from_local`` or a converted model; every torch function that meets one is looked up
+    in the table of rules.
+    """
+
+    local: Tensor
+    rows: RowLayout
+    region: Region
+    _shape: torch.Size
+
+    @staticmethod
+    def __new__(cls, local: Tensor, rows: RowLayout, region: Region) -> PatchTensor:
+        size = list(local.shape)
+        size[rows.dim] = rows.bounds[-1]
+        shape = torch.Size(size)
+        self: PatchTensor = torch.Tensor._make_wrapper_subclass(
+            PatchTensor, shape, dtype=local.dtype, device=local.device
+        )
+        self.local = local
+        self.rows = rows
+        self.region = region
+        self._shape = shape
+        return self
+
+    # Plain properties: through __torch_function__ each read would cost a rule (models read shapes a lot).
+    shape = property(lambda self: self._shape)  # type: ignore[assignment]
+    dtype = property(lambda self: self.local.dtype)  # type: ignore[assignment]
+    device = property(lambda self: self.local.device)  # type: ignore[assignment]
+    ndim = property(lambda self: len(self._shape))  # type: ignore[assignment]
+    group = property(lambda self: self.region.comm.group)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if kwargs:
+            return RULES[func](func, *args, **kwargs)
+        return RULES[func](func, *args)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        raise UnsupportedOpError(
+            f"{func} reached a sharded tensor below the table of rules, where its rows could be taken "
+            "for the whole image. Gather it first (distpatch.gather), or register a rule for the "
+            "torch function that calls it (distpatch.register_rule)."
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return (
+            f"PatchTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"dim={self.rows.dim}, bounds={self.rows.bounds}, rank={self.region.comm.rank})"
+        )
+
+    @classmethod
+    def from_local(
+        cls, local: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None
+    ) -> PatchTensor:
+        """Adopt rows that are already distributed, without a copy.
+
+        ``local``: this rank's rows, for example (B, C, h, W); ``bounds``: rank r owns global rows
+        ``bounds[r]:bounds[r + 1]``. Without bounds the ranks tell each other their row counts. Raises
+        ``LayoutError`` where the rows do not fit the bounds, ``RankError`` where the other dims differ.
+        """
+        comm = communicator(group)
+        dim = check_dim(local, dim)
+        if bounds is None:
+            others = [size for d, size in enumerate(local.shape) if d != dim]
+            signature = f"{dim} {others} {local.dtype}"
+            answers = comm.agree("from_local", signature, {"rows": local.shape[dim]})
+            total = [0]
+            for answer in answers:
+                total.append(total[-1] + int(str(answer["rows"])))
+            bounds = total
+        layout = _layout(comm, dim, bounds, None)
+        lo, hi = layout.interval(comm.rank)
+        if local.shape[dim] != hi - lo:
+            raise LayoutError(
+                f"from_local: rank {comm.rank} owns rows {lo}:{hi} by its bounds {layout.bounds}, but "
+                f"its tensor of shape {tuple(local.shape)} has {local.shape[dim]} rows along dim {dim}"
+            )
+        return PatchTensor(local, layout, Region(comm))
+
+
+def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None) -> PatchTensor:
+    """Shard a replicated tensor: a slice, no communication.
+
+    ``tensor``: the same full value on every rank, for example (B, C, H, W). Returns a PatchTensor of
+    the same (global) shape. Raises ``LayoutError`` for a dim or bounds that do not fit it.
+    """
+    comm = communicator(group)
+    dim = check_dim(tensor, dim)
+    layout = _layout(comm, dim, bounds, tensor.shape[dim])
+    return shard_in(Region(comm), tensor, layout)
+
+
+def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
+    comm = region.comm
+    return PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
+
+
+def gather(tree: Any) -> Any:
+    """Every PatchTensor inside ``tree`` (nested lists, dicts, output objects) made plain again.
+
+    Collective: all ranks call it. Each gets the whole value; the backward keeps a rank's own rows.
+    """
+    return map_tensors(whole, tree)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full plain tensor of a PatchTensor; a plain tensor as it is."""
+    if not isinstance(tensor, PatchTensor):
+        return tensor
+    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name)
+
+
+def check_dim(tensor: Tensor, dim: int) -> int:
+    """``dim`` counted from the front; LayoutError where the tensor has no such dim."""
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise LayoutError(
+            f"dim {dim} is out of range for a tensor of shape {tuple(tensor.shape)}; rows are "
+            f"sharded along one of its dims {-tensor.ndim}..{tensor.ndim - 1}"
+        )
+    return dim % tensor.ndim
+
+
+def _layout(comm: Communicator, dim: int, bounds: Sequence[int] | None, rows: int | None) -> RowLayout:
+    if bounds is None:
+        assert rows is not None
+        bounds = even_bounds(rows, comm.size)
+    layout = RowLayout(dim, tuple(bounds))
+    if layout.world_size != comm.size or (rows is not None and layout.size != rows):
+        raise LayoutError(
+            f"bounds {layout.bounds} do not cover {rows} rows on {comm.size} ranks: they must be "
+            f"{comm.size + 1} numbers from 0 to the number of rows"
+        )
+    return layout
