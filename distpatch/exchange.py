@@ -12,6 +12,7 @@ strides are ambiguous for shards of one row, and must not decide it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ def fetch_rows(
     message to and one from each other rank. Every piece must stay connected to the result, even where
     it is empty: the backward is collective too.
     """
-    flat = [row for intervals in needs for interval in intervals for row in interval]
-    if name == "" and not any(flat):
+    flat = _flat(needs)
+    if not any(flat):  # nobody needs anything, as all ranks know
         return [local.narrow(dim, 0, 0) for _ in needs[0]]
     pieces: list[Tensor] = _fetch(local, dim, list(bounds), flat, name, op, channels_last)
     return pieces
@@ -142,6 +143,11 @@ def _buffer(parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0].view(-1)
     return parts[0].new_empty(sum(part.numel() for part in parts))
+
+
+@lru_cache(maxsize=4096)
+def _flat(needs: Needs) -> list[int]:
+    return [row for intervals in needs for interval in intervals for row in interval]
 
 
 def _plan(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:

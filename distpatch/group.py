@@ -29,7 +29,8 @@ class Communicator:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = self._pg = _nothing
+        self._group: Callable[[], dist.ProcessGroup | None] = _nothing
+        self._pg: Callable[[], dist.ProcessGroup | None] = _nothing
         self.recorder = Recorder()
         self.rank, self.size, self.name = 0, 1, ""
         self.broken = False

@@ -222,7 +222,7 @@ def main(
         task = bar.add_task("training", total=1.0)
         while progress < 1:
             trainer.seconds = time.monotonic() - started
-            progress = max(trainer.step / steps, trainer.seconds / 60 / minutes)
+            progress = max((trainer.step + 1) / steps, trainer.seconds / 60 / minutes)
             losses.append(trainer.train(draw_batch(photographs, rng), progress))
             bar.update(task, completed=progress)
             if trainer.step % every == 0 or progress >= 1:

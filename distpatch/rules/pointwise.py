@@ -103,8 +103,8 @@ _NAMES = """
     abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2
     arctanh asin asinh atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or
     bitwise_right_shift bitwise_xor bfloat16 bool byte ceil celu char clamp clamp_max clamp_min clip
-    clone conj conj_physical contiguous copysign cos cosh deg2rad detach digamma div divide double elu
-    eq erf erfc erfcx erfinv exp exp2 expit expm1 fix float float_power floor floor_divide fmax fmin
+    clone conj conj_physical contiguous copy copysign cos cosh deg2rad detach digamma div divide double elu
+    eq erf erfc erfcx erfinv exp exp2 expit expm1 fill fix float float_power floor floor_divide fmax fmin
     fmod frac frexp gcd ge gelu greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh
     heaviside hypot i0 i0e i1 i1e imag int isclose isfinite isinf isnan isneginf isposinf isreal lcm
     ldexp le leaky_relu lerp less less_equal lgamma log log10 log1p log2 log_ndtr logaddexp logaddexp2
@@ -112,7 +112,7 @@ _NAMES = """
     mish mul multiply mvlgamma nan_to_num ndtr ndtri ne neg negative nextafter not_equal polygamma
     positive pow psi rad2deg real reciprocal relu relu6 remainder resolve_conj resolve_neg round rsqrt
     rsub selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square
-    sub subtract tan tanh tanhshrink threshold true_divide trunc where xlog1py xlogy zeta
+    sub subtract tan tanh tanhshrink threshold true_divide trunc where xlog1py xlogy zero zeta
     __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__
     __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ __floordiv__ __rfloordiv__ __ifloordiv__
     __mod__ __rmod__ __imod__ __pow__ __rpow__ __ipow__ __neg__ __pos__ __abs__ __invert__ __and__
