@@ -195,8 +195,12 @@ def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int,
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """``channels_last`` (2-D or 3-D) where the tensor has it, else contiguous."""
+    """``channels_last`` (2-D or 3-D) where torch's kernels see it, else contiguous.
+
+    They look at the stride of a batch of one too (``suggest_memory_format``), and a model that runs in
+    another format than on one device has another speed and other rounding.
+    """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
     if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
         return torch.contiguous_format
-    return last
+    return last if tensor.shape[0] > 1 or tensor.stride(0) >= tensor.numel() else torch.contiguous_format

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.collectives import merge_moments, stack_ranks
+from distpatch.collectives import memory_format, merge_moments, stack_ranks
 from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import named, needs_grad, op_name, rule, spread, wrap
 from distpatch.tensor import PatchTensor
@@ -101,6 +101,7 @@ def normalize(
         if bias is not None:
             out = out + spread(bias, x).view(per_channel)
         return out.to(local.dtype)
+    local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
     out = torch.empty_like(local)
     for sample in range(batch) if local.numel() else ():
         # Batch norm in evaluation is this formula, in one pass, computed in fp32 for half precision.
