@@ -5,14 +5,14 @@ cotangent. Rows of a shard are one rank's own. So, forward and backward:
 
     shard_rows      slice                       gather of the slices
     gather_rows     gather                      slice
-    spread          identity (before a replicated tensor meets rows)    sum over ranks
+    spread, spread_all   identity (before a replicated tensor meets rows)    sum over ranks
     sum_partials    sum over ranks              identity
     stack_ranks     one row a rank              own row
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, attempt, communicator_of
 from distpatch.layout import RowLayout
+
+BUCKET_BYTES = 32 << 20
 
 
 def gather_rows(local: Tensor, layout: RowLayout, name: str, op: str = "gather") -> Tensor:
@@ -46,6 +48,11 @@ def spread(tensor: Tensor, name: str) -> Tensor:
     if name and torch.is_grad_enabled() and tensor.requires_grad:
         return _Spread.apply(tensor, name)
     return tensor
+
+
+def spread_all(tensors: Sequence[Tensor], name: str) -> list[Tensor]:
+    """``spread`` for many tensors at once: their gradients are summed together when all have come."""
+    return list(_SpreadAll.apply(name, *tensors))
 
 
 def tie(rows: Tensor, *pieces: Tensor) -> Tensor:
@@ -107,6 +114,43 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return sum_partials(grad, ctx.name, "replicated gradient"), None
+
+
+class _SpreadAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        summed: dict[int, Tensor] = {}
+        for bucket in _buckets([(i, grad) for i, grad in enumerate(grads) if grad is not None]):
+            flat = torch.cat([grad.reshape(-1) for _, grad in bucket])
+            parts = sum_partials(flat, ctx.name, "replicated gradients")
+            sizes = [grad.numel() for _, grad in bucket]
+            for (index, grad), part in zip(bucket, parts.split(sizes), strict=True):
+                summed[index] = part.view(grad.shape)
+        return None, *(summed.get(i) for i in range(len(grads)))
+
+
+def _buckets(grads: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Gradients of one dtype and device, up to ``BUCKET_BYTES`` together: one message each."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    for item in grads:
+        kinds.setdefault((item[1].dtype, item[1].device), []).append(item)
+    for kind in kinds.values():
+        bucket: list[tuple[int, Tensor]] = []
+        size_bytes = 0
+        for index, grad in kind:
+            bucket.append((index, grad))
+            size_bytes += grad.numel() * grad.element_size()
+            if size_bytes >= BUCKET_BYTES:
+                yield bucket
+                bucket, size_bytes = [], 0
+        if bucket:
+            yield bucket
 
 
 class _Tie(torch.autograd.Function):

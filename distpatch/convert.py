@@ -7,14 +7,14 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from distpatch import rules as _rules
-from distpatch.collectives import gather_rows
+from distpatch.collectives import gather_rows, spread_all
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
@@ -150,7 +150,8 @@ def _entry(call: Callable[..., Any], name: str, state: _Conversion) -> Callable[
             return call(*args, **kwargs)
         model_name = type(getattr(call, "__self__", None)).__name__
         with _inside(state, f"{model_name}.{name}", args, kwargs):
-            sharded = map_tensors(lambda t: _enter(t, state), (args, kwargs))
+            region = _region(state, getattr(call, "__self__", None))
+            sharded = map_tensors(lambda t: _enter(t, state, region), (args, kwargs))
             result = call(*sharded[0], **sharded[1])
             return map_tensors(lambda t: _leave(t, state), result)
 
@@ -211,14 +212,25 @@ def _problem(what: str, args: Any, kwargs: Any, state: _Conversion) -> str | Non
     return None
 
 
-def _enter(tensor: Tensor, state: _Conversion) -> Tensor:
+def _region(state: _Conversion, model: Any) -> Region:
+    """The region of one call: where gradients are wanted, with stand-ins for the model's parameters."""
+    name = state.region.comm.name
+    if not (name and torch.is_grad_enabled() and isinstance(model, nn.Module)):
+        return state.region
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    stand_ins = spread_all(parameters, name) if parameters else []
+    pairs = zip(parameters, stand_ins, strict=True)
+    return replace(state.region, replicas={id(parameter): (parameter, other) for parameter, other in pairs})
+
+
+def _enter(tensor: Tensor, state: _Conversion, region: Region) -> Tensor:
     if isinstance(tensor, PatchTensor):
-        return PatchTensor(tensor.local, tensor.rows, state.region)
+        return PatchTensor(tensor.local, tensor.rows, region)
     if not _is_image(tensor):
         return tensor
     dim = check_dim(tensor, state.dim)
     layout = RowLayout(dim, even_bounds(tensor.shape[dim], state.region.comm.size))
-    return shard_in(state.region, tensor, layout)
+    return shard_in(region, tensor, layout)
 
 
 def _leave(tensor: Tensor, state: _Conversion) -> Any:

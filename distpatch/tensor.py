@@ -20,13 +20,18 @@ Rule = Callable[..., Any]
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Who takes part in a sharded computation, and how each rank computes its rows."""
+    """Who takes part in a sharded computation, and how each rank computes its rows.
+
+    ``replicas``: the model's parameters by id, each with the stand-in that meets rows in this call, so
+    that all their gradients are summed over ranks together.
+    """
 
     comm: Communicator
     splits: int | str = 1
     sequential: bool = True
     fallback: str = "warn"
     warned: set[str] = field(default_factory=set)
+    replicas: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class RuleTable(dict[Any, Rule]):

@@ -45,8 +45,7 @@ def attention(
     key, value = _all_keys(key, value, lead, func)
 
     def attend(rows: Tensor) -> Tensor:
-        own = mask if mask is None or mask.shape[-2] in (1, rows.shape[-2]) else None
-        return func(rows, key, value, own, **options)
+        return func(rows, key, value, _mask_as_tall(mask, rows), **options)
 
     return wrap(on_some_rows(attend, query.local, query.rows.dim), query)
 
@@ -72,3 +71,14 @@ def _mask_rows(mask: Tensor | None, query: PatchTensor, lo: int, hi: int, func: 
         return redistribute(mask, RowLayout(mask.rows.dim, query.rows.bounds), func).local
     mask = everything(mask, func) if isinstance(mask, PatchTensor) else spread(mask, query)
     return mask if mask.shape[-2] == 1 else mask.narrow(-2, lo, hi - lo)
+
+
+def _mask_as_tall(mask: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The mask, with a row that masks nothing for an idle rank's blank query.
+
+    Without the mask that rank would leave the autograd graph of the mask's gradient, which is collective.
+    """
+    if mask is None or mask.shape[-2] in (1, rows.shape[-2]):
+        return mask
+    blank = mask.new_full((*mask.shape[:-2], 1, mask.shape[-1]), mask.dtype == torch.bool)
+    return torch.cat([mask, blank], -2)

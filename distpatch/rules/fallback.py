@@ -29,7 +29,7 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     lead = sharded[0]
     region, name = lead.region, op_name(func)
     shapes = ", ".join(f"{tuple(t.shape)} sharded along dim {t.rows.dim}" for t in sharded)
-    if isinstance(mutates(func, args, kwargs), PatchTensor):
+    if any(isinstance(t, PatchTensor) for t in tensors_in(mutates(func, args, kwargs))):
         raise UnsupportedOpError(
             f"{name} would write to a sharded tensor ({shapes}; rank {region.comm.rank}) and has no "
             "sharded rule. Use its out-of-place form, or register a rule (distpatch.register_rule)."

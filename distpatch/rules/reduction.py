@@ -52,13 +52,13 @@ def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = Fal
     if input.rows.dim not in dims:
         return _kept(input, func(input.local, dims, keepdim), dims, keepdim)
     local, row = input.local, input.rows.dim
-    if local.shape[row] == 0:  # an idle rank offers what never wins
+    if local.shape[row] == 0:  # an idle rank offers what never wins, and stays in the autograd graph
         shape = [1 if d == row else n for d, n in enumerate(local.shape)]
         lowest = -math.inf if op_name(func) == "amax" else math.inf
         if not local.dtype.is_floating_point:
             info = torch.iinfo(local.dtype)
             lowest = info.min if op_name(func) == "amax" else info.max
-        local = local.new_full(shape, lowest)
+        local = torch.cat([local, local.new_full(shape, lowest)], row)
     ranks = stack_ranks(func(local, dims, keepdim), input.region.comm.name, op_name(func))
     return func(ranks, 0)
 

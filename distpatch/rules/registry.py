@@ -72,6 +72,10 @@ def wrap(local: Tensor, like: PatchTensor, layout: RowLayout | None = None) -> P
 
 def spread(tensor: Tensor, like: PatchTensor) -> Tensor:
     """A replicated tensor about to meet rows: its gradient will be summed over ranks."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        known = like.region.replicas.get(id(tensor))
+        if known is not None and known[0] is tensor:
+            return known[1]
     return collectives.spread(tensor, like.region.comm.name)
 
 
