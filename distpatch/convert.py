@@ -76,9 +76,7 @@ def convert_model(
     region = Region(comm, splits, sequential, fallback)
     state = _Conversion(region, dim, output)
     wrappers = {
-        name: _entry(getattr(model, name), name, state)
-        for name in ENTRY_POINTS
-        if callable(getattr(model, name, None))
+        name: _entry(getattr(model, name), name, state) for name in ENTRY_POINTS if callable(getattr(model, name, None))
     }
     for name, wrapper in wrappers.items():
         state.before[name] = model.__dict__.get(name, _ABSENT)
@@ -105,9 +103,7 @@ def _check_options(model: nn.Module, splits: int | str, dim: int, output: str, f
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert_model takes an nn.Module, got {type(model).__name__}")
     if _STATE in model.__dict__:
-        raise DistPatchError(
-            f"this {type(model).__name__} is converted already; call distpatch.restore_model first"
-        )
+        raise DistPatchError(f"this {type(model).__name__} is converted already; call distpatch.restore_model first")
     if splits != "auto" and not (isinstance(splits, int) and splits >= 1):
         raise ValueError(f'splits is a number of at least 1, or "auto"; got {splits!r}')
     if not isinstance(dim, int):
@@ -170,7 +166,7 @@ def _inside(state: _Conversion, what: str, args: Any, kwargs: Any) -> Iterator[N
     try:
         yield
     except BaseException as error:
-        comm.leave_broken(error)
+        comm.leave_broken(f"raised {type(error).__name__}: {error}")
         raise
     finally:
         state.thread.inside = False
@@ -202,7 +198,8 @@ def _problem(what: str, args: Any, kwargs: Any, state: _Conversion) -> str | Non
     for tensor in images:
         if isinstance(tensor, PatchTensor):
             if tensor.region.comm is not state.region.comm:
-                return f"{what}: an argument is sharded over another group than the model's: {tensor!r}"
+                shape = tuple(tensor.shape)
+                return f"{what}: an argument of shape {shape} is sharded over another group than the model's"
         elif not -tensor.ndim <= state.dim < tensor.ndim or state.dim % tensor.ndim < 2:
             return (
                 f"{what}: dim={state.dim} is out of range for an argument of shape "
@@ -243,7 +240,8 @@ def _leave(tensor: Tensor, state: _Conversion) -> Any:
 
 
 def _to_rank0(tensor: PatchTensor, comm: Communicator) -> Tensor | None:
+    """All rows on rank 0, outside the autograd graph: no other rank could join its backward."""
     rows = tensor.rows
     needs = tuple(((0, rows.size) if rank == 0 else EMPTY,) for rank in range(comm.size))
-    whole = fetch_rows(tensor.local, rows.dim, rows.bounds, needs, comm.name, "output", False)[0]
+    whole = fetch_rows(tensor.local.detach(), rows.dim, rows.bounds, needs, comm.name, "output", False)[0]
     return whole.contiguous() if comm.rank == 0 else None

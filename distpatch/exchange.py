@@ -208,10 +208,7 @@ def _fetch_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
 
 
 def _fetch_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    given = [
-        ctx.like.new_zeros(shape) if grad is None else grad
-        for grad, shape in zip(grads, ctx.shapes, strict=True)
-    ]
+    given = [ctx.like.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
     return _return(given, *ctx.plan), None, None, None, None, None, None
 
 

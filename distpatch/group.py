@@ -17,6 +17,8 @@ from distpatch.trace import Recorder
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
+GRACE = timedelta(seconds=2)  # between the first and the last rank that notices a failed collective
+
 
 class Communicator:
     """One rank's end of a group.
@@ -92,9 +94,7 @@ class Communicator:
                 continue
             dist.all_reduce(torch.zeros(1, device=device), group=pg)
 
-    def agree(
-        self, what: str, signature: str, payload: dict[str, object] | None = None
-    ) -> list[dict[str, object]]:
+    def agree(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         """Meet all ranks of the group, which must all come with the same signature.
 
         Returns every rank's payload. Raises ``RankError`` on every rank if one is missing for longer
@@ -130,8 +130,7 @@ class Communicator:
                 store.delete_key(f"distpatch/{call - 1}/verdict")
         if len({(answer["what"], answer["signature"]) for answer in answers}) > 1:
             called = "\n".join(
-                f"  rank {rank}: {answer['what']} {answer['signature']}"
-                for rank, answer in enumerate(answers)
+                f"  rank {rank}: {answer['what']} {answer['signature']}" for rank, answer in enumerate(answers)
             )
             raise RankError(f"the ranks were called differently (this is rank {self.rank}):\n{called}")
         return answers
@@ -152,22 +151,32 @@ class Communicator:
             self.broken = True
             self.connect()
 
-    def leave_broken(self, error: BaseException) -> None:
-        """Note that this rank left a sharded computation by an exception, for the others to read."""
+    def leave_broken(self, note: str) -> None:
+        """Say that this rank gives up the call, and why, for the others to read; the first note counts."""
         self.broken = True
-        if not self.name or self.closed:
-            return
-        note = {"call": self.call, "error": f"{type(error).__name__}: {error}"}
-        self.store.set(f"distpatch/failed/{self.rank}", json.dumps(note))
+        if self.name and not self.closed:
+            self.store.compare_set(self._note_key(self.rank), "", note)
 
     def why(self, rank: int) -> str:
-        """What another rank left behind when it failed in this call, or nothing."""
-        key = f"distpatch/failed/{rank}"
+        """The note that another rank left when it gave up this call, or nothing."""
+        key = self._note_key(rank)
         try:
-            note = json.loads(self.store.get(key)) if self.store.check([key]) else {}
+            note = self.store.get(key).decode() if self.store.check([key]) else ""
         except (RuntimeError, dist.DistError):
             return "; the rendezvous store does not answer either"
-        return f"; rank {rank} raised {note['error']}" if note.get("call") == self.call else ""
+        return f"; rank {rank} {note}" if note else ""
+
+    def silent(self) -> list[int]:
+        """The ranks that leave no note in this call, within ``GRACE``: dead, or busy with something else."""
+        keys = [self._note_key(rank) for rank in range(self.size)]
+        try:
+            self.store.wait(keys, min(self.timeout, GRACE))
+        except dist.DistStoreError:
+            return [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        return []
+
+    def _note_key(self, rank: int) -> str:
+        return f"distpatch/{self.call}/note/{rank}"
 
 
 def _nothing() -> None:
@@ -226,12 +235,16 @@ def attempt(comm: Communicator, what: str, wait: Callable[[], object], peer: int
     try:
         wait()
     except RuntimeError as error:
-        others = [r for r in range(comm.size) if r != comm.rank] if peer is None else [peer]
         blamed = f"rank {peer}" if peer is not None else "another rank"
+        comm.leave_broken(f"waited for {blamed} in vain")
+        others = [rank for rank in range(comm.size) if rank != comm.rank] if peer is None else [peer]
+        try:
+            if peer is None and (silent := comm.silent()):  # a collective does not say who is missing
+                blamed = f"another rank of the group (no word from {', '.join(f'rank {r}' for r in silent)})"
+        except (RuntimeError, dist.DistError):
+            pass  # why() says that the store is gone
         reasons = "".join(comm.why(rank) for rank in others)
-        raise RankError(
-            f"{what}: rank {comm.rank} waited for {blamed} of the group in vain{reasons} ({error})"
-        ) from error
+        raise RankError(f"{what}: rank {comm.rank} waited for {blamed} in vain{reasons} ({error})") from error
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta:

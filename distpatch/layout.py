@@ -36,8 +36,7 @@ class RowLayout:
         ordered = all(a <= b for a, b in pairwise(self.bounds))
         if len(self.bounds) < 2 or self.bounds[0] != 0 or not ordered:
             raise LayoutError(
-                f"bounds must begin with 0, never fall and have one entry more than there are ranks; "
-                f"got {self.bounds}"
+                f"bounds must begin with 0, never fall and have one entry more than there are ranks; got {self.bounds}"
             )
 
     @property

@@ -62,9 +62,7 @@ class Slab:
     def _zeros(self, rows: int) -> Tensor:
         own = self.own[2]
         shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
-        return torch.zeros(shape, dtype=own.dtype, device=own.device).contiguous(
-            memory_format=memory_format(own)
-        )
+        return torch.zeros(shape, dtype=own.dtype, device=own.device).contiguous(memory_format=memory_format(own))
 
 
 def convolve(
@@ -74,9 +72,7 @@ def convolve(
     lo, hi = out
     if lo == hi:  # an idle rank keeps its place in the autograd graph
         own = slab.own[2]
-        blank = torch.cat(
-            [own.narrow(slab.dim, 0, 0), slab.rows(slab.size, slab.size + stencil.span)], slab.dim
-        )
+        blank = torch.cat([own.narrow(slab.dim, 0, 0), slab.rows(slab.size, slab.size + stencil.span)], slab.dim)
         return conv(blank, 0).narrow(slab.dim, 0, 0)
     if patch_rows >= hi - lo:
         return _whole(conv, slab, stencil, lo, hi)
@@ -124,9 +120,7 @@ def _collect(results: Iterable[Tensor], dim: int, lo: int, hi: int, patch_rows: 
     for index, rows in enumerate(results):
         if whole is None:
             shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
-            whole = torch.empty(
-                shape, dtype=rows.dtype, device=rows.device, memory_format=memory_format(rows)
-            )
+            whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=memory_format(rows))
         whole.narrow(dim, index * patch_rows, rows.shape[dim]).copy_(rows)
         del rows
     assert whole is not None

@@ -51,19 +51,19 @@ class NearestStencil:
     """Nearest-neighbour resize from ``rows_in`` to ``rows_out``: output row o reads ``source(o)``.
 
     ``scale`` is input rows per output row: ``1 / scale_factor`` where a factor was given, else
-    ``rows_in / rows_out``. The source row is computed in fp32 and with the two exact short cuts of
-    torch's kernels (``nearest_neighbor_compute_source_index`` in ATen's UpSample.h).
+    ``rows_in / rows_out``. The source row is computed in fp32, as torch does for every dtype
+    (``nearest_neighbor_compute_source_index`` in ATen's UpSample.h). ``short_cuts``: equal and doubled
+    sizes ignore the scale, which torch's 2-D kernel does and its 1-D and 3-D kernels do not.
     """
 
     rows_in: int
     rows_out: int
     scale: float
+    short_cuts: bool = True
 
     def source(self, row: int) -> int:
-        if self.rows_out == self.rows_in:
-            return row
-        if self.rows_out == 2 * self.rows_in:
-            return row // 2
+        if self.short_cuts and self.rows_out in (self.rows_in, 2 * self.rows_in):
+            return row * self.rows_in // self.rows_out
         return min(int(_float32(row * _float32(self.scale))), self.rows_in - 1)
 
     def out_rows(self, rows_in: int) -> int:

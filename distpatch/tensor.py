@@ -82,9 +82,7 @@ class PatchTensor(torch.Tensor):
     group = property(lambda self: self.region.comm.group)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs:
             return RULES[func](func, *args, **kwargs)
         return RULES[func](func, *args)

@@ -40,9 +40,7 @@ def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def _map_attributes(fn: Callable[[Tensor], Any], tree: Any) -> Any:
-    held = {
-        name: value for name, value in vars(tree).items() if isinstance(value, (Tensor, list, tuple, dict))
-    }
+    held = {name: value for name, value in vars(tree).items() if isinstance(value, (Tensor, list, tuple, dict))}
     changed = {name: map_tensors(fn, value) for name, value in held.items()}
     if all(changed[name] is held[name] for name in held):
         return tree

@@ -222,9 +222,7 @@ def side_by_side(photograph: Tensor, sharded: Tensor, single: Tensor, ranks: int
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hugging Face id of an AutoencoderKL.")] = str(SHIPPED),
     subfolder: Annotated[str | None, typer.Option(help="Where in it, for example 'vae'.")] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="A photograph; scikit-image's astronaut if none.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A photograph; scikit-image's astronaut if none.")] = None,
     size: Annotated[int | None, typer.Option(min=8, help="Scale the photograph to this many rows.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "float64"], typer.Option(help="Of weights and activations.")

@@ -21,9 +21,7 @@ def along(func: Any, input: PatchTensor, dim: int = -1, *args: Any, **kwargs: An
 
 
 @rule(F.normalize)
-def normalize(
-    func: Any, input: PatchTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None
-) -> Any:
+def normalize(func: Any, input: PatchTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
     if dim % input.ndim == input.rows.dim or out is not None:
         return fallback(func, input, p, dim, eps, out)
     return wrap(func(input.local, p, dim, eps), input)

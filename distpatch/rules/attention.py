@@ -29,9 +29,7 @@ def attention(
     """``query``: (..., heads, N, d), ``key`` and ``value``: (..., heads, M, d)."""
     options = {"scale": scale, "enable_gqa": enable_gqa}
     lead = next(t for t in (query, key, value, attn_mask) if isinstance(t, PatchTensor))
-    if dropout_p > 0 or any(
-        isinstance(t, PatchTensor) and t.rows.dim != t.ndim - 2 for t in (query, key, value)
-    ):
+    if dropout_p > 0 or any(isinstance(t, PatchTensor) and t.rows.dim != t.ndim - 2 for t in (query, key, value)):
         return fallback(func, query, key, value, attn_mask, dropout_p, is_causal, **options)
     if not isinstance(query, PatchTensor):  # every rank has all queries: the result is replicated
         key, value, attn_mask = whole(key), whole(value), None if attn_mask is None else whole(attn_mask)
@@ -57,9 +55,7 @@ def _all_keys(key: Tensor, value: Tensor, lead: PatchTensor, func: Any) -> tuple
         both = wrap(torch.cat([key.local, value.local], -1), key)
         keys, values = everything(both, func).split([key.shape[-1], value.shape[-1]], -1)
         return keys, values
-    key, value = (
-        everything(t, func) if isinstance(t, PatchTensor) else spread(t, lead) for t in (key, value)
-    )
+    key, value = (everything(t, func) if isinstance(t, PatchTensor) else spread(t, lead) for t in (key, value))
     return key, value
 
 

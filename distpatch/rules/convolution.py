@@ -35,9 +35,7 @@ def convolution(
     if isinstance(weight, PatchTensor) or not isinstance(input, PatchTensor):
         return fallback(func, input, weight, bias, stride, padding, dilation, groups)
     if input.ndim == spatial + 1:  # unbatched
-        return convolution(
-            func, cast(PatchTensor, input[None]), weight, bias, stride, padding, dilation, groups
-        )[0]
+        return convolution(func, cast(PatchTensor, input[None]), weight, bias, stride, padding, dilation, groups)[0]
     axis = input.rows.dim - 2
     if axis == -1:
         return fallback(func, input, weight, bias, stride, padding, dilation, groups)
@@ -50,9 +48,7 @@ def convolution(
     extra = [0 if d == axis else after[d] - before[d] for d in range(spatial)]
     if any(extra):  # padding="same" with an even kernel: one more on the far side
         input = cast(PatchTensor, F.pad(input, [n for more in reversed(extra) for n in (0, more)]))
-    windows = [
-        WindowStencil(*numbers) for numbers in zip(kernel, strides, before, after, dilations, strict=True)
-    ]
+    windows = [WindowStencil(*numbers) for numbers in zip(kernel, strides, before, after, dilations, strict=True)]
     plan, rank = plan_stencil(input.rows.bounds, windows[axis]), input.region.comm.rank
     lo, hi = plan.out[rank : rank + 2]
     sizes = [window.out_rows(n) for window, n in zip(windows, input.shape[2:], strict=True)]

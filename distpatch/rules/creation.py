@@ -22,9 +22,7 @@ def like(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTenso
 @rule(*named("rand_like", "randn_like", "randint_like"))
 def random_like(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """Every rank draws the whole tensor from the generator that all share, and keeps its rows."""
-    model = torch.empty(
-        input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input.local)
-    )
+    model = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input.local))
     return shard_in(input.region, func(model, *args, **kwargs), input.rows)
 
 
@@ -36,9 +34,7 @@ def new(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @rule(*named("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"))
-def dropout(
-    func: Any, input: PatchTensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Any:
+def dropout(func: Any, input: PatchTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Nothing in evaluation; in training the mask is the one of a single device, by the fallback."""
     if training and p > 0:
         return fallback(func, input, p, training, inplace)

@@ -116,9 +116,7 @@ def convert(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 @rule(torch.Tensor.is_contiguous)
-def is_contiguous(
-    func: Any, x: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format
-) -> bool:
+def is_contiguous(func: Any, x: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
     return x.local.is_contiguous(memory_format=memory_format)
 
 

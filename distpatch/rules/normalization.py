@@ -68,9 +68,7 @@ def channel_moments(x: PatchTensor) -> tuple[int, Tensor, Tensor]:
     return merge_moments(counts, torch.stack(means), torch.stack(m2s))
 
 
-def merge_ranks(
-    x: PatchTensor, a_row: int, mean: Tensor, m2: Tensor, func: Any
-) -> tuple[int, Tensor, Tensor]:
+def merge_ranks(x: PatchTensor, a_row: int, mean: Tensor, m2: Tensor, func: Any) -> tuple[int, Tensor, Tensor]:
     """The moments of all ranks' rows, in one collective; each row has ``a_row`` samples."""
     counts = [a_row * (hi - lo) for lo, hi in pairwise(x.rows.bounds)]
     ranks = stack_ranks(torch.stack([mean, m2]), x.region.comm.name, op_name(func))

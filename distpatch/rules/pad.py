@@ -39,17 +39,14 @@ def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | Non
     return F.pad(local, pads)
 
 
-def _pad_rows(
-    x: PatchTensor, above: int, below: int, mode: str, value: float | None, func: Any
-) -> PatchTensor:
+def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, value: float | None, func: Any) -> PatchTensor:
     """The first rank pads above, the last below; a negative pad crops, which moves no row either."""
     dim, size, last = x.rows.dim, x.rows.size, x.rows.world_size - 1
     body = crop(x, max(-above, 0), size - max(-below, 0))
     above, below = max(above, 0), max(below, 0)
     sources = _edge_rows(size, above, below, mode)
     needs = tuple(
-        (sources[0] if rank == 0 else EMPTY, sources[1] if rank == last else EMPTY)
-        for rank in range(last + 1)
+        (sources[0] if rank == 0 else EMPTY, sources[1] if rank == last else EMPTY) for rank in range(last + 1)
     )
     top, bottom = (x.local.narrow(dim, 0, 0),) * 2 if mode == "constant" else fetch(x, needs, func)
     if x.region.comm.rank == 0:

@@ -25,9 +25,7 @@ def _kept(x: PatchTensor, local: Tensor, dims: tuple[int, ...], keepdim: bool) -
 
 
 @rule(*named("sum", "mean", "nansum"))
-def total(
-    func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
-) -> Any:
+def total(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if isinstance(dim, torch.dtype):
         dim, dtype = None, dim
     dims = normalize_dims(dim, input.ndim)

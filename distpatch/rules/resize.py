@@ -41,7 +41,7 @@ def interpolate(
         factors, scale = None, rows[axis] / sizes[axis]
     else:
         scale = 1 / factors[axis]
-    stencil = NearestStencil(rows[axis], sizes[axis], scale)
+    stencil = NearestStencil(rows[axis], sizes[axis], scale, short_cuts=spatial == 2)
     plan, dim = plan_stencil(input.rows.bounds, stencil), input.rows.dim
     layout = RowLayout(dim, plan.out)
     repeats, rest = divmod(sizes[axis], rows[axis])

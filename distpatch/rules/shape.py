@@ -66,9 +66,7 @@ def turn(func: Any, input: PatchTensor) -> PatchTensor:
 @rule(*named("unsqueeze"))
 def unsqueeze(func: Any, input: PatchTensor, dim: int) -> PatchTensor:
     at = dim % (input.ndim + 1)
-    return wrap(
-        input.local.unsqueeze(at), input, input.rows.with_dim(input.rows.dim + (at <= input.rows.dim))
-    )
+    return wrap(input.local.unsqueeze(at), input, input.rows.with_dim(input.rows.dim + (at <= input.rows.dim)))
 
 
 @rule(*named("squeeze"))

@@ -1,0 +1,117 @@
+"""Processes that wait for orders: contestants of one benchmark that never run at the same time."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+Answer = dict[str, Any]
+PATIENCE_SECONDS = 60
+
+
+class Crew:
+    """The processes of one contestant, one a rank: idle in a blocking read until they are asked.
+
+    Each runs ``script`` with ``config`` (JSON) as its argument, in the environment that torchrun would
+    give it, with ``threads`` CPU threads; it answers ``ask`` by calling ``serve``.
+    """
+
+    def __init__(self, script: Path, config: Mapping[str, Any], ranks: int, threads: int, **env: str) -> None:
+        common = {
+            **os.environ,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            **env,
+        }
+        command = [sys.executable, str(script), json.dumps({**config, "threads": threads})]
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+
+    def ask(self, order: str, **details: Any) -> list[Answer]:
+        """Give all ranks the same order at once; their answers, in rank order, when all are done."""
+        line = json.dumps({"order": order, **details}) + "\n"
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(line)
+            process.stdin.flush()
+        return [self._answer(rank, order) for rank in range(len(self.processes))]
+
+    def _answer(self, rank: int, order: str) -> Answer:
+        process = self.processes[rank]
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"rank {rank} of {len(self.processes)} ended with code {process.wait()} at {order!r}")
+        answer: Answer = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        for process in self.processes:
+            if error is not None:
+                process.kill()
+            assert process.stdin is not None
+            process.stdin.close()  # the end of its orders
+        for process in self.processes:
+            try:
+                process.wait(PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:  # its work is done; only its end hangs
+                process.kill()
+                process.wait()
+
+
+def serve(orders: Mapping[str, Callable[..., Answer]]) -> None:
+    """A crew's process: obey orders from standard input until it ends.
+
+    Answers own standard output; what anything else prints goes to standard error.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answers.write(json.dumps(orders[request.pop("order")](**request)) + "\n")
+        answers.flush()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement has to be read with."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": model, "cores": cores, "torch": torch.__version__, "python": platform.python_version()}

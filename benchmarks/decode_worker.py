@@ -1,0 +1,137 @@
+"""One rank of one contestant of ``decode.py``: builds the decoder, then measures what it is asked to."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from crew import serve
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+import distpatch
+import launch
+from distpatch.memory import LivePeak
+
+CHANNELS = (128, 256, 512, 512)  # Stable Diffusion's decoder, 50 million parameters
+LATENT_CHANNELS = 4
+PIXELS_PER_LATENT = 8
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def build_decoder(memory_format: torch.memory_format) -> AutoencoderKL:
+    """The VAE with its decoder alone; the same random weights in every process."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
+        up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
+        block_out_channels=CHANNELS,
+        layers_per_block=2,
+        latent_channels=LATENT_CHANNELS,
+    )
+    vae.encoder = vae.quant_conv = None
+    return vae.eval().requires_grad_(False).to(memory_format=memory_format)
+
+
+def draw_latents(pixels: int, memory_format: torch.memory_format) -> Tensor:
+    side = pixels // PIXELS_PER_LATENT
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, LATENT_CHANNELS, side, side, generator=generator)
+    return latents.contiguous(memory_format=memory_format)
+
+
+class Worker:
+    """The orders that ``decode.py`` gives; each answers with a dict of numbers."""
+
+    def __init__(self, vae: AutoencoderKL, latents: Tensor) -> None:
+        self.vae = vae
+        self.latents = latents
+        self.picture: Tensor | None = None
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        with torch.inference_mode():
+            picture: Tensor = self.vae.decode(latents).sample
+            return picture
+
+    def warm_up(self) -> dict[str, Any]:
+        self._decode(self.latents)
+        return {}
+
+    def time(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        self._decode(self.latents)
+        return {"seconds": time.perf_counter() - started}
+
+    def live(self) -> dict[str, Any]:
+        """Peak bytes of live activations, and what this rank sent."""
+        with LivePeak() as peak, distpatch.trace() as sent:
+            self._decode(self.latents)
+        return {
+            "live_bytes": peak.peak_bytes,
+            "live_op": peak.peak_op,
+            "sent_bytes": sent.sent_bytes,
+            "messages": sent.messages,
+        }
+
+    def resident(self) -> dict[str, Any]:
+        """How far the first full decode raises the process's resident peak."""
+        self._decode(self.latents[..., :2, :])  # what a process needs once: threads, channels, kernels
+        before = reset_resident_peak()
+        self.picture = self._decode(self.latents)
+        return {"resident_bytes": resident_peak() - before}
+
+    def save(self, path: str) -> dict[str, Any]:
+        """Write the picture that ``resident`` decoded."""
+        torch.save(self.picture, path)
+        return {}
+
+    def compare(self, path: str) -> dict[str, Any]:
+        """Largest difference of the picture that ``resident`` decoded from a saved one."""
+        if self.picture is None:  # "rank0": it is not here
+            return {"error": 0.0}
+        picture = distpatch.gather(self.picture)
+        saved = torch.load(path)
+        difference = (picture - saved).abs().max() / saved.abs().max()
+        return {"error": difference.item()}
+
+
+def resident_peak() -> int:
+    """The process's largest resident size so far, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_resident_peak() -> int:
+    """Forget the resident peak so far; the new one (where Linux does not allow it, still the old one)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        print(f"the resident peak counts from the start of the process: {error}", file=sys.stderr)
+    return resident_peak()
+
+
+def main(size: int, memory_format: str, threads: int, converted: bool, ranks: int, output: str) -> None:
+    torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        vae = build_decoder(FORMATS[memory_format])
+        if ranks > 1:
+            group, _ = stack.enter_context(launch.process_group(device="cpu", threads=threads))
+            distpatch.convert_model(vae, group, output=output)
+        elif converted:
+            distpatch.convert_model(vae)
+        worker = Worker(vae, draw_latents(size, FORMATS[memory_format]))
+        orders = ("warm_up", "time", "live", "resident", "save", "compare")
+        serve({name: getattr(worker, name) for name in orders})
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # to take torch apart in order costs each process seconds, for nothing

@@ -1,0 +1,24 @@
+"""One thread a rank, and the number of oracle comparisons at the end of the session."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.oracle", "tests.strict", "tests.models")
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, max_examples=100, derandomize=True)
+settings.load_profile("suite")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from tests import oracle
+
+    terminalreporter.write_line(f"oracle: {oracle.compared} sharded runs compared with the unsharded one")
+
+
+def pytest_sessionfinish() -> None:
+    from tests import threads
+
+    threads.close_kept()

@@ -1,0 +1,69 @@
+"""Every example as a user runs it: through torchrun, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "torchrun_examples"
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments; what it keeps in the temporary folder goes to ``folder``."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "TMPDIR": str(folder)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def torchrun(folder: Path, example: str, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run(folder, *launcher, str(EXAMPLES / example), *arguments, "--out", str(folder))
+
+
+def test_decode_vae(tmp_path: Path) -> None:
+    """Encodes and decodes the photograph on two ranks; differs from one process by rounding only."""
+    done = torchrun(tmp_path, "decode_vae.py", "--size", "128")
+    assert done.returncode == 0, done.stderr
+    differences = [
+        float(number) for number in re.findall(r"([\d.]+e[+-]\d+)\s+in the (?:picture|latents)", done.stdout)
+    ]
+    assert len(differences) == 2, done.stdout
+    assert max(differences) < 1e-4
+    assert re.search(r"encode .*rank 0.*rank 1.*decode .*rank 0.*rank 1", done.stdout, re.DOTALL), done.stdout
+    psnr, alone = (float(number) for number in re.findall(r"([\d.]+)\s+dB", done.stdout))
+    assert psnr == alone > 20
+    with Image.open(tmp_path / "decode_vae_2_ranks.png") as sheet:
+        assert sheet.width == 3 * 128 and sheet.height > 128
+
+
+def test_decode_vae_says_what_is_wrong(tmp_path: Path) -> None:
+    """A photograph that does not exist ends all ranks with the reason, once."""
+    done = torchrun(tmp_path, "decode_vae.py", "--image", str(tmp_path / "none.png"))
+    assert done.returncode != 0
+    assert done.stderr.count("none.png: [Errno 2] No such file or directory") == 1, done.stderr
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+
+
+def test_train_demo_vae(tmp_path: Path) -> None:
+    """Two steps leave an autoencoder that diffusers loads, and that the other example runs."""
+    vae = tmp_path / "vae"
+    trained = run(tmp_path, str(EXAMPLES / "train_demo_vae.py"), "--steps", "2", "--out", str(vae))
+    assert trained.returncode == 0, trained.stderr
+    done = torchrun(tmp_path, "decode_vae.py", "--model", str(vae), "--size", "64", processes=1)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "decode_vae_1_ranks.png").exists()
+
+
+def test_every_example_is_tried() -> None:
+    tried = Path(__file__).read_text()
+    for example in EXAMPLES.glob("*.py"):
+        assert f'"{example.name}"' in tried, f"{example.name} has no test"

@@ -1,0 +1,88 @@
+"""What the pool's processes run: top-level functions of the rank, which they import by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distpatch
+from tests.models import tiny_kl
+from tests.oracle import random_tensor
+
+SHAPE = (1, 3, 27, 16)
+
+
+def round_trip(rank: int, device: str = "cpu", sharded: bool = True) -> dict[str, Tensor]:
+    """Encode and decode, forward and backward: the image, and the gradients of input and weights."""
+    model = tiny_kl().to(device)
+    if sharded:
+        distpatch.convert_model(model, dist.group.WORLD, fallback="error")
+    leaf = random_tensor(SHAPE).to(device).requires_grad_()
+    image = model(leaf).sample
+    (image * random_tensor(tuple(image.shape), seed=1).to(device)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {
+        name: t.detach().cpu() for name, t in {"image": image, "x": leaf.grad, **gradients}.items() if t is not None
+    }
+
+
+def subgroup(rank: int, members: list[int]) -> Tensor | None:
+    """The decoder on some of the ranks."""
+    group = dist.new_group(members)
+    if rank not in members:
+        return None
+    model = distpatch.convert_model(tiny_kl(), group, fallback="error")
+    with torch.no_grad():
+        return model.decode(random_tensor((1, 4, 7, 5))).sample
+
+
+def mismatch(rank: int) -> tuple[str, Tensor]:
+    """A call with other shapes on one rank, then a proper one."""
+    model = distpatch.convert_model(tiny_kl(), dist.group.WORLD)
+    message = ""
+    with torch.no_grad():
+        try:
+            model.decode(random_tensor((1, 4, 7 + (rank == 1), 5)))
+        except distpatch.RankError as error:
+            message = str(error)
+        return message, model.decode(random_tensor((1, 4, 7, 5))).sample
+
+
+def dies(rank: int, victim: int, block: str) -> str:
+    """One rank is killed as it reaches a block of the decoder; what the others say."""
+    model: Any = distpatch.convert_model(tiny_kl(), dist.group.WORLD)
+
+    def kill(module: nn.Module, args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == victim:
+        model.decoder.get_submodule(block).register_forward_pre_hook(kill)
+    try:
+        with torch.no_grad():
+            model.decode(random_tensor((1, 4, 12, 5)))
+    except distpatch.RankError as error:
+        return str(error)
+    return "no error"
+
+
+def dies_between_calls(rank: int, victim: int) -> str:
+    """One rank is killed after a call; what the others say at the next."""
+    model: Any = distpatch.convert_model(tiny_kl(), dist.group.WORLD)
+    with torch.no_grad():
+        model.decode(random_tensor((1, 4, 12, 5)))
+        if rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            model.decode(random_tensor((1, 4, 12, 5)))
+        except distpatch.RankError as error:
+            return str(error)
+    return "no error"
+
+
+def raises(rank: int) -> None:
+    raise ValueError(f"rank {rank}")

@@ -1,0 +1,224 @@
+"""What a sharded forward may not do: wait for the device, ask the store, send more than its halo."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import distpatch
+from distpatch import collectives, exchange
+from tests.models import on_ranks, tiny_autoencoder, tiny_kl
+from tests.oracle import random_tensor
+from tests.threads import run_ranks
+
+READ_BACK = "item tolist numpy cpu nonzero __bool__ __int__ __float__ __index__ __complex__".split()
+SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero"}
+CUSTOM_OPS = {
+    op._qualname.removeprefix("distpatch::"): op
+    for module in (exchange, collectives)
+    for op in vars(module).values()
+    if isinstance(op, torch._library.custom_ops.CustomOpDef)
+}
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails at an operation that waits for the device or copies from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = func._schema.name.split("::")
+        self.seen[name] += 1
+        assert name not in SYNCHRONISING, f"{func} waits for the device"
+        if name in ("_to_copy", "copy_"):
+            devices = {a.device for a in args if isinstance(a, Tensor)} | {
+                (kwargs or {}).get("device") or args[0].device
+            }
+            assert len(devices) == 1, f"{func} copies between {devices}"
+        if space == "distpatch":  # run its body under the mode too
+            with self:
+                return CUSTOM_OPS[name]._init_fn(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class Silent:
+    """A store that nobody may ask."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the store was asked ({name}) during the forward pass")
+
+
+@pytest.fixture
+def no_read_back(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Once called, tensors cannot be read back to Python, nor objects sent, by any thread."""
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            raise AssertionError(f"{name} was called during the forward pass")
+
+        return call
+
+    def arm() -> None:
+        for name in READ_BACK:
+            monkeypatch.setattr(torch.Tensor, name, refuse(name), raising=False)
+        for name in vars(dist):
+            if "object" in name and callable(getattr(dist, name)):
+                monkeypatch.setattr(dist, name, refuse(name))
+
+    return arm
+
+
+PARTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "decoder": (lambda: tiny_kl().decoder, (1, 4, 7, 5)),
+    "encoder": (lambda: tiny_kl().encoder, (1, 3, 67, 24)),
+    "tiny decoder": (lambda: tiny_autoencoder().decoder, (2, 4, 7, 5)),
+    "tiny encoder": (lambda: tiny_autoencoder().encoder, (1, 3, 60, 24)),
+}
+
+
+def guarded(model: nn.Module, shape: tuple[int, ...], grad: bool) -> list[Counter[str]]:
+    """A forward pass (and backward) of three ranks under the guard; the operations that each rank did."""
+    x = random_tensor(shape)
+
+    def body(rank: int) -> Counter[str]:
+        own = copy.deepcopy(model)
+        sharded = distpatch.shard(x.clone().requires_grad_(grad), dist.group.WORLD)
+        sharded.region.comm.store = Silent()
+        with torch.set_grad_enabled(grad), NoHostSync() as mode:
+            out = own(sharded)
+            if grad:
+                out.local.square().sum().backward()
+        return mode.seen
+
+    return run_ranks(3, body)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "backward"])
+@pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
+def test_no_host_sync(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], grad: bool, no_read_back: Callable[[], None]
+) -> None:
+    """Rules plan from shapes alone: nothing is read back, no store is asked, no object is sent."""
+    model = make()
+    no_read_back()
+    for seen in guarded(model, shape, grad):
+        assert seen["convolution"] > 10 and seen["fetch_rows"] > 5, "the mode saw the forward pass"
+        assert not grad or seen["return_rows"] > 5
+
+
+@pytest.mark.parametrize("how", ["item", "cpu", "__bool__", "store", "inside an exchange"])
+def test_host_sync_would_be_noticed(
+    how: str, no_read_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard itself, against a hook that reads back, and against an exchange that does."""
+
+    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if how == "store":
+            args[0].region.comm.store.get("key")
+        else:
+            getattr(args[0].local.sum(), how)()
+
+    def message(parts: list[Tensor]) -> Tensor:
+        torch.ops.aten._local_scalar_dense(parts[0].sum())
+        return original(parts)
+
+    original = exchange._message
+    model = tiny_kl(channels=(8, 16)).decoder
+    if how == "inside an exchange":
+        monkeypatch.setattr(exchange, "_message", message)
+    else:
+        model.conv_out.register_forward_pre_hook(read)
+    no_read_back()
+    with pytest.raises(AssertionError, match="during the forward pass|waits for the device"):
+        guarded(model, (1, 4, 7, 5), False)
+
+
+def test_one_exchange_an_operation() -> None:
+    """One batch of rows for each convolution that reads others' rows, one collective for each norm."""
+    model = tiny_kl(dtype=torch.float32)
+
+    def body(model: Any, rank: int) -> tuple[Counter[tuple[str, str]], int]:
+        with torch.no_grad(), distpatch.trace() as t:
+            model.decode(random_tensor((1, 4, 9, 8), dtype=torch.float32))
+        most = max(record.messages for record in t.records if record.kind == "p2p" and record.op == "conv2d")
+        return Counter((record.kind, record.op) for record in t.records), most
+
+    convs = sum(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in model.decoder.modules())
+    norms = sum(isinstance(m, nn.GroupNorm) for m in model.decoder.modules())
+    for counts, messages in run_ranks(3, on_ranks(model, body)):
+        assert counts == {
+            ("p2p", "conv2d"): convs,
+            ("p2p", "scaled_dot_product_attention"): 1,
+            ("p2p", "output"): 1,
+            ("all_gather", "group_norm"): norms,
+        }
+        assert messages <= 2, "at most one message to the rank above and one to the rank below"
+
+
+def test_encoder_exchanges() -> None:
+    """Strided convolutions behind a pad on two sides read one row, from below, if any."""
+    model = tiny_kl(dtype=torch.float32)
+
+    def body(model: Any, rank: int) -> Counter[tuple[str, str]]:
+        with torch.no_grad(), distpatch.trace() as t:
+            model.encode(random_tensor((1, 3, 72, 16), dtype=torch.float32))
+        return Counter((record.kind, record.op) for record in t.records)
+
+    convs = sum(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in model.encoder.modules())
+    for rank, counts in enumerate(run_ranks(3, on_ranks(model, body))):
+        assert counts["p2p", "conv2d"] == convs, f"rank {rank}"
+        assert not set(counts) - {
+            ("p2p", "conv2d"), ("p2p", "scaled_dot_product_attention"), ("p2p", "output"), ("all_gather", "group_norm")
+        }  # fmt: skip
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_bytes_of_stable_diffusions_decoder() -> None:
+    """For latents 32 columns wide (256 pixels), an edge rank sends one row of each 3×3 convolution's input
+    and not a byte more, whatever the height."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+    del vae.encoder, vae.quant_conv
+    vae = vae.to_empty(device="cpu").eval()
+    for parameter in vae.parameters():
+        nn.init.constant_(parameter, 1e-3)
+
+    def body(rank: int) -> tuple[int, int]:
+        with torch.device("meta"):
+            own = copy.deepcopy(vae)
+        own.load_state_dict(vae.state_dict(), assign=True)  # two ranks, one set of weights
+        expected = 0
+
+        def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal expected
+            x = args[0]
+            expected += x[:, :, :1].numel() * x.element_size()
+
+        for module in own.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.register_forward_pre_hook(count)
+        distpatch.convert_model(own, dist.group.WORLD, fallback="error")
+        with torch.no_grad(), distpatch.trace() as t:
+            own.decode(torch.zeros(1, 4, 4, 32))
+        return sum(record.sent_bytes for record in t.records if record.op == "conv2d"), expected
+
+    for sent, expected in run_ranks(2, body, timeout=60):
+        assert sent == expected == 4_063_744

@@ -1,0 +1,127 @@
+"""Layouts and transfer plans: integers only, simulated for all ranks at once."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from distpatch import LayoutError, RowLayout
+from distpatch.layout import (
+    Bounds,
+    Needs,
+    TransferPlan,
+    aligned_bounds,
+    even_bounds,
+    plan_stencil,
+    plan_transfer,
+)
+from distpatch.stencil import NearestStencil, WindowStencil
+from tests.unit.test_stencil import windows
+
+
+@st.composite
+def bounds_of(draw: st.DrawFn, most_rows: int = 24, most_ranks: int = 6) -> Bounds:
+    rows, world = draw(st.integers(0, most_rows)), draw(st.integers(1, most_ranks))
+    return (0, *sorted(draw(st.integers(0, rows)) for _ in range(world - 1)), rows)
+
+
+@st.composite
+def exchanges(draw: st.DrawFn) -> tuple[Bounds, Needs]:
+    """Any layout, and any intervals that its ranks may ask for."""
+    bounds = draw(bounds_of())
+    row = st.integers(0, bounds[-1])
+    interval = st.tuples(row, row).map(lambda ends: (min(ends), max(ends)))
+    count = draw(st.integers(1, 3))
+    return bounds, tuple(tuple(draw(interval) for _ in range(count)) for _ in bounds[1:])
+
+
+@given(st.integers(0, 100), st.integers(1, 12))
+def test_even_bounds(rows: int, world: int) -> None:
+    sizes = [hi - lo for lo, hi in pairwise(even_bounds(rows, world))]
+    assert (len(sizes), sum(sizes)) == (world, rows)
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(bounds_of(), st.integers(1, 5))
+def test_aligned_bounds(bounds: Bounds, unit: int) -> None:
+    aligned = aligned_bounds(bounds, unit)
+    assert aligned[-1] == bounds[-1]
+    assert all(a % unit == 0 and 0 <= b - a < unit for a, b in zip(aligned[:-1], bounds[:-1], strict=True))
+
+
+@pytest.mark.parametrize("bounds", [(), (0,), (1, 4), (0, 3, 2), (0, -1, 2)], ids=str)
+def test_bounds_that_are_none(bounds: Bounds) -> None:
+    with pytest.raises(LayoutError, match="bounds"):
+        RowLayout(2, bounds)
+
+
+def test_layout_is_a_value() -> None:
+    layout = RowLayout(2, (0, 3, 3, 7))
+    assert (layout.size, layout.world_size, layout.interval(1), layout.interval(2)) == (7, 3, (3, 3), (3, 7))
+    assert layout.with_dim(2) is layout and layout.with_bounds((0, 3, 3, 7)) is layout
+    assert layout.with_dim(1) == RowLayout(1, (0, 3, 3, 7)) and layout.with_bounds((0, 7)) == RowLayout(2, (0, 7))
+    assert len({layout, RowLayout(2, (0, 3, 3, 7))}) == 1
+
+
+def assert_covers(bounds: Bounds, stencil: WindowStencil | NearestStencil, rows_out: int) -> None:
+    """Each rank owns or fetches every row that its output reads, and fetches no row twice or in vain."""
+    plan = plan_stencil(bounds, stencil)
+    assert plan.out[0] == 0 and plan.out[-1] == rows_out and len(plan.out) == len(bounds)
+    for rank, (lo, hi) in enumerate(pairwise(plan.out)):
+        assert lo <= hi
+        own = set(range(bounds[rank], bounds[rank + 1]))
+        above, below = (set(range(*interval)) for interval in plan.needs[rank])
+        needed = set(range(*stencil.need(lo, hi))) & set(range(bounds[-1])) if lo < hi else set()
+        assert needed <= own | above | below
+        assert above | below == needed - own and not above & below
+        assert all(row < bounds[rank] for row in above) and all(row >= bounds[rank + 1] for row in below)
+
+
+@given(bounds_of(), windows)
+def test_window_plans(bounds: Bounds, stencil: WindowStencil) -> None:
+    rows_out = stencil.out_rows(bounds[-1])
+    assume(rows_out >= 0)
+    assert_covers(bounds, stencil, rows_out)
+
+
+@given(bounds_of(), st.integers(1, 50))
+def test_nearest_plans(bounds: Bounds, rows_out: int) -> None:
+    assume(bounds[-1] > 0)
+    assert_covers(bounds, NearestStencil(bounds[-1], rows_out, bounds[-1] / rows_out), rows_out)
+
+
+@given(exchanges())
+def test_transfers_deliver(exchange: tuple[Bounds, Needs]) -> None:
+    """All ranks' plans together: sends meet receives, at most one a pair, and every row arrives."""
+    bounds, needs = exchange
+    plans = [plan_transfer(bounds, needs, rank) for rank in range(len(needs))]
+    mail = {}
+    for rank, plan in enumerate(plans):
+        for peer, cut in plan.sends:
+            assert peer != rank and (rank, peer) not in mail, "one message a pair"
+            shard = range(bounds[rank], bounds[rank + 1])
+            mail[rank, peer] = [row for lo, hi in cut for row in shard[lo:hi]]
+    for rank, plan in enumerate(plans):
+        assert received(plan, rank, bounds, mail) == [list(range(lo, hi)) for lo, hi in needs[rank]]
+    assert not mail, "every message is received"
+
+
+def received(
+    plan: TransferPlan, rank: int, bounds: Bounds, mail: dict[tuple[int, int], list[int]]
+) -> list[list[int | None]]:
+    """The rows that end up in each of a rank's intervals."""
+    pieces: list[list[int | None]] = [[None] * rows for rows in plan.rows]
+    for (lo, hi), part in plan.own:
+        pieces[part.interval][part.start : part.stop] = range(bounds[rank], bounds[rank + 1])[lo:hi]
+    for peer, parts in plan.recvs:
+        message = mail.pop((peer, rank))
+        for part in parts:
+            size = part.stop - part.start
+            pieces[part.interval][part.start : part.stop] = message[:size]
+            message = message[size:]
+        assert not message, "no row too many"
+    return pieces

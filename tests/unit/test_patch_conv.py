@@ -1,0 +1,92 @@
+"""Patch Conv against the plain convolution: one rank's rows, its halo pieces, any patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distpatch import patch_conv
+from distpatch.layout import plan_stencil
+from distpatch.patch_conv import Slab, choose_patch_rows, convolve
+from distpatch.stencil import WindowStencil
+from tests.oracle import random_tensor
+from tests.unit.test_layout import bounds_of
+from tests.unit.test_stencil import windows
+
+
+def slabs(x: Tensor, bounds: tuple[int, ...], stencil: WindowStencil) -> Iterator[tuple[Slab, tuple[int, int]]]:
+    """What each rank would hold after the exchange, and its output rows."""
+    plan = plan_stencil(bounds, stencil)
+    for rank, needs in enumerate(plan.needs):
+        intervals = (needs[0], bounds[rank : rank + 2], needs[1])
+        pieces = tuple((lo, x[:, :, lo:hi]) for lo, hi in intervals)
+        yield Slab(pieces, 1, 2, x.shape[2]), plan.out[rank : rank + 2]
+
+
+@given(bounds_of(most_rows=14, most_ranks=4), windows, st.integers(1, 12), st.booleans(), st.booleans(), st.booleans())
+def test_convolve(
+    bounds: tuple[int, ...], stencil: WindowStencil, patch_rows: int, sequential: bool, grad: bool, nhwc: bool
+) -> None:
+    """The ranks' outputs together are the convolution of the padded image, whatever the patches."""
+    rows = bounds[-1]
+    assume(rows > 0 and stencil.out_rows(rows) > 0)
+    x = random_tensor((2, 3, rows, 4))
+    if nhwc:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = random_tensor((4, 3, stencil.kernel, 3), seed=1).requires_grad_(grad)
+    options = {"stride": (stencil.stride, 1), "dilation": (stencil.dilation, 1)}
+
+    def conv(part: Tensor, row_padding: int) -> Tensor:
+        return F.conv2d(part, weight, padding=(row_padding, 1), **options)
+
+    right = F.conv2d(F.pad(x, (1, 1, stencil.before, stencil.after)), weight, **options)
+    with torch.set_grad_enabled(grad):
+        outputs = [
+            convolve(conv, slab, stencil, out, patch_rows, sequential) for slab, out in slabs(x, bounds, stencil)
+        ]
+    torch.testing.assert_close(torch.cat(outputs, 2), right, rtol=1e-12, atol=1e-12)
+    assert grad == all(out.requires_grad for out in outputs)
+
+
+def test_slab_rows() -> None:
+    """Own rows are a view; beyond the image are zeros; halo pieces join their neighbours."""
+    x = torch.arange(1.0, 11.0).view(1, 1, 10, 1)
+    slab = Slab(((2, x[:, :, 2:4]), (4, x[:, :, 4:7]), (7, x[:, :, 7:8])), 1, 2, 10)
+    assert slab.own[:2] == (4, 7)
+    assert slab.rows(5, 7).data_ptr() == x[:, :, 5:].data_ptr()
+    assert slab.rows(2, 8).flatten().tolist() == [3, 4, 5, 6, 7, 8]
+    edge = Slab(((0, x[:, :, :0]), (7, x[:, :, 7:]), (10, x[:, :, :0])), 1, 2, 10)
+    assert edge.rows(8, 13).flatten().tolist() == [9, 10, 0, 0, 0]
+    assert edge.rows(11, 13).flatten().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("splits", "rows", "patch"), [(1, 9, 9), (3, 9, 3), (4, 9, 3), (100, 9, 1), (2, 1, 1)])
+def test_splits(splits: int, rows: int, patch: int) -> None:
+    x, weight = torch.zeros(1, 1, rows, 4), torch.zeros(1, 1, 3, 3)
+    assert choose_patch_rows(splits, rows, x, weight, x.numel()) == patch
+
+
+def test_never_more_elements_than_an_index_can_count() -> None:
+    """Of the output too: 4 GiB elements are at least three calls, asked for or not."""
+    x, weight = torch.empty(1, 1, 64, 2, device="meta"), torch.empty(1, 1, 3, 3, device="meta")
+    assert choose_patch_rows(1, 64, x, weight, 2**32) == 64 // 3 + 1
+    assert choose_patch_rows(8, 64, x, weight, 2**32) == 8
+    large = torch.empty(1, 2**20, 64, 64, device="meta")
+    assert choose_patch_rows(1, 64, large, weight, 8) == 64 // 3 + 1
+
+
+def test_automatic_splits_only_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large contiguous tensors, without gradients; small ones and heavy weights stay whole."""
+    monkeypatch.setattr(patch_conv, "PATCH_BYTES", 1 << 10)
+    x, weight = torch.zeros(1, 8, 64, 16), torch.zeros(1, 8, 1, 1)
+    with torch.no_grad():
+        assert choose_patch_rows("auto", 64, x, weight, x.numel()) < 8
+        assert choose_patch_rows("auto", 64, x, torch.zeros(64, 8, 9, 9), x.numel()) == 64
+        assert choose_patch_rows("auto", 4, x[:, :, :1], weight, 64) == 4
+    assert choose_patch_rows("auto", 64, x, weight, x.numel()) == 64
