@@ -21,13 +21,17 @@ from torch import Tensor
 
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, attempt, communicator_of
-from distpatch.layout import RowLayout
+from distpatch.layout import BlockLayout, RowLayout
 
 BUCKET_BYTES = 32 << 20
 
 
 def gather_rows(local: Tensor, layout: RowLayout, name: str, op: str = "gather") -> Tensor:
     """All rows of a sharded tensor, on every rank; the backward keeps the rank's own rows."""
+    if isinstance(layout, BlockLayout):
+        rows = layout.opened
+        local = local.unflatten(layout.dim, (layout.blocks, local.shape[layout.dim] // layout.blocks))
+        return gather_rows(local, rows, name, op).flatten(layout.dim, rows.dim)
     return _Gather.apply(local, layout, name, op)
 
 
@@ -70,9 +74,14 @@ def sum_partials(tensor: Tensor, name: str, op: str) -> Tensor:
     return _Sum.apply(tensor, name, op) if name else tensor
 
 
-def reduce_ranks(tensor: Tensor, name: str, op: str, how: str) -> Tensor:
-    """``amax`` or ``amin`` of every rank's partial result; gradients flow to the winners."""
-    return getattr(stack_ranks(tensor, name, op), how)(0)
+def share_out(local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor:
+    """``value``, replicated, which is ``sum(shares * local)`` over all ranks: the gradient is that of the sum.
+
+    For what was found another way, such as a maximum.
+    """
+    if torch.is_grad_enabled() and local.requires_grad:
+        return _ShareOut.apply(local, shares, value, name)
+    return value
 
 
 def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
@@ -175,6 +184,18 @@ class _Sum(torch.autograd.Function):
         return spread(grad, ctx.name), None, None
 
 
+class _ShareOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(shares)
+        ctx.name = name
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * spread(grad, ctx.name), None, None, None
+
+
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, name: str, op: str) -> Tensor:
@@ -183,7 +204,7 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad[communicator_of(ctx.name).rank], None, None
+        return spread(grad, ctx.name)[communicator_of(ctx.name).rank], None, None
 
 
 @torch.library.custom_op("distpatch::all_reduce", mutates_args=())
@@ -201,7 +222,8 @@ def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
     mine = tensor.contiguous()
     stacked = mine.new_empty((comm.size, *mine.shape))
     _record(comm, "all_gather", op, mine)
-    attempt(comm, op, lambda: dist.all_gather_single(stacked.view(-1), mine.view(-1), group=comm.pg), None)
+    everyone, own = (t.view(-1).view(torch.uint8) for t in (stacked, mine))  # gloo knows few dtypes
+    attempt(comm, op, lambda: dist.all_gather_single(everyone, own, group=comm.pg), None)
     return stacked
 
 
@@ -231,8 +253,10 @@ def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int,
     squares, so as exact as the samples' own moments. Returns (count, mean (...), m2 (...)).
     """
     total = sum(counts)
-    shape = [-1] + [1] * (mean.ndim - 1)
-    weight = torch.tensor(counts, dtype=mean.dtype, device=mean.device).view(shape)
+    weight = mean.new_full((len(counts), *[1] * (mean.ndim - 1)), counts[0] if counts else 0)
+    for index, count in enumerate(counts):
+        if count != counts[0]:
+            weight[index] = count  # filled on the device: nothing is copied to it
     union = (mean * (weight / max(total, 1))).sum(0)
     spread_between = ((mean - union).square() * weight).sum(0)
     return total, union, m2.sum(0) + spread_between

@@ -29,7 +29,7 @@ Conv = Callable[[Tensor, int], Tensor]  # (rows, zero rows of padding above and 
 
 @dataclass(frozen=True)
 class Slab:
-    """The rows of an image of ``size`` rows that one rank can read; beyond the image are zeros.
+    """The rows of an image of ``size`` rows that one rank can read; beyond the image they are ``fill``.
 
     ``pieces``: (first global row, tensor) in ascending order; ``local`` of them is the rank's own.
     """
@@ -38,6 +38,7 @@ class Slab:
     local: int
     dim: int
     size: int
+    fill: float = 0.0
 
     @property
     def own(self) -> tuple[int, int, Tensor]:
@@ -49,20 +50,27 @@ class Slab:
         start, stop, own = self.own
         if start <= lo and hi <= stop:
             return own.narrow(self.dim, lo - start, hi - lo)
-        parts = [self._zeros(min(hi, 0) - lo)]
+        parts = [self._padding(min(hi, 0) - lo)]
         for first, piece in self.pieces:
             a, b = max(lo - first, 0), min(hi - first, piece.shape[self.dim])
             if a < b:
                 parts.append(piece.narrow(self.dim, a, b - a))
-        parts.append(self._zeros(hi - max(lo, self.size)))
+        parts.append(self._padding(hi - max(lo, self.size)))
         parts = [part for part in parts if part.shape[self.dim] > 0]
+        assert sum(part.shape[self.dim] for part in parts) == hi - lo, f"rows {lo}:{hi} were not all fetched"
         # Rows of padding alone would leave the autograd graph, and the halo's backward is collective.
         return torch.cat([own.narrow(self.dim, 0, 0), *parts], self.dim)
 
-    def _zeros(self, rows: int) -> Tensor:
+    def blank(self, rows: int) -> Tensor:
+        """Rows of padding alone: what an idle rank computes on, to keep its place in the autograd graph."""
+        return self.rows(self.size, self.size + rows)
+
+    def _padding(self, rows: int) -> Tensor:
         own = self.own[2]
         shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
-        return torch.zeros(shape, dtype=own.dtype, device=own.device).contiguous(memory_format=memory_format(own))
+        return torch.full(shape, self.fill, dtype=own.dtype, device=own.device).contiguous(
+            memory_format=memory_format(own)
+        )
 
 
 def convolve(
@@ -70,19 +78,24 @@ def convolve(
 ) -> Tensor:
     """Output rows ``out`` of a convolution (or any sliding window), ``patch_rows`` at a time."""
     lo, hi = out
-    if lo == hi:  # an idle rank keeps its place in the autograd graph
-        own = slab.own[2]
-        blank = torch.cat([own.narrow(slab.dim, 0, 0), slab.rows(slab.size, slab.size + stencil.span)], slab.dim)
-        return conv(blank, 0).narrow(slab.dim, 0, 0)
+    if lo == hi:
+        return conv(slab.blank(stencil.span), 0).narrow(slab.dim, 0, 0)
     if patch_rows >= hi - lo:
         return _whole(conv, slab, stencil, lo, hi)
-    starts = range(lo, hi, patch_rows)
     if not sequential:
         return _batched(conv, slab, stencil, lo, hi, patch_rows)
-    results = (conv(slab.rows(*stencil.need(a, min(a + patch_rows, hi))), 0) for a in starts)
+    return in_patches(lambda a, b: conv(slab.rows(*stencil.need(a, b)), 0), out, patch_rows, slab.dim)
+
+
+def in_patches(rows_of: Callable[[int, int], Tensor], out: Interval, patch_rows: int, dim: int) -> Tensor:
+    """Output rows ``out``, computed by ``rows_of(start, stop)`` for ``patch_rows`` at a time."""
+    lo, hi = out
+    if patch_rows >= hi - lo:
+        return rows_of(lo, hi)
+    results = (rows_of(a, min(a + patch_rows, hi)) for a in range(lo, hi, patch_rows))
     if torch.is_grad_enabled():
-        return torch.cat(list(results), slab.dim)
-    return _collect(results, slab.dim, lo, hi, patch_rows)
+        return torch.cat(list(results), dim)
+    return _collect(results, dim, lo, hi, patch_rows)
 
 
 def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:

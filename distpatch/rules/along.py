@@ -1,42 +1,74 @@
-"""Functions that work along one dim: local unless it is the sharded one."""
+"""Functions that work along one dim: local beside the sharded one; along it, ranks tell each other totals."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from distpatch.collectives import spread, stack_ranks
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, rule, spread, wrap
+from distpatch.rules.reduction import autocast, precise
+from distpatch.rules.registry import named, normalize_dims, op_name, rule, wrap
 from distpatch.tensor import PatchTensor
-from distpatch.tree import map_tensors
 
 
-@rule(*named("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "glu", "logcumsumexp"))
-def along(func: Any, input: PatchTensor, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
-    if dim is None or dim % input.ndim == input.rows.dim:
-        return fallback(func, input, dim, *args, **kwargs)
-    return map_tensors(lambda t: wrap(t, input), func(input.local, dim, *args, **kwargs))
+@rule(*named("softmax", "log_softmax", "softmin"))
+def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    """Of exponents shifted by the largest of all ranks, divided by their sum over all ranks."""
+    if isinstance(_stacklevel, torch.dtype):  # in the place of dtype, except in nn.functional
+        dtype = _stacklevel
+    if dim is None:
+        dim = F._get_softmax_dim(op_name(func), input.ndim, 3)  # type: ignore[attr-defined]
+    at = dim % input.ndim
+    if at != input.rows.dim:
+        return wrap(func(input.local, at, dtype=dtype), input)
+    if op_name(func) == "softmin":
+        return softmax(torch.softmax, -input, at, dtype=dtype)  # type: ignore[arg-type]
+    input = autocast(input, lambda t: func(t, 0))
+    kind = dtype or input.dtype
+    x = input.to(precise(kind))
+    shifted = x - x.detach().amax(at, keepdim=True)
+    if op_name(func) == "log_softmax":
+        return (shifted - shifted.exp().sum(at, keepdim=True).log()).to(kind)
+    exponents = shifted.exp()
+    return (exponents / exponents.sum(at, keepdim=True)).to(kind)
+
+
+@rule(*named("cumsum", "cumprod", "logcumsumexp"))
+def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) -> Any:
+    """Each rank's own, on top of the totals of the ranks before it."""
+    at, options = dim % input.ndim, {} if dtype is None else {"dtype": dtype}
+    if at != input.rows.dim:
+        return wrap(func(input.local, at, **options), input)
+    name = op_name(func)
+    input = autocast(input, lambda t: func(t, 0))
+    add, total = {
+        "cumsum": (torch.add, torch.sum),
+        "cumprod": (torch.mul, torch.prod),
+        "logcumsumexp": (torch.logaddexp, torch.logsumexp),
+    }[name]
+    kind = dtype or (input.dtype if input.dtype.is_floating_point or input.dtype.is_complex else torch.int64)
+    local = input.local.to(precise(kind))
+    comm, _ = input.region.comm, input.rows.bounds  # rows in order, or called again
+    totals = spread(stack_ranks(total(local, at), comm.name, name), comm.name)  # type: ignore[operator]
+    before = total(totals[: comm.rank], 0).unsqueeze(at)  # type: ignore[operator]
+    return wrap(add(func(local, at), before).to(kind), input)  # type: ignore[operator]
 
 
 @rule(F.normalize)
-def normalize(func: Any, input: PatchTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
-    if dim % input.ndim == input.rows.dim or out is not None:
+def normalize(func: Any, input: PatchTensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    if out is not None:
         return fallback(func, input, p, dim, eps, out)
-    return wrap(func(input.local, p, dim, eps), input)
+    if input.rows.dim not in normalize_dims(dim, input.ndim):
+        return wrap(func(input.local, p, dim, eps), input)
+    return input / torch.linalg.vector_norm(input, p, dim, True).clamp_min(eps)
 
 
-@rule(F.layer_norm, F.rms_norm)
-def norm_of_last_dims(
-    func: Any,
-    input: PatchTensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    if input.rows.dim >= input.ndim - len(normalized_shape):
-        return fallback(func, input, normalized_shape, weight, *args, **kwargs)
-    weight, args, kwargs = map_tensors(lambda t: spread(t, input), (weight, args, kwargs))
-    return wrap(func(input.local, normalized_shape, weight, *args, **kwargs), input)
+@rule(*named("glu"))
+def glu(func: Any, input: PatchTensor, dim: int = -1) -> Any:
+    if dim % input.ndim != input.rows.dim:
+        return wrap(func(input.local, dim), input)
+    values, gates = input.chunk(2, dim)
+    return values * gates.sigmoid()

@@ -35,7 +35,8 @@ def convolution(
     if isinstance(weight, PatchTensor) or not isinstance(input, PatchTensor):
         return fallback(func, input, weight, bias, stride, padding, dilation, groups)
     if input.ndim == spatial + 1:  # unbatched
-        return convolution(func, cast(PatchTensor, input[None]), weight, bias, stride, padding, dilation, groups)[0]
+        batch = cast(PatchTensor, input.unsqueeze(0))
+        return convolution(func, batch, weight, bias, stride, padding, dilation, groups).squeeze(0)
     axis = input.rows.dim - 2
     if axis == -1:
         return fallback(func, input, weight, bias, stride, padding, dilation, groups)

@@ -1,23 +1,30 @@
-"""Normalisation over the sharded dim: moments of the local rows, merged in one small collective."""
+"""Normalisation: statistics of the local rows, merged in one small collective; the rest is local."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.collectives import memory_format, merge_moments, stack_ranks
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, needs_grad, op_name, rule, spread, wrap
+from distpatch.rules.reduction import autocast
+from distpatch.rules.registry import named, on_some_rows, op_name, rule, spread, wrap
+from distpatch.rules.statistics import Norm, normalize
 from distpatch.tensor import PatchTensor
+from distpatch.tree import map_tensors
 
-# Rows are read twice, for the mean and around it: on a CPU from a cache of this size.
-CHUNK_BYTES = {"cpu": 512 << 10}
-CHUNK_BYTES_ELSEWHERE = 64 << 20
+
+def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
+    """Where no statistic crosses rows: on the local ones, with the other tensors replicated."""
+    args, kwargs = map_tensors(lambda t: spread(t, input), (args, kwargs))
+    return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, input.rows.dim), input)
+
+
+def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
+    return Norm(groups, eps, input.rows, input.region.comm.name, op_name(func))
 
 
 @rule(*named("group_norm"))
@@ -31,80 +38,123 @@ def group_norm(
     *cudnn: Any,
 ) -> Any:
     if input.rows.dim == 0:
-        weight, bias = (None if t is None else spread(t, input) for t in (weight, bias))
-        return wrap(func(input.local, num_groups, weight, bias, eps, *cudnn), input)
-    channels = input.shape[1]
-    if input.rows.dim == 1 or channels % num_groups:
+        return _local(func, input, num_groups, weight, bias, eps, *cudnn)
+    if input.rows.dim == 1 or input.shape[1] % num_groups:
         return fallback(func, input, num_groups, weight, bias, eps, *cudnn)
-    counts, mean, m2 = channel_moments(input)
-    grouped = [t.unflatten(1, (num_groups, -1)).movedim(2, 0) for t in (mean, m2)]
-    count, mean, m2 = merge_moments([counts] * (channels // num_groups), *grouped)
-    if input.region.comm.size > 1:
-        a_row = math.prod(input.shape[2:]) // input.rows.size * (channels // num_groups)
-        count, mean, m2 = merge_ranks(input, a_row, mean, m2, func)
-    mean, var = (t.repeat_interleave(channels // num_groups, 1) for t in (mean, m2 / count))
-    return wrap(normalize(input, mean, var, weight, bias, eps), input)
+    input = autocast(input, lambda t: func(t.view(1, 1), 1))
+    return wrap(normalize(input.local, weight, bias, _norm(func, input, num_groups, eps))[0], input)
 
 
-def channel_moments(x: PatchTensor) -> tuple[int, Tensor, Tensor]:
-    """Count, mean and centred second moment of each channel of the local rows, (B, C), in fp32 or better."""
-    local, row = x.local, x.rows.dim
-    precise = torch.promote_types(local.dtype, torch.float32)
-    dims = tuple(range(2, local.ndim))
-    rows_bytes = local.numel() // max(local.shape[row], 1) * local.element_size()
-    chunk_bytes = CHUNK_BYTES.get(local.device.type, CHUNK_BYTES_ELSEWHERE)
-    grads = needs_grad(local)
-    chunk_rows = local.shape[row] if grads else chunk_bytes // max(rows_bytes, 1)
-    counts, means, m2s = [], [], []
-    for chunk in local.split(max(chunk_rows, 1), row):
-        counts.append(chunk[0, 0].numel())
-        mean = chunk.sum(dims, keepdim=True, dtype=precise) / max(counts[-1], 1)
-        centred = chunk - mean
-        if grads:
-            m2s.append(centred.square().sum(dims))
-        else:
-            m2s.append(torch.linalg.vector_norm(centred, dim=dims).square())
-        means.append(mean.flatten(1))
-    return merge_moments(counts, torch.stack(means), torch.stack(m2s))
+@rule(F.batch_norm)
+def batch_norm(
+    func: Any,
+    input: PatchTensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if input.rows.dim == 1:
+        return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        return _local(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    F._verify_batch_size(list(input.shape))  # type: ignore[attr-defined]
+    rows = input.local.unsqueeze(-1) if input.ndim == 2 else input.local
+    norm = _norm(func, input, 0, eps)
+    out, mean, var = normalize(rows, weight, bias, norm)
+    _keep_running(running_mean, running_var, mean, var, norm.count(rows), momentum)
+    return wrap(out.squeeze(-1) if input.ndim == 2 else out, input)
 
 
-def merge_ranks(x: PatchTensor, a_row: int, mean: Tensor, m2: Tensor, func: Any) -> tuple[int, Tensor, Tensor]:
-    """The moments of all ranks' rows, in one collective; each row has ``a_row`` samples."""
-    counts = [a_row * (hi - lo) for lo, hi in pairwise(x.rows.bounds)]
-    ranks = stack_ranks(torch.stack([mean, m2]), x.region.comm.name, op_name(func))
-    return merge_moments(counts, ranks[:, 0], ranks[:, 1])
+@rule(F.instance_norm)
+def instance_norm(
+    func: Any,
+    input: PatchTensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
+        return fallback(func, input, *stats)
+    if not use_input_stats or input.rows.dim == 0:
+        return _local(func, input, *stats)
+    F._verify_spatial_size(list(input.shape))  # type: ignore[attr-defined]
+    norm = _norm(func, input, input.shape[1], eps)
+    out, mean, var = normalize(input.local, weight, bias, norm)
+    _keep_running(running_mean, running_var, mean, var, norm.count(input.local), momentum)
+    return wrap(out, input)
 
 
-def normalize(
-    x: PatchTensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` on the local rows.
+@torch.no_grad()
+def _keep_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """Move the running statistics, the same on all ranks, towards these; the variance is the unbiased one."""
+    if running_mean is not None:
+        running_mean.lerp_(mean.mean(0).to(running_mean.dtype), momentum)
+    if running_var is not None:
+        unbiased = var.mean(0) * (count / (count - 1))
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
-    ``mean`` and ``var``: (B, C), replicated, in fp32 or better; ``weight`` and ``bias``: (C,).
-    """
-    local, (batch, channels) = x.local, mean.shape
-    weight, bias = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
-    if needs_grad(local, weight, bias):
-        stats = spread(torch.stack([mean, (var + eps).rsqrt()]), x)
-        shape = [batch, channels] + [1] * (local.ndim - 2)
-        per_channel = [1, channels] + [1] * (local.ndim - 2)
-        out = (local - stats[0].view(shape)) * stats[1].view(shape)
-        if weight is not None:
-            out = out * spread(weight, x).view(per_channel)
-        if bias is not None:
-            out = out + spread(bias, x).view(per_channel)
-        return out.to(local.dtype)
-    local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
-    out = torch.empty_like(local)
-    for sample in range(batch) if local.numel() else ():
-        # Batch norm in evaluation is this formula, in one pass, computed in fp32 for half precision.
-        one = F.batch_norm(local[sample : sample + 1], mean[sample], var[sample], weight, bias, eps=eps)
-        if batch == 1:
-            return one
-        out[sample] = one[0]
-    return out
+
+@rule(torch.batch_norm, torch.instance_norm)
+def builtin_norm(func: Any, input: PatchTensor, weight: Any, bias: Any, mean: Any, var: Any, *args: Any) -> Any:
+    """torch's own have other orders of arguments than those of ``nn.functional``."""
+    return getattr(F, op_name(func))(input, mean, var, weight, bias, *args[:3])
+
+
+@rule(*named("layer_norm"))
+def layer_norm(
+    func: Any,
+    input: PatchTensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *cudnn: Any,
+) -> Any:
+    first = input.ndim - len(normalized_shape)
+    if input.rows.dim < first:
+        return _local(func, input, normalized_shape, weight, bias, eps, *cudnn)
+    if input.shape[first:] != tuple(normalized_shape):
+        return fallback(func, input, normalized_shape, weight, bias, eps, *cudnn)
+    input = autocast(input, lambda t: func(t, (1,)))
+    # One group of one channel, in whose place stand the samples.
+    local = input.local.to(torch.promote_types(input.dtype, torch.float32))
+    samples = local.reshape(math.prod(local.shape[:first]), 1, *local.shape[first:])
+    norm = Norm(1, eps, input.rows.with_dim(input.rows.dim - first + 2), input.region.comm.name, op_name(func))
+    out: Tensor = wrap(normalize(samples, None, None, norm)[0].view(local.shape), input)
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias).to(input.dtype)
+
+
+@rule(*named("rms_norm"))
+def rms_norm(
+    func: Any, input: PatchTensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Any:
+    first = input.ndim - len(normalized_shape)
+    if input.rows.dim < first:
+        return _local(func, input, normalized_shape, weight, eps)
+    if input.shape[first:] != tuple(normalized_shape):
+        return fallback(func, input, normalized_shape, weight, eps)
+    input = autocast(input, lambda t: func(t, (1,)))
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    mean_square = x.square().mean(tuple(range(first, x.ndim)), keepdim=True)
+    out = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if eps is None else eps))
+    return (out if weight is None else out * weight).to(input.dtype)
+
+
+@rule(F.local_response_norm)
+def local_response_norm(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
+    """Over neighbouring channels of a pixel."""
+    if input.rows.dim == 1:
+        return fallback(func, input, *args, **kwargs)
+    return _local(func, input, *args, **kwargs)

@@ -3,79 +3,98 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distpatch.collectives import merge_moments, stack_ranks
+from distpatch.collectives import stack_ranks
 from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import named, normalize_dims, op_name, rule, sum_ranks, wrap
+from distpatch.rules.statistics import merge_ranks, moments
 from distpatch.tensor import PatchTensor
 
 Dims = int | Sequence[int] | None
 
 
-def _kept(x: PatchTensor, local: Tensor, dims: tuple[int, ...], keepdim: bool) -> PatchTensor:
+def kept(x: PatchTensor, local: Any, dims: Sequence[int], keepdim: bool) -> Any:
     """The sharded dim stays; it moves forward by the dims that go before it."""
     gone = 0 if keepdim else sum(d < x.rows.dim for d in dims)
-    return wrap(local, x, x.rows.with_dim(x.rows.dim - gone))
+    layout = x.rows.with_dim(x.rows.dim - gone)
+    return type(local)([wrap(t, x, layout) for t in local]) if isinstance(local, tuple) else wrap(local, x, layout)
 
 
-@rule(*named("sum", "mean", "nansum"))
+def never_empty(x: PatchTensor, fill: Any) -> Tensor:
+    """The local rows; where there are none one of ``fill``, which stays in the autograd graph."""
+    local, row = x.local, x.rows.dim
+    if local.shape[row] > 0 or x.rows.size == 0:
+        return local
+    blank = local.new_full([1 if d == row else n for d, n in enumerate(local.shape)], fill)
+    return torch.cat([local, blank], row)
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """In what partial results are kept: fp32 for half precision."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
+def autocast(x: PatchTensor, probe: Callable[[Tensor], Tensor]) -> PatchTensor:
+    """The tensor in the dtype that autocast runs this function in, found by trying one element."""
+    if not x.dtype.is_floating_point or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return wrap(x.local.to(probe(x.local.new_zeros(1)).dtype), x)
+
+
+@rule(*named("sum", "mean", "nansum", "nanmean"))
 def total(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if isinstance(dim, torch.dtype):
         dim, dtype = None, dim
     dims = normalize_dims(dim, input.ndim)
-    if input.rows.dim not in dims:
-        return _kept(input, func(input.local, dims, keepdim, dtype=dtype), dims, keepdim)
-    if op_name(func) == "nansum":
-        return fallback(func, input, dim, keepdim, dtype=dtype)
-    local = input.local if dtype is None else input.local.to(dtype)
-    precise = local.dtype
-    if precise.is_floating_point:
-        precise = torch.promote_types(precise, torch.float32)
-    partial = local.sum(dims, keepdim, dtype=None if precise == local.dtype else precise)
-    result = sum_ranks(partial, input, func)
-    if op_name(func) == "mean":
-        result = result / math.prod(input.shape[d] for d in dims)
+    kind = dtype or input.dtype
+    averaged = op_name(func).endswith("mean")
+    if input.rows.dim not in dims or (averaged and not (kind.is_floating_point or kind.is_complex)):
+        return kept(input, func(input.local, dims, keepdim, dtype=dtype), dims, keepdim)
+    input = autocast(input, func)
+    local, nan = input.local if dtype is None else input.local.to(dtype), op_name(func).startswith("nan")
+    exact = precise(local.dtype)
+    add = torch.nansum if nan else torch.sum
+    result = sum_ranks(add(local, dims, keepdim, dtype=None if exact == local.dtype else exact), input, func)
+    if averaged:
+        count: Any = math.prod(input.shape[d] for d in dims)
+        if nan:
+            count = sum_ranks((~local.isnan()).sum(dims, keepdim), input, func)
+        result = result / count
     return result.to(local.dtype) if local.dtype.is_floating_point else result
-
-
-@rule(*named("amax", "amin"))
-def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False) -> Any:
-    dims = normalize_dims(dim, input.ndim)
-    if input.rows.dim not in dims:
-        return _kept(input, func(input.local, dims, keepdim), dims, keepdim)
-    local, row = input.local, input.rows.dim
-    if local.shape[row] == 0:  # an idle rank offers what never wins, and stays in the autograd graph
-        shape = [1 if d == row else n for d, n in enumerate(local.shape)]
-        lowest = -math.inf if op_name(func) == "amax" else math.inf
-        if not local.dtype.is_floating_point:
-            info = torch.iinfo(local.dtype)
-            lowest = info.min if op_name(func) == "amax" else info.max
-        local = torch.cat([local, local.new_full(shape, lowest)], row)
-    ranks = stack_ranks(func(local, dims, keepdim), input.region.comm.name, op_name(func))
-    return func(ranks, 0)
-
-
-@rule(*named("max", "min"))
-def extreme_of_all(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
-    if args or kwargs:
-        return along(func, input, *args, **kwargs)
-    return extreme(torch.amax if op_name(func) == "max" else torch.amin, input)
 
 
 @rule(*named("any", "all"))
 def truth(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False) -> Any:
     dims = normalize_dims(dim, input.ndim)
     if input.rows.dim not in dims:
-        return _kept(input, func(input.local, dims, keepdim), dims, keepdim)
+        return kept(input, func(input.local, dims, keepdim), dims, keepdim)
     counted = input.local != 0 if op_name(func) == "any" else input.local == 0
     found = sum_ranks(counted.sum(dims, keepdim), input, func) > 0
-    return found if op_name(func) == "any" else ~found
+    result = found if op_name(func) == "any" else ~found
+    return result.to(torch.uint8) if input.dtype == torch.uint8 else result
+
+
+@rule(*named("count_nonzero"))
+def count_nonzero(func: Any, input: PatchTensor, dim: Dims = None) -> Any:
+    dims = normalize_dims(dim, input.ndim)
+    counts = func(input.local, dims)
+    return sum_ranks(counts, input, func) if input.rows.dim in dims else kept(input, counts, dims, False)
+
+
+@rule(*named("prod"))
+def product(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if isinstance(dim, torch.dtype):
+        dim, dtype = None, dim
+    partial = func(input.local, dtype=dtype) if dim is None else func(input.local, dim, keepdim, dtype=dtype)
+    dims = normalize_dims(dim, input.ndim)
+    if input.rows.dim not in dims:
+        return kept(input, partial, dims, keepdim)
+    return stack_ranks(partial, input.region.comm.name, op_name(func)).prod(0)
 
 
 @rule(*named("var", "std", "var_mean", "std_mean"))
@@ -95,20 +114,12 @@ def variance(
     dims = normalize_dims(dim, input.ndim)
     name = op_name(func)
     if input.rows.dim not in dims:
-        result = func(input.local, dims, correction=correction, keepdim=keepdim)
-        if isinstance(result, tuple):
-            return tuple(_kept(input, part, dims, keepdim) for part in result)
-        return _kept(input, result, dims, keepdim)
-    precise = torch.promote_types(input.dtype, torch.float32)
-    local = input.local.to(precise)
-    a_row = math.prod(input.shape[d] for d in dims) // input.rows.size
-    count = a_row * local.shape[input.rows.dim]
-    mean = local.sum(dims, keepdim=True) / max(count, 1)
-    m2 = (local - mean).square().sum(dims, keepdim=True)
-    bounds = input.rows.bounds
-    counts = [a_row * (b - a) for a, b in pairwise(bounds)]
-    ranks = stack_ranks(torch.stack([mean, m2]), input.region.comm.name, name)
-    count, mean, m2 = merge_moments(counts, ranks[:, 0], ranks[:, 1])
+        return kept(input, func(input.local, dims, correction=correction, keepdim=keepdim), dims, keepdim)
+    if not input.dtype.is_floating_point:
+        return fallback(func, input, dims, correction=correction, keepdim=keepdim)
+    a_row = math.prod(input.shape[d] for d in dims) // max(input.rows.size, 1)
+    _, mean, m2 = moments(input.local, dims, input.rows.dim, squares=torch.float64)
+    count, mean, m2 = merge_ranks(input.rows, a_row, mean, m2, input.region.comm.name, name)
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
     spread = m2 / max(count - correction, 0) if count > correction else m2 / 0.0
@@ -117,7 +128,69 @@ def variance(
     return (spread, mean) if name.endswith("mean") else spread
 
 
-@rule(*named("norm", "vector_norm", "logsumexp", "prod", "argmax", "argmin", "count_nonzero", "median"))
-def along(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
-    """Reductions along one other dim are local; the rest is gathered."""
-    return fallback(func, input, *args, **kwargs)
+@rule(torch.logsumexp, torch.special.logsumexp, torch.Tensor.logsumexp)
+def logsumexp(func: Any, input: PatchTensor, dim: Dims, keepdim: bool = False) -> Any:
+    dims = normalize_dims(dim, input.ndim)
+    if input.rows.dim not in dims:
+        return kept(input, func(input.local, dims, keepdim), dims, keepdim)
+    top = input.detach().amax(dims, keepdim=True)
+    top = torch.where(top.isinf(), 0.0, top)
+    result = (input - top).exp().sum(dims, keepdim=True).log() + top
+    return result if keepdim else result.squeeze(dims)
+
+
+@rule(torch.linalg.vector_norm)
+def vector_norm(
+    func: Any, x: PatchTensor, ord: Any = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    """Of a norm of each rank's rows the same norm is taken again."""
+    dims = normalize_dims(dim, x.ndim)
+    if x.rows.dim not in dims:
+        return kept(x, func(x.local, ord, dims, keepdim, dtype=dtype), dims, keepdim)
+    x = autocast(x, func)
+    if abs(ord) == math.inf:  # their gradients are shared by the winners
+        x = x if dtype is None else x.to(dtype)  # type: ignore[assignment]
+        return x.abs().amax(dims, keepdim) if ord > 0 else x.abs().amin(dims, keepdim)
+    kind = dtype or x.dtype
+    rows = x.local if ord >= 0 else never_empty(x, math.inf)
+    partial = func(rows, ord, dims, keepdim, dtype=precise(kind))
+    if ord == 0:
+        return sum_ranks(partial, x, func).to(kind)
+    ranks = stack_ranks(partial, x.region.comm.name, op_name(func))
+    return func(ranks, ord, 0).to(torch.empty(0, dtype=kind).abs().dtype)
+
+
+@rule(torch.norm, torch.Tensor.norm)
+def norm(
+    func: Any,
+    input: PatchTensor,
+    p: Any = "fro",
+    dim: Dims = None,
+    keepdim: bool = False,
+    out: Any = None,
+    dtype: Any = None,
+) -> Any:
+    if p == "nuc" or out is not None:
+        return fallback(func, input, p, dim, keepdim, dtype=dtype)
+    return torch.linalg.vector_norm(input, 2 if p in {"fro", None} else p, dim, keepdim, dtype=dtype)
+
+
+@rule(torch.linalg.norm, torch.linalg.matrix_norm)
+def linalg_norm(
+    func: Any, A: PatchTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    """A vector's norm, or a matrix's where that is a sum of columns; singular values take the fallback."""
+    if op_name(func).endswith("matrix_norm"):
+        ord, dim = "fro" if ord is None else ord, (-2, -1) if dim is None else dim
+    if dim is None and ord is not None and A.ndim == 2:
+        dim = (0, 1)
+    is_matrix = ord is not None and isinstance(dim, (tuple, list)) and len(dim) == 2
+    if not is_matrix or ord == "fro":
+        return torch.linalg.vector_norm(A, 2 if ord in {None, "fro"} else ord, dim, keepdim, dtype=dtype)
+    if ord not in {1, -1, math.inf, -math.inf}:
+        return fallback(func, A, ord, dim, keepdim, dtype=dtype)
+    row, column = normalize_dims(dim, A.ndim)
+    added, compared = (row, column) if abs(ord) == 1 else (column, row)
+    sums = torch.linalg.vector_norm(A, 1, added, True, dtype=dtype)
+    result = sums.amax(compared, True) if ord > 0 else sums.amin(compared, True)
+    return result if keepdim else result.squeeze((row, column))

@@ -8,6 +8,7 @@ torch on ``.local``, wrap.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from distpatch import collectives
 from distpatch.exchange import fetch_rows
-from distpatch.layout import Needs, RowLayout, even_bounds
+from distpatch.layout import Needs, RowLayout, Stencil, even_bounds, plan_stencil
 from distpatch.patch_conv import Slab
+from distpatch.stencil import Interval
 from distpatch.tensor import RULES, PatchTensor, Rule, shard_in, whole
+from distpatch.tree import map_tensors
 
 R = TypeVar("R", bound=Rule)
 
@@ -98,14 +101,44 @@ def everything(x: PatchTensor, func: Any) -> Tensor:
     return fetch(x, (((0, x.rows.size),),) * x.rows.world_size, func)[0]
 
 
-def halo(x: PatchTensor, needs: Needs, func: Any) -> Slab:
-    """This rank's rows with the rows that it needs above and below them."""
+def halo(x: PatchTensor, needs: Needs, func: Any, fill: float = 0.0) -> Slab:
+    """This rank's rows with the rows that it needs above and below them; beyond the image, ``fill``."""
     dim, rank = x.rows.dim, x.region.comm.rank
     above, below = fetch(x, needs, func, channels_last=True)
     own = collectives.tie(x.local, above, below)
     (top, _), (bottom, _) = needs[rank]
     pieces = ((top, above), (x.rows.bounds[rank], own), (bottom, below))
-    return Slab(pieces, 1, dim, x.rows.size)
+    return Slab(pieces, 1, dim, x.rows.size, fill)
+
+
+def slab_of(x: PatchTensor, stencil: Stencil, func: Any, fill: float = 0.0) -> tuple[Slab, Interval, RowLayout]:
+    """What a stencil reads on this rank, the output rows that the rank owns, and the output's layout."""
+    plan, rank = plan_stencil(x.rows.bounds, stencil), x.region.comm.rank
+    out = plan.out[rank], plan.out[rank + 1]
+    return halo(x, plan.needs, func, fill), out, x.rows.with_bounds(plan.out)
+
+
+def over_rows(
+    compute: Callable[[Tensor, int, int, int], Any],
+    x: PatchTensor,
+    stencil: Stencil,
+    func: Any,
+    fill: float = 0.0,
+) -> Any:
+    """``compute(rows, start, lo, hi)``: output rows [lo, hi) of a stencil, from all the input rows that
+    they read, the first of them ``start``. Returns what it returns, one tensor or several, sharded.
+
+    An idle rank computes the first output row of a blank image, and keeps none.
+    """
+    slab, (lo, hi), layout = slab_of(x, stencil, func, fill)
+    if lo < hi:
+        start, stop = stencil.need(lo, hi)
+        result = compute(slab.rows(start, stop), start, lo, hi)
+    else:
+        start, stop = stencil.need(0, 1)
+        result = compute(slab.blank(stop - start), start, 0, 1)
+        result = map_tensors(lambda t: t.narrow(slab.dim, 0, 0), result)
+    return map_tensors(lambda t: wrap(t, x, layout), result)
 
 
 def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:
@@ -118,13 +151,49 @@ def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:
 
 
 def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
-    """The same tensor in other rows (same dim: rows move; other dim: gathered and sliced)."""
+    """The same tensor in other rows, or sharded along another dim; one exchange either way."""
     if layout == x.rows:
         return x
     if layout.dim != x.rows.dim:
-        return shard_in(x.region, whole(x), layout)
+        return _turn(x, layout, func)
     needs = tuple((layout.interval(rank),) for rank in range(layout.world_size))
     return wrap(fetch(x, needs, func)[0], x, layout)
+
+
+def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
+    """Every rank sends every other its slice of the new dim, in its own rows of the old one."""
+    old, new, name = x.rows.dim, layout.dim, x.region.comm.name
+    heights = [hi - lo for lo, hi in pairwise(x.rows.bounds)]
+    held = tuple(layout.size * b for b in x.rows.bounds)
+    needs = tuple(
+        tuple((first + lo * height, first + hi * height) for first, height in zip(held, heights))
+        for lo, hi in pairwise(layout.bounds)
+    )
+    wire = x.local.movedim((new, old), (0, 1)).flatten(0, 1)
+    pieces = fetch_rows(wire, 0, held, needs, name, op_name(func), False)
+    lo, hi = layout.interval(x.region.comm.rank)
+    parts = [piece.reshape(hi - lo, height, *wire.shape[1:]) for piece, height in zip(pieces, heights)]
+    local = torch.cat(parts, 1).movedim((0, 1), (new, old))
+    return wrap(local.contiguous(memory_format=collectives.memory_format(x.local)), x, layout)
+
+
+def rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
+    """This rank's rows of an operand whose dim ``dim`` (counted from the back) meets the lead's rows.
+
+    A plain operand as tall as the lead is sliced; one of height 1, or without that dim, is used as it is; a
+    sharded one is redistributed, or gathered where it has height 1.
+    """
+    if isinstance(tensor, PatchTensor):
+        if tensor.ndim >= -dim and tensor.shape[dim] == lead.rows.size:
+            return redistribute(tensor, lead.rows.with_dim(tensor.ndim + dim), func).local
+        tensor = whole(tensor)
+    tensor = spread(tensor, lead)
+    if tensor.ndim < -dim or tensor.shape[dim] == 1:
+        return tensor
+    if tensor.shape[dim] != lead.rows.size:
+        raise RuntimeError(f"{op_name(func)}: a tensor of shape {tuple(tensor.shape)} does not fit {tuple(lead.shape)}")
+    lo, hi = lead.rows.interval(lead.region.comm.rank)
+    return tensor.narrow(dim, lo, hi - lo)
 
 
 def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:
@@ -133,15 +202,15 @@ def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:
     return shard_in(region_of.region, tensor, layout)
 
 
-def on_some_rows(fn: Callable[[Tensor], Tensor], rows: Tensor, dim: int) -> Tensor:
-    """``fn(rows)``; where there are none, of one blank row, of whose result no row is kept.
+def on_some_rows(fn: Callable[[Tensor], Any], rows: Tensor, dim: int, least: int = 1) -> Any:
+    """``fn(rows)``, one tensor or several; where there are none, of ``least`` blank rows, and none is kept.
 
     Kernels refuse empty images, and an idle rank must keep its place in the autograd graph.
     """
     if rows.shape[dim] > 0:
         return fn(rows)
-    blank = rows.new_zeros([1 if d == dim else n for d, n in enumerate(rows.shape)])
-    return fn(torch.cat([rows, blank], dim)).narrow(dim, 0, 0)
+    blank = rows.new_zeros([least if d == dim else n for d, n in enumerate(rows.shape)])
+    return map_tensors(lambda t: t.narrow(dim, 0, 0), fn(torch.cat([rows, blank], dim)))
 
 
 def per_dim(value: Any, spatial: int) -> tuple[Any, ...]:

@@ -1,0 +1,136 @@
+"""Largest and smallest values and where they are; sorting and ranking along other dims."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.collectives import share_out, stack_ranks
+from distpatch.rules.fallback import fallback
+from distpatch.rules.pointwise import pointwise
+from distpatch.rules.reduction import Dims, kept, never_empty
+from distpatch.rules.registry import named, needs_grad, normalize_dims, op_name, rule, sum_ranks
+from distpatch.tensor import PatchTensor
+
+
+def _some_rows(x: PatchTensor, largest: bool) -> Tensor:
+    """The local rows; of an idle rank one that never wins."""
+    if x.dtype.is_floating_point:
+        worst: Any = -math.inf if largest else math.inf
+    elif x.dtype == torch.bool:
+        worst = not largest
+    else:
+        info = torch.iinfo(x.dtype)
+        worst = info.min if largest else info.max
+    return never_empty(x, worst)
+
+
+@rule(*named("amax", "amin"))
+def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False) -> Any:
+    """The gradient is shared equally by all elements, of all ranks, that have the value."""
+    dims = normalize_dims(dim, input.ndim)
+    if input.rows.dim not in dims:
+        return kept(input, func(input.local, dims, keepdim), dims, keepdim)
+    local, name = input.local, input.region.comm.name
+    with torch.no_grad():
+        rows = _some_rows(input, op_name(func) == "amax")
+        value = func(stack_ranks(func(rows, dims, True), name, op_name(func)), 0)
+    if needs_grad(local):
+        winners = (local == value).detach()
+        shares = winners.to(value.dtype) / sum_ranks(winners.sum(dims, True), input, func)
+        value = share_out(local, shares, value, name)
+    return value if keepdim else value.squeeze(dims)
+
+
+@rule(*named("aminmax"))
+def both_extremes(func: Any, input: PatchTensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    ends = [extreme(how, input, dim, keepdim) for how in (torch.amin, torch.amax)]
+    return torch.return_types.aminmax(ends)  # type: ignore[attr-defined, arg-type]
+
+
+@rule(*named("max", "min"))
+def max_or_min(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Of all elements; of two tensors, element by element; or along a dim, with the place of the first."""
+    if not args and not kwargs:
+        return extreme(torch.amax if op_name(func) == "max" else torch.amin, input)  # type: ignore[arg-type]
+    if isinstance(args[0] if args else kwargs.get("other"), Tensor):
+        return pointwise(func, input, *args, **kwargs)
+    return _along(func, input, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _along(func: Any, input: PatchTensor, dim: int, keepdim: bool = False) -> Any:
+    dims = normalize_dims(dim, input.ndim)
+    if input.rows.dim not in dims:
+        return kept(input, func(input.local, dim, keepdim), dims, keepdim)
+    value, index = _first(input, op_name(func) == "max", dims[0])
+    if needs_grad(input.local):
+        value = _pick(input, index, func)
+    if not keepdim:
+        value, index = value.squeeze(dims), index.squeeze(dims)
+    return getattr(torch.return_types, op_name(func))((value, index))
+
+
+@rule(*named("argmax", "argmin"))
+def place(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    if dim is None:
+        index = _first(input, op_name(func) == "argmax", None)[1]
+        return index.view([1] * input.ndim) if keepdim else index
+    dims = normalize_dims(dim, input.ndim)
+    if input.rows.dim not in dims:
+        return kept(input, func(input.local, dim, keepdim), dims, keepdim)
+    index = _first(input, op_name(func) == "argmax", dims[0])[1]
+    return index if keepdim else index.squeeze(dims)
+
+
+@torch.no_grad()
+def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tensor]:
+    """The extreme value along the sharded dim (kept), or of all elements; and its first global index."""
+    rows, row = _some_rows(x, largest), x.rows.dim
+    lo = x.rows.bounds[x.region.comm.rank]
+    find = torch.max if largest else torch.min
+    if dim is None:
+        value, index = find(rows.reshape(-1), 0)
+        inner = math.prod(x.shape[row + 1 :])
+        in_front = index // (rows.shape[row] * inner)  # rows of dims before the sharded one
+        index = index + (in_front * (x.rows.size - rows.shape[row]) + lo) * inner
+    else:
+        value, index = find(rows, row, keepdim=True)
+        index = index + lo
+    name, op = x.region.comm.name, "argmax" if largest else "argmin"
+    values, indices = stack_ranks(value, name, op), stack_ranks(index, name, op)
+    best = values.amax(0) if largest else values.amin(0)
+    last = torch.iinfo(indices.dtype).max
+    return best, torch.where((values == best) | values.isnan(), indices, last).amin(0)
+
+
+def _pick(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
+    """The elements at these global indices along the sharded dim: each is somebody's."""
+    lo, hi = x.rows.interval(x.region.comm.rank)
+    own = (index >= lo) & (index < hi)
+    rows = _some_rows(x, True)
+    mine = rows.gather(x.rows.dim, (index - lo).clamp(0, rows.shape[x.rows.dim] - 1))
+    return sum_ranks(torch.where(own, mine, 0.0), x, func)
+
+
+@rule(*named("sort", "argsort", "median", "nanmedian", "mode", "cummax", "cummin"))
+def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
+    """Along one dim: local unless it is the sharded one. Without a dim, medians are of all elements."""
+    whole_by_default = op_name(func).endswith("median")
+    dim = kwargs.get("dim", next((a for a in args if type(a) is int), None if whole_by_default else -1))
+    return _beside_rows(func, input, dim, args, kwargs, removes=op_name(func) in {"median", "nanmedian", "mode"})
+
+
+@rule(*named("topk", "kthvalue"))
+def ranked(func: Any, input: PatchTensor, k: int, *args: Any, **kwargs: Any) -> Any:
+    dim = kwargs.get("dim", args[0] if args else -1)
+    return _beside_rows(func, input, dim, (k, *args), kwargs, removes=op_name(func) == "kthvalue")
+
+
+def _beside_rows(func: Any, input: PatchTensor, dim: int | None, args: Any, kwargs: Any, removes: bool) -> Any:
+    if dim is None or dim % input.ndim == input.rows.dim:
+        return fallback(func, input, *args, **kwargs)
+    keepdim = kwargs.get("keepdim", next((a for a in args if type(a) is bool), False)) or not removes
+    return kept(input, func(input.local, *args, **kwargs), (dim % input.ndim,), keepdim)
