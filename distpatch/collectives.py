@@ -21,17 +21,13 @@ from torch import Tensor
 
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, attempt, communicator_of
-from distpatch.layout import BlockLayout, RowLayout
+from distpatch.layout import RowLayout
 
 BUCKET_BYTES = 32 << 20
 
 
 def gather_rows(local: Tensor, layout: RowLayout, name: str, op: str = "gather") -> Tensor:
     """All rows of a sharded tensor, on every rank; the backward keeps the rank's own rows."""
-    if isinstance(layout, BlockLayout):
-        rows = layout.opened
-        local = local.unflatten(layout.dim, (layout.blocks, local.shape[layout.dim] // layout.blocks))
-        return gather_rows(local, rows, name, op).flatten(layout.dim, rows.dim)
     return _Gather.apply(local, layout, name, op)
 
 
