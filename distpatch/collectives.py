@@ -21,13 +21,17 @@ from torch import Tensor
 
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, attempt, communicator_of
-from distpatch.layout import RowLayout
+from distpatch.layout import BlockLayout, RowLayout
 
 BUCKET_BYTES = 32 << 20
 
 
 def gather_rows(local: Tensor, layout: RowLayout, name: str, op: str = "gather") -> Tensor:
     """All rows of a sharded tensor, on every rank; the backward keeps the rank's own rows."""
+    if isinstance(layout, BlockLayout):
+        rows = layout.opened
+        local = local.unflatten(layout.dim, (layout.blocks, local.shape[layout.dim] // layout.blocks))
+        return gather_rows(local, rows, name, op).flatten(layout.dim, rows.dim)
     return _Gather.apply(local, layout, name, op)
 
 
@@ -63,6 +67,20 @@ def tie(rows: Tensor, *pieces: Tensor) -> Tensor:
     if torch.is_grad_enabled() and rows.requires_grad:
         return _Tie.apply(rows, *pieces)
     return rows
+
+
+def together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, whose gradients go on together, and in one order, when all have come.
+
+    For what was spread or fetched and meets in one operation. Which kernels torch chooses may depend on how
+    many rows a rank has; the order in which gradients come out of them must not, as each is collective.
+    """
+    tensors = list(tensors)
+    which = [i for i, t in enumerate(tensors) if t.requires_grad] if torch.is_grad_enabled() else []
+    if len(which) > 1:
+        for i, t in zip(which, _Together.apply(*(tensors[i] for i in which)), strict=True):
+            tensors[i] = t
+    return tensors
 
 
 def sum_partials(tensor: Tensor, name: str, op: str) -> Tensor:
@@ -167,6 +185,16 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, *[None] * ctx.count
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
 
 
 class _Sum(torch.autograd.Function):

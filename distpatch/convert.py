@@ -19,7 +19,8 @@ from distpatch.errors import DistPatchError, LayoutError
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
 from distpatch.layout import EMPTY, RowLayout, even_bounds
-from distpatch.tensor import PatchTensor, Region, check_dim, shard_in
+from distpatch.rules.blocks import in_order
+from distpatch.tensor import PatchTensor, Region, check_dim, shard_in, whole
 from distpatch.tree import map_tensors, tensors_in
 
 __all__ = ["convert_model", "restore_model"]
@@ -231,12 +232,14 @@ def _enter(tensor: Tensor, state: _Conversion, region: Region) -> Tensor:
 
 
 def _leave(tensor: Tensor, state: _Conversion) -> Any:
-    if not isinstance(tensor, PatchTensor) or state.output == "shard":
-        return tensor
+    if not isinstance(tensor, PatchTensor):
+        return whole(tensor)
     comm = tensor.region.comm
     if state.output == "gather":
         return gather_rows(tensor.local, tensor.rows, comm.name, "output")
-    return _to_rank0(tensor, comm)
+    ordered = in_order(tensor)
+    assert isinstance(ordered, PatchTensor)
+    return ordered if state.output == "shard" else _to_rank0(ordered, comm)
 
 
 def _to_rank0(tensor: PatchTensor, comm: Communicator) -> Tensor | None:

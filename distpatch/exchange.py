@@ -54,13 +54,20 @@ def _fetch(
     plan = _plan(bounds, needs, comm)
     order = _wire_order(local.ndim, dim, channels_last)
     wire = local.permute(order)
-    pieces = [wire.new_empty((rows, *wire.shape[1:])) for rows in plan.rows]
+    fetched = [_empty_rows(local, dim, rows, order) for rows in plan.rows]
+    pieces = [piece.permute(order) for piece in fetched]
     for (lo, hi), part in plan.own:
         pieces[part.interval][part.start : part.stop] = wire[lo:hi]
     sends = [(peer, [wire[lo:hi] for lo, hi in cut]) for peer, cut in plan.sends]
     recvs = [(peer, [pieces[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
     _transfer(comm, op, sends, recvs)
-    return [piece.permute(_inverse(order)) for piece in pieces]
+    return fetched
+
+
+def _empty_rows(like: Tensor, dim: int, rows: int, order: list[int]) -> Tensor:
+    """Rows to be filled, in the order of the wire. No view: autograd lets nobody write to a view made in an op."""
+    shape = [rows if d == dim else n for d, n in enumerate(like.shape)]
+    return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
 
 
 @torch.library.custom_op("distpatch::return_rows", mutates_args=())
@@ -179,9 +186,8 @@ def _(
     channels_last: bool,
 ) -> list[Tensor]:
     order = _wire_order(local.ndim, dim, channels_last)
-    wire = local.permute(order)
     rows = _plan(bounds, needs, communicator_of(name)).rows
-    return [wire.new_empty((n, *wire.shape[1:])).permute(_inverse(order)) for n in rows]
+    return [_empty_rows(local, dim, n, order) for n in rows]
 
 
 @_return.register_fake

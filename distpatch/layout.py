@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from distpatch.errors import LayoutError
-from distpatch.stencil import Interval
+from distpatch.stencil import Interval, ceil_div
 
 Bounds = tuple[int, ...]
 Needs = tuple[tuple[Interval, ...], ...]  # needs[rank]: the row intervals that rank asks for
@@ -64,6 +64,59 @@ def _layout(dim: int, bounds: Bounds) -> RowLayout:
     return RowLayout(dim, bounds)
 
 
+class OutOfOrder(Exception):
+    """A rule asked where the rows of a ``BlockLayout`` stand. It is called again with the rows in order."""
+
+
+class BlockLayout(RowLayout):
+    """What a dim merged in front of the rows makes of a layout: blocks of rows, and each rank has some of each.
+
+    Of every one of the ``blocks``, rank r owns the rows ``inner[r]:inner[r + 1]``; locally they stand one
+    after the other. A rule that treats all rows alike needs no more than ``dim`` and ``size``; one that asks
+    for ``bounds`` gets ``OutOfOrder``.
+    """
+
+    inner: Bounds
+    blocks: int
+
+    def __init__(self, dim: int, inner: Bounds, blocks: int) -> None:
+        for name, value in (("dim", dim), ("inner", inner), ("blocks", blocks)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def bounds(self) -> Bounds:  # type: ignore[override]
+        raise OutOfOrder
+
+    @property
+    def size(self) -> int:
+        return self.blocks * self.inner[-1]
+
+    @property
+    def world_size(self) -> int:
+        return len(self.inner) - 1
+
+    @property
+    def opened(self) -> RowLayout:
+        """The layout where blocks and rows are two dims again."""
+        return _layout(self.dim + 1, self.inner)
+
+    def with_dim(self, dim: int) -> RowLayout:
+        return self if dim == self.dim else BlockLayout(dim, self.inner, self.blocks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockLayout) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"BlockLayout(dim={self.dim}, inner={self.inner}, blocks={self.blocks})"
+
+    @property
+    def _key(self) -> tuple[int, Bounds, int]:
+        return self.dim, self.inner, self.blocks
+
+
 @lru_cache(maxsize=4096)
 def even_bounds(rows: int, world_size: int) -> Bounds:
     """Bounds that differ by at most one row; the first ranks take the longer shards."""
@@ -107,6 +160,32 @@ def plan_stencil(bounds: Bounds, stencil: Stencil) -> StencilPlan:
         below = (max(start, own_stop), stop) if max(start, own_stop) < stop else EMPTY
         needs.append((above, below))
     return StencilPlan(out, tuple(needs))
+
+
+def padded(needs: Sequence[Sequence[Interval]]) -> Needs:
+    """The same number of intervals for every rank, as an exchange wants it."""
+    count = max(1, *(len(intervals) for intervals in needs))
+    return tuple((*intervals, *[EMPTY] * (count - len(intervals))) for intervals in needs)
+
+
+@lru_cache(maxsize=4096)
+def needs_in_order(inner: Bounds, blocks: int, bounds: Bounds) -> Needs:
+    """What each rank needs of a ``BlockLayout`` to own its rows ``bounds[rank]:bounds[rank + 1]`` in order.
+
+    The intervals count the rows as they are held: rank by rank, and on each rank block by block.
+    """
+    rows = max(inner[-1], 1)
+    needs = []
+    for lo, hi in pairwise(bounds):
+        intervals: list[Interval] = []
+        for block in range(lo // rows, ceil_div(hi, rows)):
+            for a, b in pairwise(inner):
+                held = blocks * a + block * (b - a) - a  # of the block's row 0, if this owner had it
+                start, stop = max(lo - block * rows, a), min(hi - block * rows, b)
+                if start < stop:
+                    intervals.append((held + start, held + stop))
+        needs.append(intervals)
+    return padded(needs)
 
 
 @dataclass(frozen=True)

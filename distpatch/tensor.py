@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from distpatch import collectives
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.group import Communicator, Group, communicator
-from distpatch.layout import RowLayout, even_bounds
+from distpatch.layout import BlockLayout, RowLayout, even_bounds
 from distpatch.tree import map_tensors
 
 Rule = Callable[..., Any]
@@ -35,15 +36,24 @@ class Region:
 
 
 class RuleTable(dict[Any, Rule]):
-    """Rules by torch function. A function without a rule gets ``fallback`` (rules/fallback.py)."""
+    """Rules by torch function. A function without a rule gets ``fallback`` (rules/fallback.py).
+
+    ``on_blocks``: a call on a ``BlockTensor`` (rules/blocks.py); ``through``: on a copy of rows
+    (rules/views.py).
+    """
 
     fallback: Rule
+    on_blocks: Rule
+    through: Rule
 
     def __missing__(self, func: Any) -> Rule:
         return self.fallback
 
 
 RULES = RuleTable()
+
+# torch takes numpy's names of these arguments too.
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
 
 class PatchTensor(torch.Tensor):
@@ -62,12 +72,12 @@ class PatchTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, rows: RowLayout, region: Region) -> PatchTensor:
+        if type(rows) is BlockLayout and cls is PatchTensor:
+            cls = BlockTensor
         size = list(local.shape)
-        size[rows.dim] = rows.bounds[-1]
+        size[rows.dim] = rows.size
         shape = torch.Size(size)
-        self: PatchTensor = torch.Tensor._make_wrapper_subclass(
-            PatchTensor, shape, dtype=local.dtype, device=local.device
-        )
+        self: PatchTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         self.local = local
         self.rows = rows
         self.region = region
@@ -84,6 +94,8 @@ class PatchTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs:
+            if not _NUMPY_NAMES.keys().isdisjoint(kwargs) and func in RULES:
+                kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}
             return RULES[func](func, *args, **kwargs)
         return RULES[func](func, *args)
 
@@ -98,10 +110,18 @@ class PatchTensor(torch.Tensor):
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        rows = self.rows
+        where = (
+            f"blocks={rows.blocks}, inner={rows.inner}" if isinstance(rows, BlockLayout) else f"bounds={rows.bounds}"
+        )
         return (
             f"PatchTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
-            f"dim={self.rows.dim}, bounds={self.rows.bounds}, rank={self.region.comm.rank})"
+            f"dim={rows.dim}, {where}, rank={self.region.comm.rank})"
         )
+
+    def __copy__(self) -> PatchTensor:
+        """The same rows outside the autograd graph, as ``copy.copy`` makes of a plain tensor."""
+        return PatchTensor(copy.copy(self.local), self.rows, self.region)
 
     @classmethod
     def from_local(
@@ -133,6 +153,42 @@ class PatchTensor(torch.Tensor):
         return PatchTensor(local, layout, Region(comm))
 
 
+class BlockTensor(PatchTensor):
+    """A tensor whose layout is a ``BlockLayout``: only rules that treat all rows alike see it as it is."""
+
+    rows: BlockLayout
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return RULES.on_blocks(func, args, kwargs or {})
+
+
+class PatchCopy(PatchTensor):
+    """What is a view on one device, but whose rows had to move: a copy that knows where it came from.
+
+    What is written to it is written to its source too, or refused (rules/views.py). ``plain``: the same
+    rows without this knowledge.
+    """
+
+    plain: PatchTensor
+    origin: Any
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return RULES.through(func, args, kwargs or {})
+
+
+class RowCopy(torch.Tensor):
+    """Rows that are a view of a sharded tensor on one device, such as ``x[:, :, 0]``: replicated, as PatchCopy."""
+
+    plain: Tensor
+    origin: Any
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return RULES.through(func, args, kwargs or {})
+
+
 def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None) -> PatchTensor:
     """Shard a replicated tensor: a slice, no communication.
 
@@ -161,7 +217,7 @@ def gather(tree: Any) -> Any:
 def whole(tensor: Tensor) -> Tensor:
     """The full plain tensor of a PatchTensor; a plain tensor as it is."""
     if not isinstance(tensor, PatchTensor):
-        return tensor
+        return tensor.plain if isinstance(tensor, RowCopy) else tensor
     return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name)
 
 

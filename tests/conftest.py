@@ -12,6 +12,15 @@ settings.register_profile("suite", deadline=None, max_examples=100, derandomize=
 settings.load_profile("suite")
 
 
+# A warning fails a test, but not one that a dependency gives for its own code.
+WARNINGS = ["error", "ignore::DeprecationWarning", "ignore::FutureWarning:(torch|diffusers|transformers).*"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from tests import oracle
 

@@ -34,7 +34,9 @@ def run_ranks(world_size: int, body: Callable[[int], T], *, timeout: float = 10.
     if keep:
         ranks = _kept.pop(world_size, None) or _Ranks(world_size, timeout)
         outcomes, failed = ranks.run(body)
-        if not failed:
+        if failed:
+            ranks.close()
+        else:
             _kept[world_size] = ranks
     else:
         outcomes, failed = _once(world_size, body, timeout)

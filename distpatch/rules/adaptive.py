@@ -120,8 +120,8 @@ def _merge_maxima(
     dim, (name, op), lowest = x.rows.dim, (x.region.comm.name, op_name(func)), -math.inf
     own = []
     for rows, start in _own_parts(x, parts):
-        missing = [int(rows.shape[dim] == 0) if d == dim else n for d, n in enumerate(rows.shape)]
-        own.append(pool(torch.cat([rows, rows.new_full(missing, lowest)], dim), start, 1))
+        blank = rows.new_full([1 if d == dim else n for d, n in enumerate(rows.shape)], lowest)
+        own.append(pool(rows if rows.shape[dim] else torch.cat([rows, blank], dim), start, 1))
     kinds = zip(*own, strict=True) if return_indices else [[values for values, _ in own]]
     ranks = [stack_ranks(torch.cat(list(kind), dim), name, op) for kind in kinds]
     merged: list[list[Tensor]] = [[] for _ in ranks]

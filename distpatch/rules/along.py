@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from distpatch.collectives import spread, stack_ranks
 from distpatch.rules.fallback import fallback
@@ -44,17 +46,18 @@ def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) ->
         return wrap(func(input.local, at, **options), input)
     name = op_name(func)
     input = autocast(input, lambda t: func(t, 0))
-    add, total = {
+    merges: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         "cumsum": (torch.add, torch.sum),
         "cumprod": (torch.mul, torch.prod),
         "logcumsumexp": (torch.logaddexp, torch.logsumexp),
-    }[name]
+    }
+    add, total = merges[name]
     kind = dtype or (input.dtype if input.dtype.is_floating_point or input.dtype.is_complex else torch.int64)
     local = input.local.to(precise(kind))
     comm, _ = input.region.comm, input.rows.bounds  # rows in order, or called again
-    totals = spread(stack_ranks(total(local, at), comm.name, name), comm.name)  # type: ignore[operator]
-    before = total(totals[: comm.rank], 0).unsqueeze(at)  # type: ignore[operator]
-    return wrap(add(func(local, at), before).to(kind), input)  # type: ignore[operator]
+    totals = spread(stack_ranks(total(local, at), comm.name, name), comm.name)
+    before = total(totals[: comm.rank], 0).unsqueeze(at)
+    return wrap(add(func(local, at), before).to(kind), input)
 
 
 @rule(F.normalize)

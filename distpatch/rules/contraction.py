@@ -38,7 +38,7 @@ def contract(
             return redistribute(tensor, layout, func).local
         return collectives.shard_rows(tensor, layout, comm.rank, comm.name)
 
-    result = run(*map(to_rows, operands, labels))
+    result = run(*collectives.together(list(map(to_rows, operands, labels))))
     if label in out:
         return wrap(result, lead, lead.rows.with_dim(out.index(label)))
     precise = torch.promote_types(result.dtype, torch.float32) if result.is_floating_point() else result.dtype

@@ -47,18 +47,18 @@ def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = Fal
 
 @rule(*named("aminmax"))
 def both_extremes(func: Any, input: PatchTensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
-    ends = [extreme(how, input, dim, keepdim) for how in (torch.amin, torch.amax)]
-    return torch.return_types.aminmax(ends)  # type: ignore[attr-defined, arg-type]
+    ends = extreme(torch.amin, input, dim, keepdim), extreme(torch.amax, input, dim, keepdim)
+    return torch.return_types.aminmax(ends)
 
 
 @rule(*named("max", "min"))
-def max_or_min(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def max_or_min(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     """Of all elements; of two tensors, element by element; or along a dim, with the place of the first."""
     if not args and not kwargs:
-        return extreme(torch.amax if op_name(func) == "max" else torch.amin, input)  # type: ignore[arg-type]
+        return extreme(torch.amax if op_name(func) == "max" else torch.amin, input)
     if isinstance(args[0] if args else kwargs.get("other"), Tensor):
         return pointwise(func, input, *args, **kwargs)
-    return _along(func, input, *args, **kwargs)  # type: ignore[arg-type]
+    return _along(func, input, *args, **kwargs)
 
 
 def _along(func: Any, input: PatchTensor, dim: int, keepdim: bool = False) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
-from distpatch.layout import RowLayout
-from distpatch.rules.pointwise import mutates
-from distpatch.rules.registry import op_name
+from distpatch.layout import BlockLayout
+from distpatch.rules.registry import op_name, reshard
+from distpatch.rules.views import mutates, protect, written_tensors
 from distpatch.tensor import RULES, PatchTensor, shard_in, whole
 from distpatch.tree import map_tensors, tensors_in
 
@@ -27,13 +28,23 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     """
     sharded = [t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor)]
     lead = sharded[0]
-    region, name = lead.region, op_name(func)
-    shapes = ", ".join(f"{tuple(t.shape)} sharded along dim {t.rows.dim}" for t in sharded)
-    if any(isinstance(t, PatchTensor) for t in tensors_in(mutates(func, args, kwargs))):
+    if written_tensors(func, args, kwargs):
         raise UnsupportedOpError(
-            f"{name} would write to a sharded tensor ({shapes}; rank {region.comm.rank}) and has no "
-            "sharded rule. Use its out-of-place form, or register a rule (distpatch.register_rule)."
+            f"{op_name(func)} would write to a sharded tensor ({_shapes(sharded)}; rank "
+            f"{lead.region.comm.rank}) and has no sharded rule. Use its out-of-place form, or register a "
+            "rule (distpatch.register_rule)."
         )
+    record(op_name(func), sharded)
+    kept = {id(t) for t in tensors_in(mutates(func, args, kwargs))}  # plain tensors that were written to
+    result = func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
+    result = map_tensors(lambda t: t if id(t) in kept else _shard_again(t, lead), result)
+    return protect(func, lead, result, args)
+
+
+def record(name: str, sharded: Sequence[PatchTensor]) -> None:
+    """Count that these tensors are gathered, and say so or refuse, as the region wants it."""
+    lead, region = sharded[0], sharded[0].region
+    shapes = _shapes(sharded)
     if region.fallback == "error":
         raise UnsupportedOpError(
             f"{name} has no sharded rule ({shapes}; rank {region.comm.rank}) and fallback='error' "
@@ -41,24 +52,28 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
             "(distpatch.register_rule)."
         )
     size_bytes = sum(t.numel() * t.element_size() for t in sharded)
-    region.comm.recorder.fallback(name, shapes, _call_site(), size_bytes)
+    lead.region.comm.recorder.fallback(name, shapes, _call_site(), size_bytes)
     if region.fallback == "warn" and name not in region.warned:
         region.warned.add(name)
         warnings.warn(
             f"distpatch has no sharded rule for {name}: its arguments ({shapes}) are gathered on every "
             "rank. The result is right, but costs the memory of one device. See distpatch.trace().",
-            stacklevel=3,
+            stacklevel=4,
         )
-    result = func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
-    return map_tensors(lambda t: _shard_again(t, lead), result)
+
+
+def _shapes(sharded: Sequence[PatchTensor]) -> str:
+    return ", ".join(f"{tuple(t.shape)} sharded along dim {t.rows.dim}" for t in sharded)
 
 
 def _shard_again(tensor: Tensor, lead: PatchTensor) -> Tensor:
     """A slice where the result is as tall as the input was; it is right either way."""
-    dim = lead.rows.dim
-    if tensor.ndim != lead.ndim or tensor.shape[dim] != lead.rows.size or isinstance(tensor, PatchTensor):
+    rows = lead.rows
+    if tensor.ndim != lead.ndim or tensor.shape[rows.dim] != rows.size or isinstance(tensor, PatchTensor):
         return tensor
-    return shard_in(lead.region, tensor, RowLayout(dim, lead.rows.bounds))
+    if isinstance(rows, BlockLayout):
+        return reshard(lead, tensor, rows.dim)
+    return shard_in(lead.region, tensor, rows)
 
 
 def _call_site() -> str:

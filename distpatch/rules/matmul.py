@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpatch.collectives import together
 from distpatch.rules.contraction import Labels, contract
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, normalize_dims, rule
+from distpatch.rules.registry import named, normalize_dims, rule, spread, wrap
 from distpatch.tensor import PatchTensor
 
 
@@ -30,6 +31,13 @@ def matmul(func: Any, left: Tensor, right: Tensor) -> Any:
     """(..., N, K) @ (..., K, M); either may be a vector (K)."""
     if left.ndim == 0 or right.ndim == 0:
         return fallback(func, left, right)
+    if (
+        isinstance(left, PatchTensor)
+        and left.rows.dim == left.ndim - 2
+        and not isinstance(right, PatchTensor)
+        and right.ndim == 2
+    ):
+        return wrap(func(*together([left.local, spread(right, left)])), left)
     rows = batched(left, "n", "k") if left.ndim > 1 else ["k"]
     columns = batched(right, "k", "m") if right.ndim > 1 else ["k"]
     out = [*longest(rows, columns), *(d for d in (*rows[-2:], *columns[-2:]) if d in {"n", "m"})]
@@ -43,14 +51,14 @@ def rmatmul(func: Any, self: Tensor, other: Tensor) -> Any:
 
 @rule(F.linear)
 def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if isinstance(input, PatchTensor) and not isinstance(weight, PatchTensor) and input.rows.dim < input.ndim - 1:
+        parameters = [spread(t, input) for t in (weight, bias) if t is not None]
+        return wrap(func(*together([input.local, *parameters])), input)
     columns: Labels = ["m", "k"] if weight.ndim == 2 else ["k"]
     rows = batched(input, "k")
     out = [*rows[:-1], *columns[:-1]]
-    summed = isinstance(input, PatchTensor) and input.rows.dim == input.ndim - 1
-    if bias is None or summed or isinstance(weight, PatchTensor):  # a bias is added once, not by every rank
-        result = contract(func, func, [input, weight], [rows, columns], out)
-        return result if bias is None else result + bias
-    return contract(func, func, [input, weight, bias], [rows, columns, columns[:-1]], out)
+    result = contract(func, func, [input, weight], [rows, columns], out)
+    return result if bias is None else result + bias  # once, not by every rank
 
 
 @rule(F.bilinear)

@@ -1,7 +1,8 @@
-"""What a PatchTensor says of itself, and what it cannot say."""
+"""What a PatchTensor says of itself and of its gradient, and what it cannot say."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,25 +10,26 @@ from torch import Tensor
 
 from distpatch.collectives import memory_format
 from distpatch.errors import UnsupportedOpError
-from distpatch.rules.registry import named, op_name, rule, wrap
+from distpatch.rules.registry import named, op_name, own_rows, rule, wrap
 from distpatch.tensor import PatchTensor, whole
+from distpatch.tree import tensors_in
 
 
-def _getter(name: str) -> Any:
-    return getattr(torch.Tensor, name).__get__
+def _getters(*names: str) -> list[Any]:
+    return [getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name)]
 
 
 _TOLD_BY_WRAPPER = """
     shape ndim dtype device layout is_cuda is_cpu is_sparse is_quantized is_meta is_mkldnn is_xpu is_mps
-    is_nested itemsize nbytes names is_sparse_csr is_xla is_ipu is_vulkan is_maia
+    is_nested itemsize nbytes names is_sparse_csr is_xla is_ipu is_vulkan is_maia is_mtia name
 """.split()
 
 
 # The wrapper itself has the global shape and the local dtype and device.
 @rule(
     *named("dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_signed"),
-    *named("get_device", "ndimension", "is_same_size", "is_conj", "is_neg"),
-    *(_getter(name) for name in _TOLD_BY_WRAPPER if hasattr(torch.Tensor, name)),
+    *named("get_device", "ndimension", "is_same_size", "is_conj", "is_neg", "__dir__"),
+    *_getters(*_TOLD_BY_WRAPPER),
 )
 def from_wrapper(func: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
@@ -49,26 +51,37 @@ def identity_hash(func: Any, x: PatchTensor) -> int:
     return id(x)
 
 
-# Autograd's record is the local tensor's.
+@rule(torch.Tensor.__repr__, torch.Tensor.__format__)
+def text(func: Any, x: PatchTensor, spec: str = "", **kwargs: Any) -> str:
+    """What it is, without a word with the other ranks: values are printed of ``distpatch.gather(x)``."""
+    return format(repr(x), spec)
+
+
+# Autograd's record, and where the rows are, are the local tensor's.
 @rule(
-    torch.Tensor.__repr__,
-    *(_getter(name) for name in ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "output_nr")),
+    *_getters("requires_grad", "is_leaf", "retains_grad", "output_nr", "_version", "grad_dtype"),
+    *_getters("_backward_hooks", "_post_accumulate_grad_hooks", "_grad_fn"),
+    *named("is_inference", "is_pinned", "is_shared", "is_distributed", "dim_order", "record_stream"),
+    *named("_is_view", "is_coalesced", "sparse_dim", "dense_dim", "qscheme"),
 )
 def from_local(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> Any:
-    if func is torch.Tensor.__repr__:
-        return repr(x)
     return func(x.local, *args, **kwargs)
 
 
-@rule(_getter("_version"))
-def version(func: Any, x: PatchTensor) -> Any:
-    return func(x.local)
-
-
-@rule(_getter("grad"), _getter("data"))
+@rule(*_getters("grad", "data", "_grad"))
 def grad(func: Any, x: PatchTensor) -> PatchTensor | None:
     value = func(x.local)
     return None if value is None else wrap(value, x)
+
+
+@rule(torch.Tensor.data.__set__, torch.Tensor.grad.__set__)  # type: ignore[attr-defined,union-attr]
+def set_part(func: Any, x: PatchTensor, value: Tensor | None) -> None:
+    if value is not None and (value.shape, value.dtype) != (x.shape, x.dtype):
+        raise UnsupportedOpError(
+            f"a tensor of shape {tuple(value.shape)} and {value.dtype} cannot become the data or gradient of "
+            f"{x!r}: a sharded tensor keeps its shape and dtype"
+        )
+    func(x.local, None if value is None else own_rows(value.detach(), x, x.rows.dim - x.ndim, func))
 
 
 @rule(torch.Tensor.requires_grad_, torch.Tensor.retain_grad)
@@ -82,26 +95,19 @@ def set_requires_grad(func: Any, x: PatchTensor, value: bool) -> None:
     x.local.requires_grad_(value)
 
 
-@rule(torch.Tensor.backward)
-def backward(func: Any, x: PatchTensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-    if gradient is None or x.shape != gradient.shape:
-        raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    func(x.local, _rows_of(gradient, x), *args, **kwargs)
-
-
-def _rows_of(tensor: Tensor, like: PatchTensor) -> Tensor:
-    if isinstance(tensor, PatchTensor) and tensor.rows == like.rows:
-        return tensor.local
-    lo, hi = like.rows.interval(like.region.comm.rank)
-    return whole(tensor).narrow(like.rows.dim, lo, hi - lo)
-
-
-@rule(
-    *named("cpu", "cuda", "type", "to_dense", "pin_memory"),
-)
+@rule(*named("cpu", "cuda", "xpu", "mtia", "ipu", "type", "to_dense", "pin_memory"))
 def move(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     result = func(x.local, *args, **kwargs)
+    if result is x.local:
+        return x
     return wrap(result, x) if isinstance(result, Tensor) else result
+
+
+@rule(torch.Tensor.__deepcopy__)
+def deep_copy(func: Any, x: PatchTensor, memo: dict[int, Any]) -> PatchTensor:
+    if id(x) not in memo:
+        memo[id(x)] = wrap(copy.deepcopy(x.local, memo), x)
+    return memo[id(x)]
 
 
 @rule(*named("to", "type_as"))
@@ -133,22 +139,59 @@ def stride(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
 
 
 @rule(*named("result_type", "promote_types", "can_cast"))
-def promotion(func: Any, *args: Any) -> torch.dtype:
-    result: torch.dtype = func(*(a.local if isinstance(a, PatchTensor) else a for a in args))
-    return result
+def promotion(func: Any, *args: Any) -> Any:
+    return func(*(a.local if isinstance(a, PatchTensor) else a for a in args))
+
+
+@rule(
+    *named("item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__nonzero__", "is_nonzero"),
+    torch.Tensor.__long__,
+)
+def number(func: Any, x: PatchTensor, *args: Any) -> Any:
+    """The value of a tensor of one element, the same on every rank, which all ask for it."""
+    if x.numel() != 1:
+        raise RuntimeError(
+            f"{op_name(func)}: a tensor of {x.numel()} elements is no single number, or true or false: its "
+            "value is ambiguous"
+        )
+    return func(whole(x), *args)
+
+
+@rule(torch.Tensor.__contains__)
+def contains(func: Any, x: Tensor, element: Any) -> bool:
+    return bool((x == element).any())
+
+
+@rule(*named("equal"))
+def equal(func: Any, input: Tensor, other: Tensor) -> bool:
+    return input.shape == other.shape and bool((input == other).all())
+
+
+@rule(*named("allclose"))
+def all_close(func: Any, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> bool:
+    return bool(torch.isclose(input, other, *args, **kwargs).all())
 
 
 _HAVE_NO_ADDRESS = named(
     "data_ptr", "storage", "untyped_storage", "storage_offset", "numpy", "__array__", "set_",
     "share_memory_", "__dlpack__", "__dlpack_device__", "storage_type", "__array_wrap__", "resize_",
-    "resize_as_", "is_set_to", "as_strided", "as_strided_", "register_hook", "apply_", "map_", "map2_",
-    "module_load", "to_sparse", "to_mkldnn", "sparse_resize_", "sparse_resize_and_clear_",
+    "resize_as_", "is_set_to", "as_strided", "as_strided_", "apply_", "map_", "map2_", "tolist",
+    "module_load", "to_sparse", "to_mkldnn", "sparse_resize_", "sparse_resize_and_clear_", "resize",
+    "resize_as", "const_data_ptr", "as_strided_scatter", "__reduce_ex__", "__setstate__",
+    "_typed_storage", "as_strided_copy", "as_subclass",
 )  # fmt: skip
 
 
 @rule(*_HAVE_NO_ADDRESS)
-def refused(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> Any:
+def refused(func: Any, *args: Any, **kwargs: Any) -> Any:
+    x = next(t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor))
     raise UnsupportedOpError(
         f"{op_name(func)} needs one tensor in memory, but {x!r} holds only this rank's rows. "
-        "Use distpatch.gather(x) for the whole tensor, or x.local for this rank's rows."
+        "Use distpatch.gather(x) for the whole tensor (on every rank: all of them gather), or x.local for "
+        "this rank's rows."
     )
+
+
+@rule(*_getters("__cuda_array_interface__", "_cdata"))
+def no_such_attribute(func: Any, x: PatchTensor) -> Any:
+    raise AttributeError(f"{x!r} has no memory of its own; use distpatch.gather(x), or x.local")

@@ -41,7 +41,7 @@ def group_norm(
         return _local(func, input, num_groups, weight, bias, eps, *cudnn)
     if input.rows.dim == 1 or input.shape[1] % num_groups:
         return fallback(func, input, num_groups, weight, bias, eps, *cudnn)
-    input = autocast(input, lambda t: func(t.view(1, 1), 1))
+    input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
     return wrap(normalize(input.local, weight, bias, _norm(func, input, num_groups, eps))[0], input)
 
 

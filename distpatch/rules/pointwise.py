@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
-from distpatch.rules.registry import named, op_name, redistribute, spread
+from distpatch.rules.fallback import fallback
+from distpatch.rules.registry import named, op_name, rows_of, rule, spread, wrap
+from distpatch.rules.views import mutates, written_tensors
 from distpatch.tensor import RULES, PatchTensor, whole
 from distpatch.tree import map_tensors, tensors_in
 
@@ -46,29 +48,19 @@ def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tall = [t for t in sharded if t.rows.size == shape[t.rows.dim - t.ndim]]
     if not tall:  # a sharded dim of size 1 is itself broadcast
         return func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
-    mutated = mutates(func, args, kwargs)
-    if mutated is not None and not isinstance(mutated, PatchTensor):
-        result = func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
-        return result
-    lead = mutated if isinstance(mutated, PatchTensor) else tall[0]
-    if lead.rows.size != shape[lead.rows.dim - lead.ndim]:
+    written = written_tensors(func, args, kwargs)
+    if not written and mutates(func, args, kwargs) is not None:  # sharded values into a replicated tensor
+        return func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
+    lead = written[0] if written else tall[0]
+    if lead.rows.size != shape[lead.rows.dim - lead.ndim] or any(t.rows != lead.rows for t in written):
         raise UnsupportedOpError(
-            f"{op_name(func)} in place on a tensor of shape {tuple(lead.shape)} cannot take operands "
-            f"that broadcast to {tuple(shape)}"
+            f"{op_name(func)} in place on {', '.join(map(repr, written))} cannot take operands that broadcast "
+            f"to {tuple(shape)}; several results must be sharded alike"
         )
     dim = lead.rows.dim - lead.ndim  # counted from the back, as broadcasting does
 
     def to_rows(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, PatchTensor):
-            if tensor.rows.size == lead.rows.size and tensor.ndim >= -dim:
-                layout = lead.rows.with_dim(tensor.ndim + dim)
-                return redistribute(tensor, layout, func).local
-            tensor = whole(tensor)
-        tensor = spread(tensor, lead)
-        if tensor.ndim < -dim or tensor.shape[dim] == 1:
-            return tensor
-        lo, hi = lead.rows.interval(lead.region.comm.rank)
-        return tensor.narrow(dim, lo, hi - lo)
+        return rows_of(tensor, lead, dim, func)
 
     return _wrap(func(*map_tensors(to_rows, args), **map_tensors(to_rows, kwargs)), lead, dim)
 
@@ -84,21 +76,6 @@ def _wrap(result: Any, lead: PatchTensor, dim: int) -> Any:
     return result
 
 
-def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The tensor that a call writes to (``add_``, ``+=``, ``inplace=True``, ``out=``), or None."""
-    if kwargs.get("out") is not None:
-        return kwargs["out"]
-    name = op_name(func)
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
-    if not (in_place or kwargs.get("inplace")):
-        return None
-    return args[0] if args else kwargs.get("input", kwargs.get("self"))
-
-
-_IN_PLACE_OPERATORS = {
-    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
-} | {"__setitem__"}
-
 _NAMES = """
     abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2
     arctanh asin asinh atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or
@@ -112,13 +89,47 @@ _NAMES = """
     mish mul multiply mvlgamma nan_to_num ndtr ndtri ne neg negative nextafter not_equal polygamma
     positive pow psi rad2deg real reciprocal relu relu6 remainder resolve_conj resolve_neg round rsqrt
     rsub selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square
-    sub subtract tan tanh tanhshrink threshold true_divide trunc where xlog1py xlogy zero zeta
+    sub subtract tan tanh tanhshrink threshold true_divide trunc xlog1py xlogy zero zeta
     __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__
     __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ __floordiv__ __rfloordiv__ __ifloordiv__
     __mod__ __rmod__ __imod__ __pow__ __rpow__ __ipow__ __neg__ __pos__ __abs__ __invert__ __and__
     __rand__ __iand__ __or__ __ror__ __ior__ __xor__ __rxor__ __ixor__ __lshift__ __rlshift__
     __ilshift__ __rshift__ __rrshift__ __irshift__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+    alias_copy detach_copy cfloat cdouble chalf complex polar igamma igammac gammainc gammaincc gammaln
+    multigammaln entr airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 modified_bessel_i0 modified_bessel_i1
+    modified_bessel_k0 modified_bessel_k1 scaled_modified_bessel_k0 scaled_modified_bessel_k1
+    spherical_bessel_j0 chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v
+    chebyshev_polynomial_w hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l
+    legendre_polynomial_p shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u
+    shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w fake_quantize_per_tensor_affine
 """.split()
 
-for _func in named(*_NAMES, *(f"{name}_" for name in _NAMES if not name.startswith("__"))):
+_GETTERS = [getattr(torch.Tensor, name).__get__ for name in ("real", "imag")]
+
+for _func in [*named(*_NAMES, *(f"{name}_" for name in _NAMES if not name.startswith("__"))), *_GETTERS]:
     RULES.setdefault(_func, pointwise)
+
+
+@rule(*named("where"))
+def where(func: Any, condition: Tensor, *others: Any, **kwargs: Any) -> Any:
+    """With a condition alone, the places where it is true."""
+    return (pointwise if others or kwargs else fallback)(func, condition, *others, **kwargs)
+
+
+@rule(*named("isin", "bucketize"))
+def looked_up(func: Any, elements: Tensor, values: Any, *args: Any, **kwargs: Any) -> Any:
+    """Each element by itself, in a replicated table."""
+    if not isinstance(elements, PatchTensor):
+        return func(elements, whole(values), *args, **kwargs)
+    values = whole(values) if isinstance(values, Tensor) else values
+    return wrap(func(elements.local, values, *args, **kwargs), elements)
+
+
+@rule(*named("prelu"))
+def prelu(func: Any, input: PatchTensor, weight: Tensor) -> PatchTensor:
+    """A weight for each channel, dim 1, or one for all."""
+    weight = spread(whole(weight), input)
+    if input.rows.dim == 1 and weight.numel() > 1:
+        lo, hi = input.rows.interval(input.region.comm.rank)
+        weight = weight[lo:hi]
+    return wrap(func(input.local, weight), input)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from distpatch.collectives import stack_ranks
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, normalize_dims, op_name, rule, sum_ranks, wrap
+from distpatch.rules.registry import named, normalize_dims, on_some_rows, op_name, rule, sum_ranks, wrap
 from distpatch.rules.statistics import merge_ranks, moments
 from distpatch.tensor import PatchTensor
+from distpatch.tree import map_tensors
 
 Dims = int | Sequence[int] | None
 
@@ -22,7 +23,7 @@ def kept(x: PatchTensor, local: Any, dims: Sequence[int], keepdim: bool) -> Any:
     """The sharded dim stays; it moves forward by the dims that go before it."""
     gone = 0 if keepdim else sum(d < x.rows.dim for d in dims)
     layout = x.rows.with_dim(x.rows.dim - gone)
-    return type(local)([wrap(t, x, layout) for t in local]) if isinstance(local, tuple) else wrap(local, x, layout)
+    return map_tensors(lambda t: wrap(t, x, layout), local)
 
 
 def never_empty(x: PatchTensor, fill: Any) -> Tensor:
@@ -111,14 +112,14 @@ def variance(
         dim, unbiased = None, dim
     if correction is None:
         correction = 1 if unbiased is None else int(unbiased)
-    dims = normalize_dims(dim, input.ndim)
-    name = op_name(func)
-    if input.rows.dim not in dims:
-        return kept(input, func(input.local, dims, correction=correction, keepdim=keepdim), dims, keepdim)
+    dims, row, name = normalize_dims(dim, input.ndim), input.rows.dim, op_name(func)
+    if input.rows.dim not in dims:  # torch warns of a variance of no rows
+        result = on_some_rows(lambda rows: func(rows, dims, correction=correction, keepdim=True), input.local, row)
+        return kept(input, result if keepdim else map_tensors(lambda t: t.squeeze(dims), result), dims, keepdim)
     if not input.dtype.is_floating_point:
         return fallback(func, input, dims, correction=correction, keepdim=keepdim)
     a_row = math.prod(input.shape[d] for d in dims) // max(input.rows.size, 1)
-    _, mean, m2 = moments(input.local, dims, input.rows.dim, squares=torch.float64)
+    _, mean, m2 = moments(input.local, dims, row, squares=torch.float64)
     count, mean, m2 = merge_ranks(input.rows, a_row, mean, m2, input.region.comm.name, name)
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
@@ -177,7 +178,13 @@ def norm(
 
 @rule(torch.linalg.norm, torch.linalg.matrix_norm)
 def linalg_norm(
-    func: Any, A: PatchTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+    func: Any,
+    A: PatchTensor,
+    ord: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: Any = None,
 ) -> Any:
     """A vector's norm, or a matrix's where that is a sum of columns; singular values take the fallback."""
     if op_name(func).endswith("matrix_norm"):

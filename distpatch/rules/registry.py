@@ -141,6 +141,14 @@ def over_rows(
     return map_tensors(lambda t: wrap(t, x, layout), result)
 
 
+def in_compute_dtype(x: PatchTensor) -> PatchTensor:
+    """In the dtype that autocast convolves in, so that halo rows are sent in it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.dtype.is_floating_point or x.dtype == torch.float64:
+        return x
+    return wrap(x.local.to(torch.get_autocast_dtype(kind)), x)
+
+
 def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:
     """Rows [lo, hi) of the whole tensor, a view: each rank keeps those of its own."""
     rows, rank = x.rows, x.region.comm.rank
@@ -180,20 +188,24 @@ def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
 def rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
     """This rank's rows of an operand whose dim ``dim`` (counted from the back) meets the lead's rows.
 
-    A plain operand as tall as the lead is sliced; one of height 1, or without that dim, is used as it is; a
-    sharded one is redistributed, or gathered where it has height 1.
+    As ``own_rows``, except that an operand of height 1, or without that dim, is used as it is (gathered first
+    where it is sharded), since it will be broadcast.
     """
-    if isinstance(tensor, PatchTensor):
-        if tensor.ndim >= -dim and tensor.shape[dim] == lead.rows.size:
-            return redistribute(tensor, lead.rows.with_dim(tensor.ndim + dim), func).local
-        tensor = whole(tensor)
-    tensor = spread(tensor, lead)
-    if tensor.ndim < -dim or tensor.shape[dim] == 1:
-        return tensor
-    if tensor.shape[dim] != lead.rows.size:
+    if tensor.ndim >= -dim and tensor.shape[dim] != 1:
+        return own_rows(tensor, lead, dim, func)
+    if isinstance(tensor, PatchTensor) and tensor.ndim >= -dim and lead.rows.size == 1:
+        return own_rows(tensor, lead, dim, func)
+    return spread(whole(tensor), lead)
+
+
+def own_rows(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
+    """This rank's rows of an operand as tall as the lead: sliced where it is plain, else redistributed."""
+    if tensor.ndim < -dim or tensor.shape[dim] != lead.rows.size:
         raise RuntimeError(f"{op_name(func)}: a tensor of shape {tuple(tensor.shape)} does not fit {tuple(lead.shape)}")
+    if isinstance(tensor, PatchTensor):
+        return redistribute(tensor, lead.rows.with_dim(tensor.ndim + dim), func).local
     lo, hi = lead.rows.interval(lead.region.comm.rank)
-    return tensor.narrow(dim, lo, hi - lo)
+    return spread(tensor, lead).narrow(dim, lo, hi - lo)
 
 
 def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:

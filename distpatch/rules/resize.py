@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,6 @@ from distpatch.rules.registry import named, on_some_rows, over_rows, per_dim, ru
 from distpatch.rules.resample import FILTERS, enlarged, filtered, precise
 from distpatch.stencil import FilterStencil, NearestStencil
 from distpatch.tensor import PatchTensor
-
-NEAREST = ("nearest", "nearest-exact")
 
 
 @rule(*named("interpolate"))
@@ -31,66 +30,95 @@ def interpolate(
     antialias: bool = False,
 ) -> Any:
     how = (mode, align_corners, recompute_scale_factor, antialias)
-    spatial, dim, axis = input.ndim - 2, input.rows.dim, input.rows.dim - 2
+    spatial, axis, shape = input.ndim - 2, input.rows.dim - 2, input.shape[2:]
     if axis < 0:  # whole images, or whole channels
-        local = on_some_rows(lambda part: func(part, size, scale_factor, *how), input.local, dim)
+        local = on_some_rows(lambda part: func(part, size, scale_factor, *how), input.local, input.rows.dim)
         return wrap(local, input)
-    shape, known = input.shape[2:], mode in (*NEAREST, "area") or (mode, spatial, antialias) in FILTERS
+    nearest, smooth = mode.startswith("nearest"), (mode, spatial, antialias) in FILTERS
     factors = None if scale_factor is None else per_dim(scale_factor, spatial)
     sizes = per_dim(size, spatial) if factors is None else [int(n * f) for n, f in zip(shape, factors)]
-    if not known or (size is None) != (factors is not None) or (size and recompute_scale_factor) or 0 in sizes:
-        return fallback(func, input, size, scale_factor, *how)  # torch says what is wrong
+    valid = (size is None) != (factors is None) and not (size and recompute_scale_factor) and 0 not in sizes
+    if not valid or not (nearest or smooth or mode == "area") or (smooth and not input.dtype.is_floating_point):
+        return fallback(func, input, size, scale_factor, *how)  # or torch says what is wrong
     if mode == "area":
         return getattr(F, f"adaptive_avg_pool{spatial}d")(input, sizes)
-    rows_in, rows_out = shape[axis], sizes[axis]
-    if recompute_scale_factor:
-        factors = None
-    if align_corners:
-        scale = (rows_in - 1) / max(rows_out - 1, 1) if rows_out > 1 else 0.0
-    else:
-        scale = rows_in / rows_out if factors is None else 1 / factors[axis]
-
-    def resize(part: Tensor, times: int = 1) -> Tensor:
-        """Torch's own on these rows, making ``times`` rows of each."""
-        if factors is not None:
-            changed = tuple(times if d == axis else factor for d, factor in enumerate(factors))
-            return func(part, None, changed, mode, align_corners, None, antialias)
-        changed = tuple(part.shape[dim] * times if d == axis else n for d, n in enumerate(sizes))
-        return func(part, changed, None, mode, align_corners, None, antialias)
-
-    if mode in NEAREST:
-        nearest = NearestStencil(rows_in, rows_out, scale, spatial == 2, mode == "nearest-exact")
-        x, times = (_pick(input, nearest, func), 1) if nearest.repeats is None else (input, nearest.repeats)
-        layout = x.rows.with_bounds(tuple(times * bound for bound in x.rows.bounds))
-        return wrap(on_some_rows(lambda part: resize(part, times), x.local, dim), input, layout)
-    filter = FILTERS[mode, spatial, antialias]
-    widened = filter.reach * (max(scale, 1.0) if antialias else 1.0)
-    stencil = FilterStencil(rows_in, rows_out, scale, widened, bool(align_corners) and not antialias)
-
-    def resize_columns(x: PatchTensor) -> PatchTensor:
-        return wrap(on_some_rows(resize, x.local, dim), x)
-
-    def resize_rows(x: PatchTensor) -> PatchTensor:
-        return filtered(x, stencil, filter, antialias, func)
-
-    if rows_in == rows_out and (scale == 1 or (filter.reach == 1 and not antialias)):
-        return resize_columns(input)
-    times = rows_out // rows_in
-    if times * scale == 1 and times.bit_count() == 1 and not (antialias or align_corners):
-        return enlarged(input, stencil, times, lambda part: resize(part, times), func)
-    if math.prod(sizes) * rows_in < math.prod(shape) * rows_out:  # the other dims become smaller
-        x = resize_rows(resize_columns(wrap(input.local.to(precise(input.dtype)), input)))
-    else:
-        x = resize_columns(resize_rows(input))
-    return wrap(x.local.to(input.dtype), x)
+    factors = None if recompute_scale_factor else factors
+    resize = Resize(func, axis, sizes, factors, mode, align_corners, antialias)
+    if nearest:
+        return _nearest(input, resize)
+    if factors is not None and any(1 < n == m and f != 1 for n, m, f in zip(shape, sizes, factors)):
+        # 7 rows by 1.1 are 7 rows: a copy, or resized by 1.1, as kernel, device and direction have it.
+        return fallback(func, input, size, scale_factor, *how)
+    return _smooth(input, resize)
 
 
-def _pick(x: PatchTensor, stencil: NearestStencil, func: Any) -> PatchTensor:
-    """The source row of each output row."""
+@dataclass(frozen=True)
+class Resize:
+    """A call of ``interpolate``, to ``sizes`` (by ``factors``, where these set the scale), for slabs of rows."""
+
+    func: Any
+    axis: int
+    sizes: Sequence[int]
+    factors: Sequence[float] | None
+    mode: str
+    align_corners: bool | None
+    antialias: bool
+
+    def scale(self, rows_in: int) -> float:
+        """Input rows an output row."""
+        rows_out = self.sizes[self.axis]
+        if self.align_corners:
+            return (rows_in - 1) / (rows_out - 1) if rows_out > 1 else 0.0
+        return rows_in / rows_out if self.factors is None else 1 / self.factors[self.axis]
+
+    def __call__(self, part: Tensor, times: int = 1) -> Tensor:
+        """Torch's own on these rows, making ``times`` rows of each, and the columns that there are to be."""
+        axis, how = self.axis, (self.mode, self.align_corners, None, self.antialias)
+        size = [*self.sizes[:axis], part.shape[axis + 2] * times, *self.sizes[axis + 1 :]]
+        factors = self.factors and [*self.factors[:axis], times, *self.factors[axis + 1 :]]
+        given = (None, factors) if factors else (size, None)
+        if self.antialias and size[-1] == 1:  # torch 2.13 resizes a column wrongly on a CPU, but a row rightly
+            return self.func(part.mT, *(n and n[::-1] for n in given), *how).mT
+        return self.func(part, *given, *how)
+
+
+def _nearest(x: PatchTensor, resize: Resize) -> PatchTensor:
+    rows_in, rows_out, spatial = x.rows.size, resize.sizes[resize.axis], x.ndim - 2
+    exact = resize.mode == "nearest-exact"
+    stencil = NearestStencil(rows_in, rows_out, resize.scale(rows_in), spatial == 2, exact)
 
     def pick(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
-        out = torch.arange(lo, hi, device=rows.device, dtype=torch.float32) + 0.5 * stencil.exact
-        source = (out * stencil.scale).long().clamp(max=stencil.rows_in - 1)
+        out = torch.arange(lo, hi, device=rows.device, dtype=torch.float32) + 0.5 * exact
+        source = (out * stencil.scale).long().clamp(max=rows_in - 1)
         return rows.index_select(x.rows.dim, source - start)
 
-    return over_rows(pick, x, stencil, func)
+    times = stencil.repeats or 1
+    source = x if stencil.repeats else over_rows(pick, x, stencil, resize.func)
+    layout = source.rows.with_bounds(tuple(times * bound for bound in source.rows.bounds))
+    return wrap(on_some_rows(lambda part: resize(part, times), source.local, x.rows.dim), x, layout)
+
+
+def _smooth(x: PatchTensor, resize: Resize) -> PatchTensor:
+    """Columns by torch, rows by their filter, in fp32 or better; first whichever leaves less for the other."""
+    rows_in, rows_out, spatial = x.rows.size, resize.sizes[resize.axis], x.ndim - 2
+    antialias, scale, times = resize.antialias, resize.scale(rows_in), rows_out // rows_in
+    filter = FILTERS[resize.mode, spatial, antialias]
+    reach = filter.reach * (max(scale, 1.0) if antialias else 1.0)
+    corners = bool(resize.align_corners) and not antialias  # with antialias it sets the scale alone
+    stencil = FilterStencil(rows_in, rows_out, scale, reach, corners)
+
+    def columns(x: PatchTensor) -> PatchTensor:
+        return wrap(on_some_rows(resize, x.local, x.rows.dim), x)
+
+    def rows(x: PatchTensor) -> PatchTensor:
+        return filtered(x, stencil, filter, antialias, resize.func)
+
+    if rows_in == rows_out:
+        return columns(x)
+    if times * scale == 1 and times.bit_count() == 1 and not (antialias or corners):
+        return enlarged(x, stencil, times, lambda part: resize(part, times), resize.func)
+    if math.prod(resize.sizes) * rows_in < math.prod(x.shape[2:]) * rows_out:
+        resized = rows(columns(wrap(x.local.to(precise(x.dtype)), x)))
+    else:
+        resized = columns(rows(x))
+    return wrap(resized.local.to(x.dtype), resized)

@@ -13,7 +13,7 @@ from distpatch.errors import LayoutError
 from distpatch.layout import RowLayout, plan_stencil
 from distpatch.patch_conv import Slab, choose_patch_rows, in_patches
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import halo, named, op_name, per_dim, rule, spread, wrap
+from distpatch.rules.registry import halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
 from distpatch.stencil import TransposedStencil
 from distpatch.tensor import PatchTensor
 
@@ -42,7 +42,7 @@ def transposed_convolution(
     axis = input.rows.dim - 2
     if axis == -1:
         return fallback(func, input, weight, bias, *how)
-    weight = spread(weight, input)
+    input, weight = in_compute_dtype(input), spread(weight, input)
     bias = None if bias is None else spread(bias, input)
     if axis == -2:
         return wrap(func(input.local, weight, bias, *how), input)

@@ -63,7 +63,7 @@ CASES = {
     "causal": case(sdpa(is_causal=True), Q, KV, KV, sharded=3),
     "causal, keys plain": case(sdpa(is_causal=True), Q, SHORT, SHORT),
     "grouped queries": case(sdpa(enable_gqa=True), (2, 4, H, 4), (2, 2, H, 4), (2, 2, H, 4), sharded=3),
-    "heads sharded": case(sdpa(), (2, H, 5, 4), (2, H, 5, 4), (2, H, 5, 4), sharded=3, dim=1, fallback="scaled_dot_product_attention"),
+    "heads sharded": case(sdpa(), (2, H, 5, 4), (2, H, 5, 4), (2, H, 5, 4), sharded=3, dim=1),
     "mid block": case(self_attention, (2, 4, H, 3), (4, 4), (4, 4), (4, 4), (4, 4)),
     "linear attention": case(linear_attention, Q, KV, KV, sharded=3),
     # Matrix products.

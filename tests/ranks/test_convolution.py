@@ -96,6 +96,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_convolution(case: Callable[[], None]) -> None:
     case()

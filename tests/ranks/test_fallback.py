@@ -18,21 +18,18 @@ from tests.threads import run_ranks
 X = (2, 3, H, 5)
 
 
-def into_plain(x: Tensor) -> Tensor:
-    """Writing sharded rows into a replicated tensor gathers them."""
-    canvas = torch.zeros(x.shape, dtype=x.dtype)
-    canvas[:, 1:] = x[:, :-1]
-    canvas.add_(x)
-    return canvas
-
-
 CASES = {
-    "sort rows": case(lambda x: torch.sort(x, dim=-2).values, X, fallback="sort"),
-    "median": case(lambda x: x.median(dim=2).values, X, fallback="median"),
-    "then a convolution": case(lambda x, w: F.conv2d(torch.sort(x, 2).values, w, padding=1), X, (4, 3, 3, 3), fallback="sort"),
-    "into a plain tensor": case(into_plain, X, fallback="__setitem__"),
-    "loss": case(lambda x, y: F.mse_loss(x, y), X, X, fallback="mse_loss"),
-}  # fmt: skip
+    "trapezoid over rows": case(lambda x: torch.trapezoid(x, dim=2), X, fallback="trapezoid"),
+    "as tall as the input": case(lambda x: torch.renorm(x, 2, 2, 1.0), X, fallback="renorm"),
+    "all of it": case(lambda x: torch.cov(x[0, 0]), X, fallback="cov"),
+    "fft": case(lambda x: torch.real(torch.fft.fft2(x)), X, fallback="fft_fft2"),
+    "several results": case(lambda x: torch.linalg.slogdet(x), (2, H, 5, 5), dim=1, fallback="linalg_slogdet"),
+    "two sharded": case(lambda x, y: torch.linalg.cross(x, y, dim=1), X, X, sharded=2, fallback="linalg_cross"),
+    "then a convolution": case(
+        lambda x, w: F.conv2d(torch.renorm(x, 2, 2, 1.0), w, padding=1), X, (4, 3, 3, 3), fallback="renorm"
+    ),
+    "width": case(lambda x: torch.renorm(x, 2, 3, 1.0), (2, 3, 5, H), dim=-1, fallback="renorm"),
+}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -40,12 +37,12 @@ def test_fallback(case: Callable[[], None]) -> None:
     case()
 
 
-class Sorting(nn.Module):
+class Unruly(nn.Module):
     """Calls an operation without a rule twice, at one line."""
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(2):
-            x = torch.sort(x, dim=-2).values
+            x = torch.renorm(x, 2, 2, 1.0)
         return x
 
 
@@ -53,7 +50,7 @@ def converted(mode: str, world: int = 2) -> list[tuple[Tensor, distpatch.Trace]]
     x = random_tensor((1, 2, 5, 3))
 
     def body(rank: int) -> tuple[Tensor, distpatch.Trace]:
-        model = distpatch.convert_model(Sorting(), dist.group.WORLD, fallback=mode)
+        model = distpatch.convert_model(Unruly(), dist.group.WORLD, fallback=mode)
         with distpatch.trace() as t:
             return model(x), t
 
@@ -61,34 +58,34 @@ def converted(mode: str, world: int = 2) -> list[tuple[Tensor, distpatch.Trace]]
 
 
 def test_warned_once_and_recorded_where() -> None:
-    with pytest.warns(UserWarning, match="no sharded rule for sort") as caught:
+    with pytest.warns(UserWarning, match="no sharded rule for renorm") as caught:
         results = converted("warn", world=2)
     assert len(caught) == 2, "once for each of the two ranks"
     for value, t in results:
-        assert torch.equal(value, random_tensor((1, 2, 5, 3)).sort(dim=-2).values)
+        assert torch.equal(value, Unruly()(random_tensor((1, 2, 5, 3))))
         (record,) = t.fallbacks
-        assert (record.op, record.count, record.bytes) == ("sort", 2, 2 * 30 * 8)
+        assert (record.op, record.count, record.bytes) == ("renorm", 2, 2 * 30 * 8)
         assert record.where.startswith("test_fallback.py:")
         assert "(1, 2, 5, 3)" in record.shapes
-        assert "sort" in t.table()
+        assert "renorm" in t.table()
 
 
 def test_allowed_in_silence(recwarn: pytest.WarningsRecorder) -> None:
     for _, t in converted("allow"):
-        assert [record.op for record in t.fallbacks] == ["sort"]
+        assert [record.op for record in t.fallbacks] == ["renorm"]
     assert not recwarn.list
 
 
 def test_refused_by_name() -> None:
-    with pytest.raises(distpatch.UnsupportedOpError, match=r"sort has no sharded rule .*\(1, 2, 5, 3\)"):
+    with pytest.raises(distpatch.UnsupportedOpError, match=r"renorm has no sharded rule .*\(1, 2, 5, 3\)"):
         converted("error")
 
 
 WRITES: dict[str, Callable[[Tensor], object]] = {
+    "renorm_": lambda x: x.renorm_(2, 2, 1.0),
     "cumsum_": lambda x: x.cumsum_(2),
-    "__setitem__": lambda x: x.__setitem__((slice(None), slice(None), 0), 0.0),
-    "index_fill_": lambda x: x.index_fill_(2, torch.tensor([0]), 1.0),
-    "sort": lambda x: torch.sort(x, dim=2, out=(x, torch.empty(0, dtype=torch.long))),
+    "renorm": lambda x: torch.renorm(x * 2, 2, 2, 1.0, out=x),
+    "linalg_slogdet": lambda x: torch.linalg.slogdet(x[..., :2, :2], out=(x[..., 0, 0], x)),
 }
 UNADDRESSED: dict[str, Callable[[Tensor], object]] = {
     "numpy": lambda x: x.numpy(),
@@ -119,36 +116,32 @@ def test_below_the_table_is_refused() -> None:
     def body(rank: int) -> None:
         x = distpatch.shard(random_tensor((1, 2, 5, 3)), dist.group.WORLD)
         with pytest.raises(distpatch.UnsupportedOpError, match="aten"), torch._C.DisableTorchFunctionSubclass():
-            torch.sort(x)
+            torch.renorm(x, 2, 2, 1.0)
 
     run_ranks(2, body)
 
 
 def test_register_rule() -> None:
     """A rule of one's own takes the place of the fallback."""
+    x = random_tensor((1, 2, 6, 3))
 
     def body(rank: int) -> tuple[Tensor, distpatch.Trace]:
-        x = distpatch.shard(random_tensor((1, 2, 6, 3)), dist.group.WORLD)
         with distpatch.trace() as t:
-            return distpatch.gather(torch.kthvalue(x, 2, dim=-1)[0]), t
+            return distpatch.gather(torch.trapezoid(distpatch.shard(x, dist.group.WORLD), dim=-1)), t
 
-    def kth_of_columns(input: distpatch.PatchTensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
-        assert dim % input.ndim == input.ndim - 1 != input.rows.dim
-        parts = torch.kthvalue(input.local, k, dim=dim)
-        values, indices = (distpatch.PatchTensor(part, input.rows, input.region) for part in parts)
-        return values, indices
+    def across(y: distpatch.PatchTensor, dim: int) -> Tensor:
+        assert dim % y.ndim > y.rows.dim
+        return distpatch.PatchTensor(torch.trapezoid(y.local, dim=dim), y.rows, y.region)
 
-    before = RULES.pop(torch.kthvalue, None)
+    assert torch.trapezoid not in RULES
     try:
-        assert distpatch.register_rule(torch.kthvalue)(kth_of_columns) is kth_of_columns
+        assert distpatch.register_rule(torch.trapezoid)(across) is across
         results = run_ranks(3, body)
     finally:
-        del RULES[torch.kthvalue]
-        if before is not None:
-            RULES[torch.kthvalue] = before
+        del RULES[torch.trapezoid]
     for value, t in results:
         assert not t.fallbacks
-        assert torch.equal(value, random_tensor((1, 2, 6, 3)).kthvalue(2, dim=-1).values)
+        assert torch.equal(value, torch.trapezoid(x, dim=-1))
 
 
 def test_register_rule_for_a_function_of_ones_own() -> None:

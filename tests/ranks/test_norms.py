@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import distpatch
 from tests.oracle import H, case, random_tensor
+from tests.threads import run_ranks
 
 X = (3, 8, H, 5)
 FEW: dict[str, Any] = {"worlds": (4, 2), "heights": (7, 2)}
@@ -159,3 +161,88 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_norms(case: Callable[[], None]) -> None:
     case()
+
+
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "group_norm": lambda x: F.group_norm(x, 16),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "instance_norm": F.instance_norm,
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-2:]),
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[-2:]),
+    "var": lambda x: torch.var(x, dim=(2, 3)),
+    "std": torch.std,
+    "var_mean": lambda x: torch.stack(torch.var_mean(x, dim=(0, 2, 3))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mean", [100, 1000])
+def test_no_less_exact_than_torch_at_large_means(mean: int, dtype: torch.dtype) -> None:
+    """Values of mean 100 and 1000 and deviation 1: no more error than torch's own on one device."""
+    inputs = [
+        (mean + random_tensor(shape, dtype=torch.float32)).to(dtype) for shape in ((4, 32, 24, 16), (1, 32, 96, 64))
+    ]
+
+    def body(rank: int) -> list[Tensor]:
+        outs = []
+        for x in inputs:
+            for fn in STATISTICS.values():
+                for grad in (False, True):
+                    leaf = distpatch.shard(x.clone().requires_grad_(grad), dist.group.WORLD, dim=2)
+                    outs.append(distpatch.gather(fn(leaf)).detach())
+        return outs
+
+    for outs in run_ranks(3, body):
+        results = iter(outs)
+        for x in inputs:
+            for name, fn in STATISTICS.items():
+                right = fn(x.double())
+                own = (fn(x).double() - right).abs()
+                for _ in range(2):
+                    error = (next(results).double() - right).abs()
+                    assert error.mean() <= 1.1 * own.mean() + 1e-8, (name, x.shape, error.mean(), own.mean())
+                    assert error.max() <= 1.5 * own.max() + 1e-8, (name, x.shape, error.max(), own.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes_under_autocast(dtype: torch.dtype) -> None:
+    """A result has the dtype that it has on one device."""
+    x, w = random_tensor((2, 8, 6, 4), dtype=torch.float32).to(dtype), torch.ones(8)
+    fns: dict[str, Callable[[Any], Any]] = {
+        "group_norm": lambda x: F.group_norm(x, 4, w, w),
+        "batch_norm": lambda x: F.batch_norm(x, None, None, w, w, training=True),
+        "instance_norm": lambda x: F.instance_norm(x, weight=w),
+        "layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
+        "rms_norm": lambda x: F.rms_norm(x, x.shape[1:]),
+        "softmax": lambda x: x.softmax(2),
+        "log_softmax": lambda x: F.log_softmax(x, dim=-1),
+        "sum": torch.sum,
+        "mean": lambda x: x.mean((2, 3)),
+        "prod": lambda x: x.prod(2),
+        "norm": torch.linalg.vector_norm,
+        "logsumexp": lambda x: x.logsumexp((2, 3)),
+        "var": torch.var,
+        "cumsum": lambda x: x.cumsum(2),
+        "cumprod": lambda x: x.cumprod(2),
+        "matmul": lambda x: x.mT @ x,
+        "linear": lambda x: F.linear(x, torch.ones(5, 4)),
+        "einsum": lambda x: torch.einsum("bchw,bchv->bcwv", x, x),
+        "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+        "attention of plain queries": lambda x: F.scaled_dot_product_attention(distpatch.gather(x), x, x),
+        "normalize": lambda x: F.normalize(x, dim=2),
+        "amax": lambda x: x.amax(2),
+        "cosine_similarity": lambda x: F.cosine_similarity(x, x, dim=2),
+        "baddbmm": lambda x: torch.baddbmm(torch.ones(8, 6, 6), x[0], x[0].mT),
+        "linalg.norm": lambda x: torch.linalg.norm(x, 1, (2, 3)),
+        "vector_norm in fp64": lambda x: torch.linalg.vector_norm(x, dtype=torch.float64),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        right = {name: fn(x) for name, fn in fns.items()}
+
+    def body(rank: int) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return {name: distpatch.gather(fn(distpatch.shard(x, dist.group.WORLD))) for name, fn in fns.items()}
+
+    for name, value in run_ranks(2, body)[1].items():
+        assert value.dtype == right[name].dtype, name
+        torch.testing.assert_close(value, right[name], rtol=0.03, atol=0.05, msg=lambda m, n=name: f"{n}: {m}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,6 +31,10 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+def with_number(op: Callable[[Any, Any], Any], x: Tensor) -> Tensor:
+    return op(x, torch.tensor(2.5))
+
+
 def in_place(change: Callable[[Tensor], object]) -> Callable[[Tensor], Tensor]:
     """The function that changes a copy; what the change returns is dropped."""
 
@@ -52,7 +57,7 @@ def add_into(x: Tensor, other: Tensor) -> Tensor:
 CASES = {
     **{name: case(getattr(torch, name), X, heights=(7,), worlds=(3,)) for name in NAMES},
     **{f"{name} of two": case(op, X, X, sharded=2) for name, op in OPERATORS.items()},
-    **{f"{name} 2.5": case(lambda x, op=op: op(x, torch.tensor(2.5)), X, heights=(3,), worlds=(2,)) for name, op in OPERATORS.items()},
+    **{f"{name} 2.5": case(partial(with_number, op), X, heights=(3,), worlds=(2,)) for name, op in OPERATORS.items()},
     "number first": case(lambda x: 1.5 - 2 / (3 + x.exp()), X),
     "silu": case(F.silu, X),
     "gelu": case(lambda x: F.gelu(x, approximate="tanh"), X),

@@ -95,6 +95,7 @@ CASES = {
     **one_dim(torch.argmin, "argmin", ties(*WIDTH), dim=-1),
     **one_dim(torch.prod, "prod"),
     **one_dim(torch.prod, "prod with zeros", ties(*X)),
+    "mean, numpy names": case(lambda x: x.mean(axis=(2, 3), keepdims=True) + x.sum(axis=1, keepdims=True), X),
     "sum in fp64": case(lambda x: x.float().sum(dim=2, dtype=torch.float64), X, tolerance=1e-6),
     "mean of bool": case(lambda x: torch.mean((x > 0).float(), (2, 3)), X, tolerance=1e-6),
     "sum of bool": case(lambda x: (x > 0).sum(), X),

@@ -40,7 +40,8 @@ CASES = {
     "bilinear x1.7 recomputed": case(by("bilinear", scale_factor=1.7, recompute_scale_factor=True), X),
     "bilinear half": case(by("bilinear", scale_factor=0.5), X, heights=TALL),
     "bilinear x0.3": case(by("bilinear", scale_factor=0.3), X, heights=(13, 4)),
-    "bilinear, as many rows": case(by("bilinear", scale_factor=(1.1, 2.0)), X, p2p=0),
+    "bilinear, as many rows": case(by("bilinear", scale_factor=(1.1, 2.0)), X, heights=(7,), fallback="interpolate"),
+    "bicubic, as many columns": case(by("bicubic", scale_factor=(2.0, 1.1)), X, heights=(7,), fallback="interpolate"),
     "bilinear, columns": case(by("bilinear", scale_factor=(1.0, 1.6)), X, p2p=0),
     "bilinear, rows": case(by("bilinear", scale_factor=(1.6, 1.0)), X),
     "bilinear size": case(by("bilinear", size=(11, 4)), X, p2p=1),
@@ -70,7 +71,7 @@ CASES = {
     "area 1d": case(by("area", size=5), (2, 3, H), dim=-1),
     "area 3d": case(by("area", size=(2, 4, 3)), (1, 2, 3, H, 4)),
     "linear": case(by("linear", scale_factor=2), (2, 3, H), dim=-1, p2p=1),
-    "linear x1.3": case(by("linear", scale_factor=1.3), (2, 3, H), dim=-1),
+    "linear x1.3": case(by("linear", scale_factor=1.3), (2, 3, H), dim=-1, heights=(7, 1)),
     "linear corners": case(by("linear", size=9, align_corners=True), (2, 3, H), dim=-1),
     "trilinear, height": case(by("trilinear", scale_factor=2.0), (1, 2, 3, H, 4), p2p=1),
     "trilinear, time": case(by("trilinear", scale_factor=(1.5, 2.0, 1.0)), (1, 2, H, 3, 4), dim=2),
@@ -81,6 +82,13 @@ CASES = {
     "width, nearest-exact": case(by("nearest-exact", scale_factor=1.5), W, dim=-1),
     "batch": case(by("bilinear", scale_factor=1.5), (H, 3, 4, 5), dim=0, p2p=0),
     "channels": case(by("bicubic", size=(3, 9)), (2, H, 4, 5), dim=1, p2p=0),
+    "bytes": case(
+        by("bilinear", size=(5, 4)), lambda rows: torch.arange(rows * 15, dtype=torch.uint8).view(1, 3, rows, 5),
+        heights=(7,), fallback="interpolate",
+    ),
+    "bytes, nearest": case(
+        by("nearest-exact", size=(5, 4)), lambda rows: torch.arange(rows * 15, dtype=torch.uint8).view(1, 3, rows, 5)
+    ),
     "channels_last": case(by("bilinear", scale_factor=1.5), X, channels_last=True, heights=TALL),
     "Upsample": case(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), X),
     "UpsamplingNearest2d": case(nn.UpsamplingNearest2d(size=(9, 5)), X),

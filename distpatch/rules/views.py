@@ -1,0 +1,170 @@
+"""Writing: which arguments a call writes to, and what becomes of writes to a copy that torch calls a view.
+
+On one device ``x[:, :, 0]`` is a view of ``x``; of a sharded ``x`` it is a replicated copy, and some reshapes
+move rows. Such copies know their origin (``RowCopy``, ``PatchCopy``): what is written to them is written to
+the origin too, or refused; and they are not read after the origin has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distpatch.errors import UnsupportedOpError
+from distpatch.rules.registry import named, op_name
+from distpatch.tensor import RULES, PatchCopy, PatchTensor, RowCopy
+from distpatch.tree import map_tensors, tensors_in
+
+ALIASING = frozenset(
+    named(
+        *"view view_as reshape reshape_as flatten ravel unflatten permute transpose t adjoint swapaxes".split(),
+        *"swapdims movedim moveaxis unsqueeze squeeze expand expand_as broadcast_to narrow select chunk".split(),
+        *"split tensor_split split_with_sizes unsafe_chunk unsafe_split hsplit vsplit dsplit unbind".split(),
+        *"diagonal unfold view_as_real view_as_complex real imag detach __getitem__ as_strided _unsafe_view".split(),
+        *"atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid conj resolve_conj positive".split(),
+    )
+) | {getattr(torch.Tensor, name).__get__ for name in "T mT H mH real imag data".split()}
+
+_IN_PLACE_OPERATORS = {
+    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul div".split()
+} | {"__setitem__", "__set__", "__delitem__", "__setstate__"}
+
+
+def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call writes to (``add_``, ``+=``, ``inplace=True``, ``out=``, an operator's schema), or None."""
+    if kwargs.get("out") is not None:
+        return kwargs["out"]
+    schema = _schema(func)
+    if schema is not None:
+        given = {**{a.name: value for a, value in zip(schema.arguments, args)}, **kwargs}
+        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        return [given[name] for name in written if name in given] or None
+    name = op_name(func)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
+    if not (in_place or kwargs.get("inplace")):
+        return None
+    return args[0] if args else kwargs.get("input", kwargs.get("self", list(kwargs.values())))
+
+
+def _schema(func: Any) -> Any:
+    """The schema of an operator of ``torch.ops``; of several overloads, one that writes."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        schemas = [getattr(func, name)._schema for name in func.overloads()]
+        return next((schema for schema in schemas if schema.is_mutable), schemas[0])
+    return getattr(func, "_schema", None)
+
+
+def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[PatchTensor]:
+    """The sharded tensors that a call writes to."""
+    return [t for t in tensors_in(mutates(func, args, kwargs)) if isinstance(t, PatchTensor)]
+
+
+@dataclass(eq=False)
+class Origin:
+    """What a copy is a copy of. ``write`` puts the copied values back, where that is possible."""
+
+    source: PatchTensor
+    op: str
+    write: Callable[[], object] | None
+    version: int | None
+
+    def check(self, func: Any, writing: bool) -> None:
+        if self.version is not None and self.version != _version(self.source):
+            raise UnsupportedOpError(
+                f"{op_name(func)} reads the result of {self.op}, a view of a tensor of shape "
+                f"{tuple(self.source.shape)} that was written to since. Its rows were copied from another "
+                "rank and are out of date: take the view again."
+            )
+        if writing and self.write is None:
+            raise UnsupportedOpError(
+                f"{op_name(func)} writes to the result of {self.op}, a view of a tensor of shape "
+                f"{tuple(self.source.shape)} whose rows had to be copied from other ranks: the change would "
+                "be lost. Write to the tensor itself (x[...] = value), or clone() the view first."
+            )
+
+    def write_back(self) -> None:
+        assert self.write is not None
+        self.write()
+        self.version = _version(self.source)
+
+    def then(self, outer: Origin) -> None:
+        """What is written back to the source, itself a copy, goes on to where that came from."""
+        inner = self.write
+
+        def write() -> None:
+            assert inner is not None
+            inner()
+            outer.write_back()
+
+        self.write = None if inner is None or outer.write is None else write
+
+
+def _version(source: PatchTensor) -> int | None:
+    """How often the rows were written to, the same on all ranks; inference tensors do not count it."""
+    return None if source.local.is_inference() else source.local._version
+
+
+def copied(value: Tensor, source: PatchTensor, func: Any, write: Callable[[], object] | None = None) -> Tensor:
+    """``value``, marked as a copy of what is a view of ``source`` on one device."""
+    if torch.compiler.is_compiling() or isinstance(value, (PatchCopy, RowCopy)):
+        return value
+    return _mark(value, Origin(source, op_name(func), write, _version(source)))
+
+
+def _mark(value: Tensor, origin: Origin) -> Tensor:
+    if isinstance(value, PatchTensor):
+        copy: Any = PatchCopy(value.local, value.rows, value.region)
+    else:
+        copy = value.as_subclass(RowCopy)  # type: ignore[arg-type]
+    copy.plain, copy.origin = value, origin
+    return cast(Tensor, copy)
+
+
+def protect(func: Any, source: PatchTensor, result: Any, args: tuple[Any, ...]) -> Any:
+    """The result of a function that ran on a copy of ``source``, so that no write to it is lost."""
+    if func not in ALIASING:
+        return result
+    if op_name(func) == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else args[1:2]
+        if not all(map(is_basic, index)):
+            return result
+    return map_tensors(lambda t: copied(t, source, func), result)
+
+
+def is_basic(item: Any) -> bool:
+    """Whether indexing with it makes a view."""
+    return item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int
+
+
+def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call on copies: as on the tensors that they are; what it writes to them goes to their origins too."""
+    copies = [t for t in tensors_in((args, kwargs)) if isinstance(t, (PatchCopy, RowCopy))]
+    written = {id(t) for t in tensors_in(mutates(func, args, kwargs))}
+    for copy in copies:
+        copy.origin.check(func, writing=id(copy) in written)
+    result = func(*map_tensors(_plain, args), **map_tensors(_plain, kwargs))
+    for copy in copies:
+        if id(copy) in written:
+            copy.origin.write_back()
+    known = {id(copy.plain): copy for copy in copies}
+
+    def again(tensor: Tensor) -> Tensor:
+        if id(tensor) in known:
+            return known[id(tensor)]
+        if isinstance(tensor, (PatchCopy, RowCopy)):  # a copy of a copy
+            tensor.origin.then(copies[0].origin)
+            return tensor
+        return _mark(tensor, copies[0].origin) if func in ALIASING else tensor
+
+    return map_tensors(again, result) if isinstance(result, (Tensor, tuple, list)) else result
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.plain if isinstance(tensor, (PatchCopy, RowCopy)) else tensor
+
+
+RULES.through = through
