@@ -11,6 +11,7 @@ from distpatch.errors import DistPatchError, LayoutError, RankError, Unsupported
 from distpatch.group import warmup
 from distpatch.layout import RowLayout
 from distpatch.rules.registry import register_rule
+from distpatch.save import save_image, save_video, to_memmap
 from distpatch.tensor import PatchTensor, gather, shard
 from distpatch.trace import Trace, trace
 
@@ -28,7 +29,10 @@ __all__ = [
     "gather",
     "register_rule",
     "restore_model",
+    "save_image",
+    "save_video",
     "shard",
+    "to_memmap",
     "trace",
     "warmup",
 ]

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from distpatch import rules as _rules
 from distpatch.collectives import gather_rows, spread_all
 from distpatch.errors import DistPatchError, LayoutError
-from distpatch.exchange import fetch_rows
-from distpatch.group import Communicator, Group, communicator
-from distpatch.layout import EMPTY, RowLayout, even_bounds
+from distpatch.group import Group, communicator
+from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.blocks import in_order
-from distpatch.tensor import PatchTensor, Region, check_dim, shard_in, whole
+from distpatch.tensor import PatchTensor, Region, check_dim, on_rank0, shard_in, whole
 from distpatch.tree import map_tensors, tensors_in
 
 __all__ = ["convert_model", "restore_model"]
@@ -239,12 +238,4 @@ def _leave(tensor: Tensor, state: _Conversion) -> Any:
         return gather_rows(tensor.local, tensor.rows, comm.name, "output")
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)
-    return ordered if state.output == "shard" else _to_rank0(ordered, comm)
-
-
-def _to_rank0(tensor: PatchTensor, comm: Communicator) -> Tensor | None:
-    """All rows on rank 0, outside the autograd graph: no other rank could join its backward."""
-    rows = tensor.rows
-    needs = tuple(((0, rows.size) if rank == 0 else EMPTY,) for rank in range(comm.size))
-    whole = fetch_rows(tensor.local.detach(), rows.dim, rows.bounds, needs, comm.name, "output", False)[0]
-    return whole.contiguous() if comm.rank == 0 else None
+    return ordered if state.output == "shard" else on_rank0(ordered, "output")

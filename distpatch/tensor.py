@@ -12,8 +12,9 @@ from torch import Tensor
 
 from distpatch import collectives
 from distpatch.errors import LayoutError, UnsupportedOpError
+from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
-from distpatch.layout import BlockLayout, RowLayout, even_bounds
+from distpatch.layout import EMPTY, BlockLayout, RowLayout, even_bounds
 from distpatch.tree import map_tensors
 
 Rule = Callable[..., Any]
@@ -212,6 +213,14 @@ def gather(tree: Any) -> Any:
     Collective: all ranks call it. Each gets the whole value; the backward keeps a rank's own rows.
     """
     return map_tensors(whole, tree)
+
+
+def on_rank0(x: PatchTensor, op: str) -> Tensor | None:
+    """The full plain tensor on rank 0 alone, outside the autograd graph: no other rank could join its backward."""
+    rows, comm = x.rows, x.region.comm
+    needs = tuple(((0, rows.size) if rank == 0 else EMPTY,) for rank in range(comm.size))
+    (full,) = fetch_rows(x.local.detach(), rows.dim, rows.bounds, needs, comm.name, op, False)
+    return full.contiguous() if comm.rank == 0 else None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,0 +1,227 @@
+"""Results written to disk from the ranks that hold them: no rank ever has the whole picture or clip.
+
+``.npy`` and TIFF files are mapped into memory, and every rank writes its own rows (one file system is seen by
+all). PNG and video are sequential: rank 0 writes them, and is sent a few rows, or one frame, at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distpatch.errors import DistPatchError, LayoutError
+from distpatch.group import ALONE, Communicator
+from distpatch.rules.blocks import in_order
+from distpatch.tensor import PatchTensor, on_rank0
+
+Range = tuple[float, float]
+CHUNK_BYTES = 16 << 20  # of a PNG on its way to rank 0
+
+
+def to_memmap(x: Tensor, path: str | Path) -> Any:
+    """Write a tensor of any shape to a ``.npy`` file, each rank its own rows; returns it mapped, read-only.
+
+    bf16, which numpy does not have, becomes fp32. Every rank of the group calls it, and can read the file when
+    it returns. A plain tensor is written by rank 0. Raises ``DistPatchError`` on every rank if one cannot write.
+    """
+    import numpy as np
+
+    x = x.float() if x.dtype == torch.bfloat16 else x
+
+    def create() -> None:
+        dtype = torch.empty(0, dtype=x.dtype).numpy().dtype
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(x.shape)).flush()
+
+    _write_mapped(x, path, create, lambda: np.load(path, mmap_mode="r+"))
+    return np.load(path, mmap_mode="r")
+
+
+def save_image(x: Tensor, path: str | Path, *, value_range: Range = (0.0, 1.0), progress: bool = False) -> None:
+    """Write a picture as PNG (8 bits) or TIFF (8 bits, or the numbers as they are for ``value_range=None``).
+
+    ``x``: (C, H, W) or (1, C, H, W), C of 1, 3 or 4, sharded or plain; floating values in ``value_range``
+    (clamped), or uint8. Every rank of the group calls it. ``progress``: a bar on rank 0. Raises ``LayoutError``
+    for another shape, ``DistPatchError`` on every rank if a file cannot be written.
+    """
+    picture = _without_batch(x, 3, "(C, H, W) or (1, C, H, W)")
+    if picture.shape[0] not in {1, 3, 4}:
+        raise LayoutError(f"save_image: a picture has 1, 3 or 4 channels; got a tensor of shape {tuple(x.shape)}")
+    if Path(path).suffix.lower() in {".tif", ".tiff"}:
+        _save_tiff(picture, path, value_range)
+    elif Path(path).suffix.lower() == ".png":
+        _save_png(picture, path, value_range, progress)
+    else:
+        raise ValueError(f"save_image writes .png, .tif and .tiff; got {path}")
+
+
+def save_video(
+    x: Tensor,
+    path: str | Path,
+    *,
+    fps: float = 24,
+    value_range: Range = (0.0, 1.0),
+    codec: str = "libx264",
+    pixel_format: str | None = None,
+    options: dict[str, str] | None = None,
+    progress: bool = False,
+) -> None:
+    """Write a clip, of which rank 0 is sent one frame at a time, with PyAV.
+
+    ``x``: (C, T, H, W) or (1, C, T, H, W), C = 3, sharded or plain; floating values in ``value_range``
+    (clamped), or uint8. ``codec``, ``pixel_format`` and ``options`` are FFmpeg's (``options={"crf": "18"}``);
+    yuv420p where height and width are even, else yuv444p. Every rank of the group calls it. Raises as
+    ``save_image``.
+    """
+    clip = _without_batch(x, 4, "(C, T, H, W) or (1, C, T, H, W)")
+    if clip.shape[0] != 3:
+        raise LayoutError(f"save_video: a frame has 3 channels; got a tensor of shape {tuple(x.shape)}")
+    height, width = clip.shape[-2:]
+    frames = (_to_bytes(clip[:, t], value_range) for t in range(clip.shape[1]))
+
+    def encode(arrays: Iterable[Any]) -> None:
+        import av
+
+        with av.open(str(path), "w") as file:
+            stream: Any = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options or {})
+            stream.width, stream.height = width, height
+            stream.pix_fmt = pixel_format or ("yuv444p" if height % 2 or width % 2 else "yuv420p")
+            for array in arrays:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            file.mux(stream.encode())
+
+    _stream(clip, frames, clip.shape[1], encode, path, progress)
+
+
+def _save_png(x: Tensor, path: str | Path, value_range: Range, progress: bool) -> None:
+    channels, height, width = x.shape
+    step = max(CHUNK_BYTES // (channels * width), 1)
+    pieces = (_to_bytes(x[:, lo : lo + step], value_range) for lo in range(0, height, step))
+
+    def encode(arrays: Iterable[Any]) -> None:
+        import png
+
+        writer = png.Writer(width, height, greyscale=channels == 1, alpha=channels == 4, bitdepth=8)
+        with open(path, "wb") as file:
+            writer.write(file, (row.reshape(-1) for array in arrays for row in array))
+
+    _stream(x, pieces, -(-height // step), encode, path, progress)
+
+
+def _save_tiff(x: Tensor, path: str | Path, value_range: Range | None) -> None:
+    import tifffile
+
+    pixels = x if value_range is None else _to_bytes(x, value_range)
+    pixels = pixels.movedim(0, -1)
+    pixels = pixels.float() if pixels.dtype == torch.bfloat16 else pixels
+
+    def create() -> None:
+        dtype = torch.empty(0, dtype=pixels.dtype).numpy().dtype
+        kind = "minisblack" if x.shape[0] == 1 else "rgb"
+        shape = tuple(pixels.shape if x.shape[0] > 1 else pixels.shape[:2])
+        tifffile.memmap(path, shape=shape, dtype=dtype, photometric=kind).flush()
+
+    def reopen() -> Any:
+        return tifffile.memmap(path, mode="r+").reshape(tuple(pixels.shape))
+
+    _write_mapped(pixels, path, create, reopen)
+
+
+def _without_batch(x: Tensor, ndim: int, shapes: str) -> Tensor:
+    if x.ndim == ndim + 1 and x.shape[0] == 1:
+        x = x[0]
+    if x.ndim != ndim:
+        raise LayoutError(f"expected {shapes}, got a tensor of shape {tuple(x.shape)}: save one of a batch at a time")
+    return x.detach()
+
+
+def _to_bytes(x: Tensor, value_range: Range) -> Tensor:
+    if x.dtype == torch.uint8:
+        return x
+    lo, hi = value_range
+    return ((x.float() - lo) * (255 / (hi - lo))).round().clamp(0, 255).to(torch.uint8)
+
+
+def _writers(x: Tensor) -> tuple[Communicator, bool]:
+    """The ranks that write, and whether this one leads them."""
+    if isinstance(x, PatchTensor):
+        return x.region.comm, x.region.comm.rank == 0
+    return ALONE, not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _write_mapped(x: Tensor, path: str | Path, create: Callable[[], None], reopen: Callable[[], Any]) -> None:
+    """Rank 0 makes the file, then every rank writes its rows into it."""
+    x = in_order(x)
+    comm, leads = _writers(x)
+    _together(comm, create if leads else None, x, path)
+
+    def write() -> None:
+        target = reopen()
+        if isinstance(x, PatchTensor):
+            lo, hi = x.rows.interval(comm.rank)
+            target[(slice(None),) * x.rows.dim + (slice(lo, hi),)] = x.local.detach().cpu().numpy()
+        else:
+            target[...] = x.detach().cpu().numpy()
+        target.flush()
+
+    _together(comm, write if leads or isinstance(x, PatchTensor) else None, x, path)
+
+
+def _stream(
+    x: Tensor, pieces: Iterator[Tensor], count: int, encode: Callable[[Iterable[Any]], None], path: Any, progress: bool
+) -> None:
+    """``encode`` on rank 0 of the pieces (C, H, W) as arrays (H, W, C), one at a time.
+
+    If it fails the rest still arrives, so that no rank waits for ever, and is dropped.
+    """
+    comm, leads = _writers(x)
+    arrays = (_at_rank0(piece) for piece in pieces)
+    if leads and progress:
+        from tqdm import tqdm
+
+        arrays = iter(tqdm(arrays, total=count, desc=str(path), leave=False))
+
+    def write() -> None:
+        try:
+            encode(arrays)
+        finally:
+            _drain(arrays)
+
+    if leads:
+        _together(comm, write, x, path)
+    else:
+        if comm.size > 1:
+            _drain(arrays)
+        _together(comm, None, x, path)
+
+
+def _drain(arrays: Iterator[Any]) -> None:
+    for _ in arrays:
+        pass
+
+
+def _at_rank0(piece: Tensor) -> Any:
+    if not isinstance(piece, PatchTensor):
+        return piece.movedim(0, -1).cpu().numpy()
+    whole = on_rank0(piece, "save")
+    return None if whole is None else whole.movedim(0, -1).cpu().numpy()
+
+
+def _together(comm: Communicator, action: Callable[[], None] | None, x: Tensor, path: Any) -> None:
+    """Run this rank's part, then meet the others: what failed on one of them is raised on all."""
+    failure: Exception | None = None
+    try:
+        if action is not None:
+            action()
+    except Exception as error:
+        failure = error
+    note = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    answers = comm.agree("save", f"{tuple(x.shape)} {x.dtype} {path}", {"failure": note})
+    failed = [f"rank {rank}: {a['failure']}" for rank, a in enumerate(answers) if a.get("failure")]
+    if failed:
+        raise DistPatchError(f"{path} could not be written; {'; '.join(failed)}") from failure
