@@ -108,12 +108,24 @@ def _check_options(model: nn.Module, splits: int | str, dim: int, output: str, f
         raise ValueError(f'splits is a number of at least 1, or "auto"; got {splits!r}')
     if not isinstance(dim, int):
         raise ValueError(f"dim is a number, got {dim!r}")
+    if problem := _tiled(model):
+        raise LayoutError(problem)
     for name, value, choices in (
         ("output", output, ("gather", "shard", "rank0")),
         ("fallback", fallback, ("warn", "allow", "error")),
     ):
         if value not in choices:
             raise ValueError(f"{name} is one of {choices}; got {value!r}")
+
+
+def _tiled(model: Any) -> str | None:
+    """Why a model that is set to cut its input into tiles cannot be sharded, or None."""
+    if not getattr(model, "use_tiling", False):
+        return None
+    return (
+        f"{type(model).__name__} is set to work in tiles, which are not exact and would each be sharded on their "
+        "own. The ranks share the memory in place of tiles: call disable_tiling() on the model."
+    )
 
 
 def _identity(model: nn.Module, *options: Any) -> str:
@@ -144,9 +156,9 @@ def _entry(call: Callable[..., Any], name: str, state: _Conversion) -> Callable[
     def entry(*args: Any, **kwargs: Any) -> Any:
         if getattr(state.thread, "inside", False):
             return call(*args, **kwargs)
-        model_name = type(getattr(call, "__self__", None)).__name__
-        with _inside(state, f"{model_name}.{name}", args, kwargs):
-            region = _region(state, getattr(call, "__self__", None))
+        model = getattr(call, "__self__", None)
+        with _inside(state, model, f"{type(model).__name__}.{name}", args, kwargs):
+            region = _region(state, model)
             sharded = map_tensors(lambda t: _enter(t, state, region), (args, kwargs))
             result = call(*sharded[0], **sharded[1])
             return map_tensors(lambda t: _leave(t, state), result)
@@ -155,10 +167,10 @@ def _entry(call: Callable[..., Any], name: str, state: _Conversion) -> Callable[
 
 
 @contextmanager
-def _inside(state: _Conversion, what: str, args: Any, kwargs: Any) -> Iterator[None]:
+def _inside(state: _Conversion, model: Any, what: str, args: Any, kwargs: Any) -> Iterator[None]:
     """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait."""
     comm = state.region.comm
-    problem = _problem(what, args, kwargs, state)
+    problem = _tiled(model) or _problem(what, args, kwargs, state)
     comm.enter(what, problem or _signature(args, kwargs))
     if problem:
         raise LayoutError(problem)

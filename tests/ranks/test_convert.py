@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import distpatch
+from distpatch import LayoutError
 from tests.models import on_ranks, tiny_kl
 from tests.oracle import assert_same, random_tensor
 from tests.threads import run_ranks
@@ -157,6 +158,19 @@ class Nested(nn.Module):
         latents = self.encode(batch["image"])["latents"]
         image, note = self.decode(latents, scale=2.0)
         return [image, note, batch["label"], sharded, isinstance(image, distpatch.PatchTensor)]
+
+
+def test_tiling_is_refused() -> None:
+    model = tiny_kl(channels=SMALL)
+    model.enable_tiling()
+    with pytest.raises(LayoutError, match=r"AutoencoderKL is set to work in tiles.*disable_tiling\(\)"):
+        distpatch.convert_model(model, splits=2)
+    assert "forward" not in vars(model)
+    model.disable_tiling()
+    distpatch.convert_model(model, splits=2)
+    model.enable_tiling()
+    with pytest.raises(LayoutError, match="tiles"):
+        decoded(model)
 
 
 def test_nested_calls_and_containers() -> None:
