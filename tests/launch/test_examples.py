@@ -67,3 +67,25 @@ def test_every_example_is_tried() -> None:
     tried = Path(__file__).read_text()
     for example in EXAMPLES.glob("*.py"):
         assert f'"{example.name}"' in tried, f"{example.name} has no test"
+
+
+def difference(output: str) -> float:
+    found = re.search(r"Largest difference from one process: ([\d.]+e[+-]\d+)", output)
+    assert found, output
+    return float(found[1])
+
+
+def test_decode_video_vae(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "decode_video_vae.py", "--height", "40", "--width", "32", "--frames", "5", "--check")
+    assert done.returncode == 0, done.stderr
+    assert difference(done.stdout) < 1e-4
+    assert (tmp_path / "decode_video_vae_2_ranks.mp4").stat().st_size > 0
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "pipeline.py", "--size", "40", "--steps", "2", "--check")
+    assert done.returncode == 0, done.stderr
+    assert difference(done.stdout) < 1e-4
+    assert "0 operation(s) without a sharded rule" in done.stdout
+    with Image.open(tmp_path / "pipeline_2_ranks.png") as picture:
+        assert picture.size == (40, 40)
