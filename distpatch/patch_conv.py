@@ -22,6 +22,7 @@ from distpatch.stencil import Interval, WindowStencil, ceil_div
 PATCH_BYTES = 8 << 20
 PATCH_PER_WEIGHT = 8
 FEWEST_PATCHES = 8
+MOST_PARTS = 8  # in which rows and halo are put together where a convolution needs them in one piece
 INDEX_LIMIT = 2**31  # elements of an input or output that kernels with 32-bit indices can address
 
 Conv = Callable[[Tensor, int], Tensor]  # (rows, zero rows of padding above and below) -> output rows
@@ -104,16 +105,24 @@ def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> 
     pad, step, dim = stencil.before, stencil.stride, slab.dim
     fits = pad == stencil.after and lo * step == start < stop and stop - start + 2 * pad >= stencil.span
     if not fits or stencil.out_rows(stop - start) != hi - lo:
-        return conv(slab.rows(*stencil.need(lo, hi)), 0)
+        return _copied(conv, slab, stencil, lo, hi)
     top = min(ceil_div(start + pad, step), hi) if start > 0 else lo
     bottom = max((stop + pad - stencil.span) // step + 1, top) if stop < slab.size else hi
     if bottom - top < (hi - lo) // 2:
-        return conv(slab.rows(*stencil.need(lo, hi)), 0)
+        return _copied(conv, slab, stencil, lo, hi)
     result = conv(own, pad)
     for a, b in ((lo, top), (bottom, hi)):
         if a < b:
             result.narrow(dim, a - lo, b - a).copy_(conv(slab.rows(*stencil.need(a, b)), 0))
     return result
+
+
+def _copied(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:
+    """Own rows and halo put together, which is a copy: of a part at a time, where there are many."""
+    own = slab.own[2]
+    parts = 1 if torch.is_grad_enabled() else ceil_div(own.numel() * own.element_size(), PATCH_BYTES)
+    patch_rows = ceil_div(hi - lo, min(max(parts, 1), MOST_PARTS))
+    return in_patches(lambda a, b: conv(slab.rows(*stencil.need(a, b)), 0), (lo, hi), patch_rows, slab.dim)
 
 
 def _batched(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int, patch_rows: int) -> Tensor:

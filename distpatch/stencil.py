@@ -51,7 +51,8 @@ class WindowStencil:
         return start, start + (hi - 1 - lo) * self.stride + self.span
 
     def first_out(self, row: int) -> int:
-        return ceil_div(row, self.stride)
+        """By the middle of the window, so that rows do not drift through padding and windows without any."""
+        return ceil_div(row + self.before - (self.span - 1) // 2, self.stride)
 
 
 @dataclass(frozen=True)

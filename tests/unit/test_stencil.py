@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from distpatch.layout import plan_stencil
 from distpatch.stencil import NearestStencil, WindowStencil
 
 windows = st.builds(
@@ -45,10 +47,11 @@ def test_window(stencil: WindowStencil, rows: int, data: st.DataObject) -> None:
 
 @given(windows, st.integers(0, 40))
 def test_window_rows_stay_with_their_input(stencil: WindowStencil, row: int) -> None:
-    """Output row o belongs to the owner of input row o * stride."""
+    """An output row belongs to the owner of the row in the middle of what it reads."""
     first = stencil.first_out(row)
-    assert first * stencil.stride >= row
-    assert first == 0 or (first - 1) * stencil.stride < row
+    middle = (stencil.span - 1) // 2 - stencil.before
+    assert first * stencil.stride + middle >= row
+    assert (first - 1) * stencil.stride + middle < row
 
 
 def nearest_sources(rows: int, **options: object) -> list[int]:
@@ -89,3 +92,14 @@ def test_nearest_need(rows: int, out: int, data: st.DataObject) -> None:
     lo = data.draw(st.integers(0, out - 1))
     hi = data.draw(st.integers(lo + 1, out))
     assert stencil.need(lo, hi) == (min(sources[lo:hi]), max(sources[lo:hi]) + 1)
+
+
+@pytest.mark.parametrize("kernel,dilation", [(3, 1), (5, 1), (3, 2), (4, 1), (2, 1)])
+def test_rows_do_not_drift(kernel: int, dilation: int) -> None:
+    """Padding of its own and a window without, ten times over: every rank keeps its share."""
+    window = WindowStencil(kernel, dilation=dilation)
+    above, bounds = (window.span - 1) // 2, (0, 8, 16, 24)
+    for _ in range(10):
+        inner = [bound + above for bound in bounds[1:-1]]
+        bounds = plan_stencil((0, *inner, bounds[-1] + window.span - 1), window).out
+    assert bounds == (0, 8, 16, 24)
