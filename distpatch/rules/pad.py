@@ -23,23 +23,34 @@ def pad(
 ) -> PatchTensor:
     pads = [*pad, *[0] * (2 * input.ndim - len(pad))]
     at = 2 * (input.ndim - 1 - input.rows.dim)
-    above, below = pads[at], pads[at + 1]
-    pads[at : at + 2] = 0, 0
-    if above or below:
-        input = _pad_rows(input, above, below, mode, value, func)
-    if not any(pads):
-        return input
-    return wrap(_pad_local(input.local, pads[: len(pad)], mode, value), input)
+    above, below = pads[at : at + 2]
+    if mode == "constant":
+        input = crop(input, max(-above, 0), input.rows.size - max(-below, 0))
+        above, below = max(above, 0), max(below, 0)
+    elif not _have_edges(input.rows, above, below, mode):
+        input, above, below = _pad_rows(input, above, below, mode, func), 0, 0
+    bounds = (0, *(b + above for b in input.rows.bounds[1:-1]), input.rows.size + above + below)
+    rank, last = input.region.comm.rank, input.rows.world_size - 1
+    pads[at : at + 2] = above if rank == 0 else 0, below if rank == last else 0
+    return wrap(_pad_local(input.local, pads[: len(pad)], mode, value), input, input.rows.with_bounds(bounds))
+
+
+def _have_edges(rows: RowLayout, above: int, below: int, mode: str) -> bool:
+    """Whether the first and the last rank own what the padding above and below is made of."""
+    held = (above, rows.bounds[1]), (below, rows.size - rows.bounds[-2])
+    if mode == "circular":
+        return above == below == 0
+    return all(pad == 0 or (pad > 0 and (pad < own if mode == "reflect" else own)) for pad, own in held)
 
 
 def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | None) -> Tensor:
-    """Pads that do not touch the rows. torch's non-constant modes refuse tensors without rows."""
+    """Always a copy, and one. torch's non-constant modes refuse tensors without rows."""
     if mode == "constant" or local.numel() > 0:
         return F.pad(local, pads, mode, value)
     return F.pad(local, pads)
 
 
-def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, value: float | None, func: Any) -> PatchTensor:
+def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, func: Any) -> PatchTensor:
     """The first rank pads above, the last below; a negative pad crops, which moves no row either."""
     dim, size, last = x.rows.dim, x.rows.size, x.rows.world_size - 1
     body = crop(x, max(-above, 0), size - max(-below, 0))
@@ -48,11 +59,11 @@ def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, value: float | 
     needs = tuple(
         (sources[0] if rank == 0 else EMPTY, sources[1] if rank == last else EMPTY) for rank in range(last + 1)
     )
-    top, bottom = (x.local.narrow(dim, 0, 0),) * 2 if mode == "constant" else fetch(x, needs, func)
+    top, bottom = fetch(x, needs, func)
     if x.region.comm.rank == 0:
-        top = _edge(top, dim, above, mode, value)
+        top = _edge(top, dim, above, mode)
     if x.region.comm.rank == last:
-        bottom = _edge(bottom, dim, below, mode, value)
+        bottom = _edge(bottom, dim, below, mode)
     inner = tuple(b + above for b in body.rows.bounds[1:-1])
     layout = RowLayout(dim, (0, *inner, body.rows.size + above + below))
     return wrap(torch.cat([top, body.local, bottom], dim), x, layout)
@@ -60,7 +71,7 @@ def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, value: float | 
 
 def _edge_rows(size: int, above: int, below: int, mode: str) -> tuple[Interval, Interval]:
     """The image rows that the padding above and below is made of."""
-    most = {"constant": math.inf, "replicate": math.inf, "reflect": size - 1, "circular": size}[mode]
+    most = {"replicate": math.inf, "reflect": size - 1, "circular": size}[mode]
     if max(above, below) > most:
         raise LayoutError(f"pad of {(above, below)} rows in mode {mode!r} is too large for {size} rows")
     if mode == "reflect":
@@ -70,11 +81,10 @@ def _edge_rows(size: int, above: int, below: int, mode: str) -> tuple[Interval, 
     return (0, min(above, 1)), (size - min(below, 1), size)
 
 
-def _edge(rows: Tensor, dim: int, count: int, mode: str, value: float | None) -> Tensor:
+def _edge(rows: Tensor, dim: int, count: int, mode: str) -> Tensor:
     """``count`` rows of padding, made of the rows of the image that the mode asks for."""
     if mode == "reflect":
         return rows.flip(dim)
     if mode == "circular":
         return rows
-    shape = [count if d == dim else n for d, n in enumerate(rows.shape)]
-    return rows.expand(shape) if mode == "replicate" else rows.new_full(shape, value or 0)
+    return rows.expand([count if d == dim else n for d, n in enumerate(rows.shape)])

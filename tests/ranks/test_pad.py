@@ -30,6 +30,7 @@ CASES = {
     "negative below": case(pad(0, 0, 1, -3), X, heights=TALL),
     "negative on both edges": case(pad(-1, 1, -1, -2), X, heights=TALL),
     "nothing": case(pad(0, 0, 0, 0), X),
+    "is a copy": case(lambda x: (F.pad(x, (0, 0, 1, 1)).mul_(2), F.pad(x, (0, 0)).mul_(3), x), X),
     "reflect": case(pad(1, 2, 3, 2, mode="reflect"), X, heights=TALL, p2p=1),
     "reflect columns": case(pad(2, 1, 0, 0, mode="reflect"), X, p2p=0),
     "reflect rows": case(pad(0, 0, 3, 1, mode="reflect"), X, heights=TALL, p2p=1),
