@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._library.effects import EffectType
 
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, attempt, communicator_of
@@ -249,6 +250,10 @@ def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
     everyone, own = (t.view(-1).view(torch.uint8) for t in (stacked, mine))  # gloo knows few dtypes
     attempt(comm, op, lambda: dist.all_gather_single(everyone, own, group=comm.pg), None)
     return stacked
+
+
+for _op in (_all_reduce, _all_gather):  # as transfers (exchange.py)
+    _op.register_effect(EffectType.ORDERED)
 
 
 @_all_reduce.register_fake

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._library.effects import EffectType
 
 from distpatch.group import Communicator, attempt, communicator_of
 from distpatch.layout import Bounds, Needs, TransferPlan, plan_transfer
@@ -226,5 +227,7 @@ def _return_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _fetch(grad, *ctx.plan), None, None, None, None, None, None
 
 
+for _op in (_fetch, _return):  # every rank's compiled graph keeps the order of transfers, and all of them
+    _op.register_effect(EffectType.ORDERED)
 _fetch.register_autograd(_fetch_backward, setup_context=_fetch_setup)
 _return.register_autograd(_return_backward, setup_context=_return_setup)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,19 @@ class Region:
     fallback: str = "warn"
     warned: set[str] = field(default_factory=set)
     replicas: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def lasting(self) -> Region:
+        """The region without what belongs to one call: as a compiled graph keeps it."""
+        return replace(self, replicas={}) if self.replicas else self
+
+    def alike(self, other: Region) -> bool:
+        """Whether what was compiled for one serves the other."""
+        mine, yours = ((r.comm, r.splits, r.sequential, r.fallback) for r in (self, other))
+        return mine == yours
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        return self
 
 
 class RuleTable(dict[Any, Rule]):
@@ -109,6 +122,17 @@ class PatchTensor(torch.Tensor):
             "for the whole image. Gather it first (distpatch.gather), or register a rule for the "
             "torch function that calls it (distpatch.register_rule)."
         )
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["local"], (self.rows, self.region.lasting)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, strides: Any) -> PatchTensor:
+        return PatchTensor(inner["local"], *context)
+
+    @classmethod
+    def __metadata_guard__(cls, known: tuple[RowLayout, Region], given: tuple[RowLayout, Region]) -> bool:
+        return known[0] == given[0] and known[1].alike(given[1])
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         rows = self.rows

@@ -29,7 +29,8 @@ _TOLD_BY_WRAPPER = """
 @rule(
     *named("dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_signed"),
     *named("get_device", "ndimension", "is_same_size", "is_conj", "is_neg", "__dir__"),
-    *_getters(*_TOLD_BY_WRAPPER),
+    *named("_is_view"),
+    *_getters(*_TOLD_BY_WRAPPER, "_base"),
 )
 def from_wrapper(func: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
@@ -62,7 +63,7 @@ def text(func: Any, x: PatchTensor, spec: str = "", **kwargs: Any) -> str:
     *_getters("requires_grad", "is_leaf", "retains_grad", "output_nr", "_version", "grad_dtype"),
     *_getters("_backward_hooks", "_post_accumulate_grad_hooks", "_grad_fn"),
     *named("is_inference", "is_pinned", "is_shared", "is_distributed", "dim_order", "record_stream"),
-    *named("_is_view", "is_coalesced", "sparse_dim", "dense_dim", "qscheme"),
+    *named("is_coalesced", "sparse_dim", "dense_dim", "qscheme"),
 )
 def from_local(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     return func(x.local, *args, **kwargs)
@@ -184,6 +185,8 @@ _HAVE_NO_ADDRESS = named(
 
 @rule(*_HAVE_NO_ADDRESS)
 def refused(func: Any, *args: Any, **kwargs: Any) -> Any:
+    if torch._guards.TracingContext.try_get() is not None:  # torch.compile makes a fake tensor of it
+        return from_wrapper(func, *args, **kwargs)
     x = next(t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor))
     raise UnsupportedOpError(
         f"{op_name(func)} needs one tensor in memory, but {x!r} holds only this rank's rows. "
