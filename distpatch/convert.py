@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distpatch import rules as _rules
 from distpatch.collectives import gather_rows, spread_all
 from distpatch.errors import DistPatchError, LayoutError
-from distpatch.group import Group, communicator
+from distpatch.group import Group, Pretended, communicator
 from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.blocks import in_order
 from distpatch.tensor import PatchTensor, Region, check_dim, on_rank0, shard_in, whole
@@ -72,7 +72,8 @@ def convert_model(
     """
     _check_options(model, splits, dim, output, fallback)
     comm = communicator(group)
-    comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
+    if comm.size > 1 and not isinstance(comm, Pretended):
+        comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
     region = Region(comm, splits, sequential, fallback)
     state = _Conversion(region, dim, output)
     wrappers = {

@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distpatch.errors import LayoutError, RankError
 from distpatch.trace import Recorder
 
-Group = dist.ProcessGroup | DeviceMesh | None
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Pretended | None"
 
 GRACE = timedelta(seconds=2)  # between the first and the last rank that notices a failed collective
 
@@ -179,6 +180,28 @@ class Communicator:
         return f"distpatch/{self.call}/note/{rank}"
 
 
+class Pretended(Communicator):
+    """One rank of a group that does not exist, for fake tensors: of transfers only the shapes are known.
+
+    ``rank`` and ``size`` of the group. Passed to ``convert_model`` in place of a group, under a
+    ``FakeTensorMode``.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(None)
+        self.rank, self.size, self.name = rank, size, f"rank {rank} of {size}, pretended, {id(self)}"
+        _pretended[self.name] = self
+
+    def agree(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
+        return [payload or {}] * self.size
+
+    def enter(self, what: str, signature: str) -> None:
+        """There is nobody to meet."""
+
+    def leave_broken(self, note: str) -> None:
+        """There is nobody to tell."""
+
+
 def _nothing() -> None:
     return None
 
@@ -186,6 +209,7 @@ def _nothing() -> None:
 # Weak keys: a communicator is known as long as the group is open, and each thread-rank has groups of its own.
 _by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator] = weakref.WeakKeyDictionary()
 _by_pg: weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator] = weakref.WeakKeyDictionary()
+_pretended: weakref.WeakValueDictionary[str, Pretended] = weakref.WeakValueDictionary()
 ALONE = Communicator(None)
 
 
@@ -197,6 +221,8 @@ def communicator(group: Group) -> Communicator:
     """
     if group is None:
         return ALONE
+    if isinstance(group, Pretended):
+        return group
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise LayoutError(
@@ -222,7 +248,9 @@ def communicator(group: Group) -> Communicator:
 
 def communicator_of(name: str) -> Communicator:
     """The communicator whose own group has this name (as custom ops carry it)."""
-    return _by_pg[torch._C._distributed_c10d._resolve_process_group(c10d.GroupName(name))] if name else ALONE
+    if not name:
+        return ALONE
+    return _pretended.get(name) or _by_pg[torch._C._distributed_c10d._resolve_process_group(c10d.GroupName(name))]
 
 
 def warmup(group: Group) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.collectives import together
-from distpatch.layout import RowLayout
+from distpatch.layout import BlockLayout, RowLayout
 from distpatch.rules.contraction import contract
 from distpatch.rules.fallback import fallback
 from distpatch.rules.matmul import batched
@@ -212,11 +212,15 @@ def _all_keys(key: Tensor, value: Tensor, lead: PatchTensor, func: Any) -> tuple
 
 def _mask_rows(mask: Tensor, query: PatchTensor, func: Any) -> Tensor:
     """The mask's rows of this rank's queries; its other dim, the keys, is needed whole."""
-    if isinstance(mask, PatchTensor) and mask.rows.dim == mask.ndim - 2 and mask.rows.size > 1:
+    blocks = query.rows if isinstance(query.rows, BlockLayout) else None
+    if isinstance(mask, PatchTensor) and mask.rows.dim == mask.ndim - 2 and mask.rows.size > 1 and not blocks:
         return redistribute(mask, RowLayout(mask.rows.dim, query.rows.bounds), func).local
     mask = everything(mask, func) if isinstance(mask, PatchTensor) else spread(mask, query)
     if mask.shape[-2] == 1:
         return mask
+    if blocks:
+        lo, hi = blocks.opened.interval(query.region.comm.rank)
+        return mask.unflatten(-2, (blocks.blocks, -1)).narrow(-2, lo, hi - lo).flatten(-3, -2)
     lo, hi = query.rows.interval(query.region.comm.rank)
     return mask.narrow(-2, lo, hi - lo)
 

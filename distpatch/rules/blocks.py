@@ -16,10 +16,10 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.exchange import fetch_rows
-from distpatch.layout import BlockLayout, OutOfOrder, RowLayout, even_bounds, needs_in_order
+from distpatch.layout import OutOfOrder, RowLayout, even_bounds, needs_in_order
 from distpatch.rules.fallback import record
 from distpatch.rules.pointwise import pointwise
-from distpatch.rules.registry import named, op_name, reshard, wrap
+from distpatch.rules.registry import named, op_name, reshard
 from distpatch.rules.views import mutates, protect
 from distpatch.tensor import RULES, BlockTensor, PatchCopy, PatchTensor, whole
 from distpatch.tree import map_tensors, tensors_in
@@ -78,15 +78,6 @@ def in_order(tensor: Tensor) -> Tensor:
     held = tuple(b * layout.blocks for b in layout.inner)
     pieces = fetch_rows(tensor.local, layout.dim, held, needs, comm.name, "reshape", False)
     return PatchTensor(torch.cat(pieces, layout.dim), RowLayout(layout.dim, bounds), tensor.region)
-
-
-def opened(x: PatchTensor) -> PatchTensor:
-    """A ``BlockTensor`` with the dim of its blocks in front of its rows again, a view; others as they are."""
-    layout = x.rows
-    if not isinstance(layout, BlockLayout):
-        return x
-    sizes = (layout.blocks, x.local.shape[layout.dim] // layout.blocks)
-    return wrap(x.local.unflatten(layout.dim, sizes), x, layout.opened)
 
 
 def merged_place(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int] | None:

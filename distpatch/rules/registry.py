@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distpatch import collectives
 from distpatch.exchange import fetch_rows
-from distpatch.layout import Needs, RowLayout, Stencil, even_bounds, plan_stencil
+from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_stencil
 from distpatch.patch_conv import Slab
 from distpatch.stencil import Interval
 from distpatch.tensor import RULES, PatchTensor, Rule, shard_in, whole
@@ -96,8 +96,19 @@ def fetch(x: PatchTensor, needs: Needs, func: Any, channels_last: bool = False) 
     return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), channels_last)
 
 
+def opened(x: PatchTensor) -> PatchTensor:
+    """A ``BlockTensor`` with the dim of its blocks in front of its rows again, a view; others as they are."""
+    layout = x.rows
+    if not isinstance(layout, BlockLayout):
+        return x
+    sizes = (layout.blocks, x.local.shape[layout.dim] // layout.blocks)
+    return wrap(x.local.unflatten(layout.dim, sizes), x, layout.opened)
+
+
 def everything(x: PatchTensor, func: Any) -> Tensor:
-    """All rows, to be met by this rank's own: its gradients are partial, and are added at the owners."""
+    """All rows in order, to be met by this rank's own: its gradients are partial, and are added at the owners."""
+    if isinstance(x.rows, BlockLayout):
+        return everything(opened(x), func).flatten(x.rows.dim, x.rows.dim + 1)
     return fetch(x, (((0, x.rows.size),),) * x.rows.world_size, func)[0]
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from distpatch.layout import BlockLayout, RowLayout, aligned_bounds
-from distpatch.rules.blocks import merged_place, opened
+from distpatch.rules.blocks import merged_place
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, op_name, redistribute, reshard, rule, wrap
+from distpatch.rules.registry import named, op_name, opened, redistribute, reshard, rule, wrap
 from distpatch.rules.views import copied
 from distpatch.tensor import PatchTensor, whole
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.registry import named, op_name
@@ -110,7 +111,7 @@ def _version(source: PatchTensor) -> int | None:
 
 def copied(value: Tensor, source: PatchTensor, func: Any, write: Callable[[], object] | None = None) -> Tensor:
     """``value``, marked as a copy of what is a view of ``source`` on one device."""
-    if torch.compiler.is_compiling() or isinstance(value, (PatchCopy, RowCopy)):
+    if torch.compiler.is_compiling() or isinstance(value, (PatchCopy, RowCopy, FakeTensor)):
         return value
     return _mark(value, Origin(source, op_name(func), write, _version(source)))
 

@@ -96,7 +96,22 @@ TOKENS = (2, H, 8)
 NO_WEIGHTS = {"need_weights": False}
 encoder_layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
 
+
+def of_frames(x: Tensor, *mask: Tensor) -> Tensor:
+    """(B, C, T, H, W) as tokens that attend to those of all frames; the rows stay the rows."""
+    tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
+    out = F.scaled_dot_product_attention(tokens, tokens, tokens * 2, *mask)
+    result = out.squeeze(1).unflatten(1, x.shape[2:]).movedim(-1, 1)
+    assert not isinstance(x, distpatch.PatchTensor) or x.shape[-2] == 1 or result.rows == x.rows
+    return result
+
+
+CLIP = (2, 3, 4, H, 2)
+
 CASES = {
+    "tokens of frames": case(of_frames, CLIP, p2p=1),
+    "tokens of frames, mask of frames": case(of_frames, CLIP, lambda h: torch.ones(4, 4).tril().repeat_interleave(2 * h, 0).repeat_interleave(2 * h, 1).bool()),
+    "tokens of frames, mask with a gradient": case(of_frames, CLIP, lambda h: random_tensor((8 * h, 8 * h), 5), **FEW),
     "values of other width": case(sdpa(), Q, Q, (2, 3, H, 7), sharded=3, p2p=1),
     "keys of other length": case(sdpa(), Q, SHORT, SHORT, p2p=0),
     "keys plain and as long": case(sdpa(), Q, Q, Q, p2p=0),
