@@ -42,6 +42,7 @@ def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = 
     if dim is None or out is not None:
         return fallback(func, input, indices, dim, **({} if out is None else {"out": out}))
     at = dim % input.ndim
+    indices = torch.where(indices < 0, indices + input.shape[at], indices)
     one, other = list(input.shape), list(indices.shape)
     one[at] = other[at] = 1
     shape = torch.broadcast_shapes(one, other)

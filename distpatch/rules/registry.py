@@ -7,6 +7,7 @@ torch on ``.local``, wrap.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -65,7 +66,12 @@ def named(*names: str) -> list[Any]:
 
 
 def op_name(func: Any) -> str:
-    return getattr(func, "__name__", None) or str(func)
+    """``conv2d``, ``data.__set__`` of a property, ``demo.blur.default`` of ``torch.ops``."""
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(func)
+    name = getattr(func, "__name__", None) or str(func)
+    owner = getattr(func, "__self__", None)
+    return f"{owner.__name__}.{name}" if inspect.isgetsetdescriptor(owner) else name
 
 
 def wrap(local: Tensor, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:

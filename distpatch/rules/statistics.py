@@ -78,6 +78,10 @@ class Norm:
     name: str
     op: str
 
+    def __post_init__(self) -> None:
+        if self.eps < 0:  # here, since idle ranks would not notice
+            raise ValueError(f"{self.op}: eps must not be negative, but is {self.eps}")
+
     def statistics(self, local: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and (biased) variance that a channel of a sample has, (B, C) or (1, C), replicated."""
         channels, row = local.shape[1], self.rows.dim
