@@ -109,11 +109,9 @@ def _keep_running(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
 ) -> None:
     """Move the running statistics, the same on all ranks, towards these; the variance is the unbiased one."""
-    if running_mean is not None:
-        running_mean.lerp_(mean.mean(0).to(running_mean.dtype), momentum)
-    if running_var is not None:
-        unbiased = var.mean(0) * (count / (count - 1))
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    for running, now in ((running_mean, mean.mean(0)), (running_var, var.mean(0) * (count / (count - 1)))):
+        if running is not None:
+            running.copy_(running.to(now.dtype).lerp(now, momentum))
 
 
 @rule(torch.batch_norm, torch.instance_norm)

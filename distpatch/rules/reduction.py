@@ -119,7 +119,7 @@ def variance(
     if not input.dtype.is_floating_point:
         return fallback(func, input, dims, correction=correction, keepdim=keepdim)
     a_row = math.prod(input.shape[d] for d in dims) // max(input.rows.size, 1)
-    _, mean, m2 = moments(input.local, dims, row, squares=torch.float64)
+    _, mean, m2 = moments(input.local, dims, row, exact=True)
     count, mean, m2 = merge_ranks(input.rows, a_row, mean, m2, input.region.comm.name, name)
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
