@@ -8,7 +8,7 @@ import inspect
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from tests.threads import run_ranks
 IDENTITIES = {"__hash__", "__repr__", "__format__", "__dir__", "_cdata.__get__"}
 # Return memory as they find it.
 UNINITIALISED = {"empty_like", "new_empty", "new_empty_strided", "new", "empty_strided"}
+# Are sampled with a seed of their own, of a generator that thread-ranks share.
+SEEDED = {"exponential", "log_normal", "normal", "nn.functional.rrelu", "svd_lowrank", "pca_lowrank"}
 # Take seconds, act on the process, or answer by the tensor's address.
 # Without arguments torch asks no rule: refused below the table, by name.
 BELOW = {"set_"}
@@ -146,6 +148,13 @@ def calls() -> list[tuple[Any, str, list[tuple[Any, ...]]]]:
     return found
 
 
+def _sharded(tensor: Tensor) -> Tensor:
+    """By its second last dim, or its only one."""
+    if tensor.ndim == 0 or tensor.layout != torch.strided:
+        return tensor.clone()
+    return distpatch.shard(tensor.clone(), dist.group.WORLD, dim=max(tensor.ndim - 2, 0))
+
+
 def _in_rows(x: PatchTensor) -> Tensor:
     """To be compared row by row; merged blocks of rows are gathered."""
     return distpatch.gather(x) if isinstance(x.rows, BlockLayout) else x
@@ -176,9 +185,7 @@ def _outcome(func: Any, path: str, args: tuple[Any, ...], world: int) -> str:
     unknown = name in IDENTITIES | UNINITIALISED or (random and world > 1)  # threads share the generator
 
     def body(rank: int) -> Any:
-        sharded = tree_map_only(
-            Tensor, lambda t: distpatch.shard(t.clone(), dist.group.WORLD, dim=max(t.ndim - 2, 0)), args
-        )
+        sharded = tree_map_only(Tensor, _sharded, args)
         if rank == 0:
             torch.manual_seed(0)
         try:
@@ -228,6 +235,39 @@ def test_every_function(world: int) -> None:
                     wrong.append(str(error).splitlines()[0])
     assert not wrong, "\n".join(wrong)
     assert found["same"] > 1000, found
+
+
+def torch_samples() -> Iterator[tuple[Any, str, tuple[Any, ...]]]:
+    """Calls that torch tests its own functions with: the first of each."""
+    from torch.testing._internal.common_methods_invocations import op_db  # takes seconds
+
+    for op in op_db:
+        kind = next((t for t in (torch.float64, torch.int64, torch.bool) if t in op.supported_dtypes("cpu")), None)
+        if (
+            kind is None
+            or op.name.startswith(("_refs", "torch.ops", "sparse"))
+            or op.name in SEEDED | LEFT_OUT | UNINITIALISED
+        ):
+            continue
+        for sample in itertools.islice(op.sample_inputs("cpu", kind), 1):
+            args = (sample.input, *sample.args)
+            if any(isinstance(t, Tensor) for t in tree_leaves(args)):
+                yield functools.partial(op.op, **sample.kwargs), f"{op.name} {_shown(sample.kwargs)}", args
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_torch_samples() -> None:
+    """Arguments that fit, which the walk above can only guess."""
+    wrong, found = [], Counter[str]()
+    with warnings.catch_warnings(), torch.no_grad():
+        for func, name, args in torch_samples():
+            try:
+                found[_outcome(func, name, args, 2)] += 1
+            except AssertionError as error:
+                wrong.append(str(error).splitlines()[0])
+    assert not wrong, "\n".join(wrong)
+    assert found["same"] > 300, found
 
 
 MASK = random_tensor((5,)) > 0
