@@ -10,6 +10,7 @@ from distpatch.convert import convert_model, restore_model
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.group import warmup
 from distpatch.layout import RowLayout
+from distpatch.rules.own import register_pointwise
 from distpatch.rules.registry import register_rule
 from distpatch.save import save_image, save_video, to_memmap
 from distpatch.tensor import PatchTensor, gather, shard
@@ -27,6 +28,7 @@ __all__ = [
     "UnsupportedOpError",
     "convert_model",
     "gather",
+    "register_pointwise",
     "register_rule",
     "restore_model",
     "save_image",

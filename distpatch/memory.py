@@ -98,7 +98,9 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def _plain_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors with memory of their own: of a wrapper subclass, those that it holds."""
-    if is_traceable_wrapper_subclass(value):
+    if isinstance(value, Tensor) and isinstance(getattr(value, "local", None), Tensor):  # a PatchTensor
+        yield from _plain_tensors(value.local)  # type: ignore[attr-defined]
+    elif is_traceable_wrapper_subclass(value):
         for name in value.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(value, name))
     elif isinstance(value, Tensor) and torch._C._has_storage(value):

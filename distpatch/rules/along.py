@@ -24,7 +24,7 @@ def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: 
     if dim is None:
         dim = F._get_softmax_dim(op_name(func), input.ndim, 3)  # type: ignore[attr-defined]
     at = dim % input.ndim
-    if at != input.rows.dim:
+    if at != input.rows.dim or not input.numel():
         return wrap(func(input.local, at, dtype=dtype), input)
     if op_name(func) == "softmin":
         return softmax(torch.softmax, -input, at, dtype=dtype)  # type: ignore[arg-type]
@@ -32,7 +32,7 @@ def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: 
     kind = dtype or input.dtype
     x = input.to(precise(kind))
     shifted = x - x.detach().amax(at, keepdim=True)
-    if op_name(func) == "log_softmax":
+    if op_name(func).endswith("log_softmax"):
         return (shifted - shifted.exp().sum(at, keepdim=True).log()).to(kind)
     exponents = shifted.exp()
     return (exponents / exponents.sum(at, keepdim=True)).to(kind)

@@ -46,7 +46,10 @@ def attention(
     if is_causal and attn_mask is not None:
         raise RuntimeError("scaled_dot_product_attention: attn_mask should not be set when is_causal=True")
     if isinstance(query, PatchTensor) and query.rows.dim == query.ndim - 2:
-        return _by_rows(func, query, key, value, attn_mask, is_causal, options)
+        queries: Any = query
+        for _ in range(max(key.ndim, value.ndim) - query.ndim):  # the result has as many batch dims as the keys
+            queries = queries.unsqueeze(0)
+        return _by_rows(func, queries, key, value, attn_mask, is_causal, options)
     if enable_gqa:
         return _by_groups(func, query, key, value, attn_mask, is_causal, scale)
     operands = [query, key, value, *([] if attn_mask is None else [attn_mask])]
@@ -140,7 +143,10 @@ def _by_rows(
     if size_bytes <= GATHER_BYTES:
         return wrap(_attend(func, query, key, value, mask, is_causal, options), query)
     dim, heads = max(enumerate(key.shape[:-2], -key.ndim), key=lambda item: item[1], default=(0, 1))
-    alike = query.ndim == key.ndim and query.shape[dim] % heads == 0 and value.shape[dim] == heads
+    alike = query.ndim == key.ndim == value.ndim and query.shape[dim] % heads == 0 and value.shape[dim] == heads
+    alike = alike and all(
+        n in {1, m} for t in (key, value) for d, n, m in zip(range(-t.ndim, -2), t.shape, query.shape) if d != dim
+    )
     steps = min(ceil_div(size_bytes, GATHER_BYTES), heads)
     if steps < 2 or not alike or needs_grad(query, key, value, mask):
         return wrap(_attend(func, query, key, value, mask, is_causal, options), query)

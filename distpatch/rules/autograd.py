@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules._functions import BackwardHookFunction
+from torch.overrides import handle_torch_function
 
 from distpatch.collectives import narrow_rows
 from distpatch.errors import UnsupportedOpError
 from distpatch.layout import RowLayout
 from distpatch.rules.registry import own_rows, redistribute, rule, wrap
-from distpatch.tensor import PatchCopy, PatchTensor, Region, RowCopy, whole
+from distpatch.tensor import RULES, PatchCopy, PatchTensor, Region, RowCopy, whole
+from distpatch.tree import tensors_in
 
 Kind = tuple[RowLayout, Region] | None  # of a tensor: sharded so, or replicated
 
@@ -235,6 +237,8 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = tuple(map(_bare, args)), {key: _bare(value) for key, value in kwargs.items()}
     if not any(isinstance(arg, PatchTensor) for arg in (*args, *kwargs.values())):
         return _plain_apply(cls, *args, **kwargs)
+    if cls in RULES:
+        return handle_torch_function(cls, tuple(tensors_in((args, kwargs))), *args, **kwargs)
     if torch.autograd.function._is_setup_context_defined(cls.setup_context):
         bound = inspect.signature(cls.forward).bind(*args, **kwargs)
         bound.apply_defaults()

@@ -13,6 +13,7 @@ from distpatch.rules.registry import crop, named, rule, wrap
 from distpatch.rules.views import copied
 from distpatch.stencil import ceil_div
 from distpatch.tensor import PatchTensor, whole
+from distpatch.tree import map_tensors
 
 
 @rule(
@@ -21,6 +22,7 @@ from distpatch.tensor import PatchTensor, whole
 )
 def split(func: Any, input: PatchTensor, sizes: Any = None, dim: int = 0, **kwargs: Any) -> Any:
     sizes = next(iter(kwargs.values()), sizes)  # chunks=, split_size=, sections=, indices=, ...
+    sizes = whole(sizes) if isinstance(sizes, Tensor) else sizes
     at = dim % input.ndim
     if at != input.rows.dim:
         return tuple(wrap(part, input) for part in func(input.local, sizes, at))
@@ -35,7 +37,7 @@ def split(func: Any, input: PatchTensor, sizes: Any = None, dim: int = 0, **kwar
 
 @rule(*named("hsplit", "vsplit", "dsplit"))
 def split_along(func: Any, input: PatchTensor, *sizes: Any, **kwargs: Any) -> Any:
-    (given,) = sizes or kwargs.values()
+    (given,) = map_tensors(whole, sizes or tuple(kwargs.values()))
     at = {"v": 0, "h": min(1, input.ndim - 1), "d": 2}[func.__name__[0]]
     if isinstance(given, int) and input.shape[at] % given:
         raise RuntimeError(f"{func.__name__}: {input.shape[at]} is not divisible by {given}")
@@ -104,6 +106,8 @@ def slice_dim(x: Tensor, dim: int, item: slice) -> Tensor:
 
 @rule(*named("diff"))
 def diff(func: Any, input: Tensor, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Tensor:
+    if n == 0:
+        return input
     parts = [part for part in (prepend, input, append) if part is not None]
     x = torch.cat(parts, dim) if len(parts) > 1 else input
     for _ in range(min(n, x.shape[dim])):

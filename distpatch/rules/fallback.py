@@ -5,9 +5,11 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
@@ -29,16 +31,35 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     sharded = [t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor)]
     lead = sharded[0]
     if written_tensors(func, args, kwargs):
-        raise UnsupportedOpError(
-            f"{op_name(func)} would write to a sharded tensor ({_shapes(sharded)}; rank "
-            f"{lead.region.comm.rank}) and has no sharded rule. Use its out-of-place form, or register a "
-            "rule (distpatch.register_rule)."
-        )
+        raise _writes(func, sharded)
     record(op_name(func), sharded)
     kept = {id(t) for t in tensors_in(mutates(func, args, kwargs))}  # plain tensors that were written to
-    result = func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
+    copies: list[Tensor] = []
+    full_args, full_kwargs = map_tensors(partial(_gathered, copies), (args, kwargs))
+    versions = [t._version for t in copies]
+    result = func(*full_args, **full_kwargs)
+    if versions != [t._version for t in copies]:  # what its name and schema did not say
+        raise _writes(func, sharded)
     result = map_tensors(lambda t: t if id(t) in kept else _shard_again(t, lead), result)
     return protect(func, lead, result, args)
+
+
+def _writes(func: Any, sharded: Sequence[PatchTensor]) -> UnsupportedOpError:
+    return UnsupportedOpError(
+        f"{op_name(func)} would write to a sharded tensor ({_shapes(sharded)}; rank "
+        f"{sharded[0].region.comm.rank}) and has no sharded rule. Use its out-of-place form, or register a "
+        "rule (distpatch.register_rule)."
+    )
+
+
+def _gathered(copies: list[Tensor], tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, which joins ``copies``; in inference mode too they count their versions."""
+    if not isinstance(tensor, PatchTensor):
+        return tensor
+    with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+        full = whole(tensor)
+        copies.append(full.clone() if full.is_inference() else full)
+    return copies[-1]
 
 
 def record(name: str, sharded: Sequence[PatchTensor]) -> None:

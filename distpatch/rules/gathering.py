@@ -16,10 +16,10 @@ from distpatch.tensor import PatchTensor, whole
 
 @rule(*named("index_select"))
 def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out: Any = None) -> Any:
-    at = dim % input.ndim
-    if at == input.rows.dim or isinstance(index, PatchTensor) or out is not None:
+    moved = isinstance(index, PatchTensor) or not isinstance(input, PatchTensor)
+    if moved or out is not None or dim % input.ndim == input.rows.dim:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
-    return wrap(func(input.local, at, index), input)
+    return wrap(func(input.local, dim, index), input)
 
 
 @rule(*named("gather"))
@@ -42,6 +42,7 @@ def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = 
     if dim is None or out is not None:
         return fallback(func, input, indices, dim, **({} if out is None else {"out": out}))
     at = dim % input.ndim
+    indices = torch.where(indices < 0, indices + input.shape[at], indices)
     one, other = list(input.shape), list(indices.shape)
     one[at] = other[at] = 1
     shape = torch.broadcast_shapes(one, other)

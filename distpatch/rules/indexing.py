@@ -240,7 +240,7 @@ def masked_rows(x: PatchTensor, mask: Tensor, values: Tensor) -> Tensor:
 
 @rule(*named("masked_scatter", "masked_scatter_"))
 def masked_scatter(func: Any, input: PatchTensor, mask: Tensor, source: Tensor) -> Any:
-    if not isinstance(input, PatchTensor):
+    if not isinstance(input, PatchTensor) or torch.broadcast_shapes(input.shape, mask.shape) != input.shape:
         return fallback(func, input, mask, source)
     local = masked_rows(input, whole(mask).expand(input.shape), whole(source).flatten())
     if not func.__name__.endswith("_"):

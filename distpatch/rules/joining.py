@@ -75,6 +75,8 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, *, out: Any = None) 
     """Along another dim locally, after the first sharded tensor's layout; along the rows by moving them."""
     if out is not None:
         return fallback(func, tensors, dim, out=out)
+    if all(t.shape == (0,) for t in tensors):
+        return tensors[0]
     tensors = [t for t in tensors if t.shape != (0,)]
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
     at = dim % lead.ndim
@@ -125,16 +127,18 @@ def repeat(func: Any, input: PatchTensor, *repeats: Any, **kwargs: Any) -> Any:
 
 @rule(*named("repeat_interleave"))
 def repeat_interleave(
-    func: Any, input: Tensor, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+    func: Any, input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
 ) -> Any:
     """Each row so many times; a different number for every row takes the fallback."""
+    if repeats is None:  # the input says how often its places are repeated
+        return fallback(func, input, output_size=output_size)
     if not isinstance(input, PatchTensor) or dim is None:
         return fallback(func, input, repeats, dim, output_size=output_size)
     at = dim % input.ndim
     if at != input.rows.dim:
-        repeats = spread(repeats, input) if isinstance(repeats, Tensor) else repeats
         if isinstance(repeats, PatchTensor):
             return fallback(func, input, repeats, dim, output_size=output_size)
+        repeats = spread(repeats, input) if isinstance(repeats, Tensor) else repeats
         return wrap(func(input.local, repeats, at, output_size=output_size), input)
     if not isinstance(repeats, int):
         return fallback(func, input, repeats, dim, output_size=output_size)

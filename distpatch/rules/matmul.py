@@ -156,6 +156,8 @@ def _letters(term: str, ndim: int) -> Labels:
 def cosine_similarity(func: Any, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
     ndim = max(x1.ndim, x2.ndim)
     at = normalize_dims(dim, ndim)[0] - ndim
+    if x1.shape[at:][:1] != x2.shape[at:][:1]:  # norms are of what the operands broadcast to
+        x1, x2 = torch.broadcast_tensors(x1, x2)
     units = [x / torch.linalg.vector_norm(x, 2, at, True).clamp_min(eps) for x in (x1, x2)]
     return (units[0] * units[1]).sum(at)
 

@@ -21,16 +21,15 @@ def _getters(*names: str) -> list[Any]:
 
 _TOLD_BY_WRAPPER = """
     shape ndim dtype device layout is_cuda is_cpu is_sparse is_quantized is_meta is_mkldnn is_xpu is_mps
-    is_nested itemsize nbytes names is_sparse_csr is_xla is_ipu is_vulkan is_maia is_mtia name
+    is_nested itemsize nbytes names is_sparse_csr is_xla is_ipu is_vulkan is_maia is_mtia name _base
 """.split()
 
 
 # The wrapper itself has the global shape and the local dtype and device.
 @rule(
     *named("dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_signed"),
-    *named("get_device", "ndimension", "is_same_size", "is_conj", "is_neg", "__dir__"),
-    *named("_is_view"),
-    *_getters(*_TOLD_BY_WRAPPER, "_base"),
+    *named("get_device", "ndimension", "is_conj", "is_neg", "__dir__", "_is_view"),
+    *_getters(*_TOLD_BY_WRAPPER),
 )
 def from_wrapper(func: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
@@ -61,7 +60,7 @@ def text(func: Any, x: PatchTensor, spec: str = "", **kwargs: Any) -> str:
 # Autograd's record, and where the rows are, are the local tensor's.
 @rule(
     *_getters("requires_grad", "is_leaf", "retains_grad", "output_nr", "_version", "grad_dtype"),
-    *_getters("_backward_hooks", "_post_accumulate_grad_hooks", "_grad_fn"),
+    *_getters("_backward_hooks", "_post_accumulate_grad_hooks", "_grad_fn", "volatile"),
     *named("is_inference", "is_pinned", "is_shared", "is_distributed", "dim_order", "record_stream"),
     *named("is_coalesced", "sparse_dim", "dense_dim", "qscheme"),
 )
@@ -124,7 +123,11 @@ def convert(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @rule(torch.Tensor.is_contiguous)
 def is_contiguous(func: Any, x: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
-    return x.local.is_contiguous(memory_format=memory_format)
+    """The rows of a contiguous tensor are a slice of it, which has gaps, or were made for themselves."""
+    if x.local.is_contiguous(memory_format=memory_format):
+        return True
+    strides = torch.empty(x.shape, device="meta").to(memory_format=memory_format).stride()
+    return all(n == 1 or own == step for n, own, step in zip(x.shape, x.local.stride(), strides))
 
 
 @rule(torch.Tensor.stride)
@@ -161,6 +164,11 @@ def number(func: Any, x: PatchTensor, *args: Any) -> Any:
 @rule(torch.Tensor.__contains__)
 def contains(func: Any, x: Tensor, element: Any) -> bool:
     return bool((x == element).any())
+
+
+@rule(*named("is_same_size"))
+def is_same_size(func: Any, input: Tensor, other: Tensor) -> bool:
+    return input.shape == other.shape
 
 
 @rule(*named("equal"))

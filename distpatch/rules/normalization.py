@@ -9,18 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
 from distpatch.rules.registry import named, on_some_rows, op_name, rule, spread, wrap
 from distpatch.rules.statistics import Norm, normalize
-from distpatch.tensor import PatchTensor
+from distpatch.tensor import PatchTensor, whole
 from distpatch.tree import map_tensors
 
 
 def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """Where no statistic crosses rows: on the local ones, with the other tensors replicated."""
-    args, kwargs = map_tensors(lambda t: spread(t, input), (args, kwargs))
+    args, kwargs = map_tensors(lambda t: spread(whole(t), input), (args, kwargs))
     return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, input.rows.dim), input)
+
+
+def _refuse_sharded(func: Any, *running: Tensor | None) -> None:
+    if any(isinstance(t, PatchTensor) for t in running):
+        raise UnsupportedOpError(f"{op_name(func)} takes replicated running statistics, but was given {running}")
 
 
 def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
@@ -37,6 +43,7 @@ def group_norm(
     eps: float = 1e-5,
     *cudnn: Any,
 ) -> Any:
+    weight, bias = map_tensors(whole, (weight, bias))
     if input.rows.dim == 0:
         return _local(func, input, num_groups, weight, bias, eps, *cudnn)
     if input.rows.dim == 1 or input.shape[1] % num_groups:
@@ -57,6 +64,8 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
+    _refuse_sharded(func, running_mean, running_var)
+    weight, bias = map_tensors(whole, (weight, bias))
     if input.rows.dim == 1:
         return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
@@ -81,6 +90,8 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
+    _refuse_sharded(func, running_mean, running_var)
+    weight, bias = map_tensors(whole, (weight, bias))
     stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
         return fallback(func, input, *stats)
@@ -98,11 +109,9 @@ def _keep_running(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
 ) -> None:
     """Move the running statistics, the same on all ranks, towards these; the variance is the unbiased one."""
-    if running_mean is not None:
-        running_mean.lerp_(mean.mean(0).to(running_mean.dtype), momentum)
-    if running_var is not None:
-        unbiased = var.mean(0) * (count / (count - 1))
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    for running, now in ((running_mean, mean.mean(0)), (running_var, var.mean(0) * (count / (count - 1)))):
+        if running is not None:
+            running.copy_(running.to(now.dtype).lerp(now, momentum))
 
 
 @rule(torch.batch_norm, torch.instance_norm)

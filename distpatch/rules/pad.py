@@ -55,6 +55,8 @@ def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, func: Any) -> P
     dim, size, last = x.rows.dim, x.rows.size, x.rows.world_size - 1
     body = crop(x, max(-above, 0), size - max(-below, 0))
     above, below = max(above, 0), max(below, 0)
+    if mode == "circular":  # what is left after the crop goes round
+        x, size = body, body.rows.size
     sources = _edge_rows(size, above, below, mode)
     needs = tuple(
         (sources[0] if rank == 0 else EMPTY, sources[1] if rank == last else EMPTY) for rank in range(last + 1)

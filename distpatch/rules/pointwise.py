@@ -76,6 +76,13 @@ def _wrap(result: Any, lead: PatchTensor, dim: int) -> Any:
     return result
 
 
+@rule(*named("detach_"))
+def detach_(func: Any, input: PatchTensor) -> PatchTensor:
+    """The rows may be a view where the whole is none, and no view can be detached in place."""
+    input.local = input.local.detach()
+    return input
+
+
 _NAMES = """
     abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2
     arctanh asin asinh atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or

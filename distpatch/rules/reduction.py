@@ -119,11 +119,12 @@ def variance(
     if not input.dtype.is_floating_point:
         return fallback(func, input, dims, correction=correction, keepdim=keepdim)
     a_row = math.prod(input.shape[d] for d in dims) // max(input.rows.size, 1)
-    _, mean, m2 = moments(input.local, dims, row, squares=torch.float64)
+    _, mean, m2 = moments(input.local, dims, row, exact=True)
     count, mean, m2 = merge_ranks(input.rows, a_row, mean, m2, input.region.comm.name, name)
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
-    spread = m2 / max(count - correction, 0) if count > correction else m2 / 0.0
+    mean = mean if count else mean * math.nan
+    spread = m2 / max(count - correction, 0) if count > max(correction, 0) else m2 / 0.0
     spread = spread.sqrt() if name.startswith("std") else spread
     spread, mean = spread.to(input.dtype), mean.to(input.dtype)
     return (spread, mean) if name.endswith("mean") else spread

@@ -7,6 +7,7 @@ torch on ``.local``, wrap.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -42,15 +43,27 @@ def register_rule(func: Any) -> Callable[[R], R]:
     """Give a function of your own (or of torch) a sharded rule: ``@distpatch.register_rule(func)``.
 
     The rule takes the function's own arguments and is called where one of them is a PatchTensor. The
-    function must be overridable by ``__torch_function__``: any torch function, or your own through
-    ``torch.overrides.handle_torch_function`` or ``torch.library``.
+    function must be overridable by ``__torch_function__``: any torch function, an operator of
+    ``torch.library`` (all its overloads), an ``autograd.Function``, or your own through
+    ``torch.overrides.handle_torch_function``. For element-wise ones see ``register_pointwise``.
     """
 
     def register(handler: R) -> R:
-        RULES[func] = lambda _func, *args, **kwargs: handler(*args, **kwargs)
+        for key in keys(func):
+            RULES[key] = lambda _func, *args, **kwargs: handler(*args, **kwargs)
         return handler
 
     return register
+
+
+def keys(func: Any) -> list[Any]:
+    """What torch may ask a rule for when the function is called: of an operator, itself and its overloads."""
+    func = getattr(func, "_opoverload", func)  # of a torch.library.custom_op
+    if isinstance(func, torch._ops.OpOverload) and func._overloadpacket.overloads() == [func._overloadname]:
+        func = func._overloadpacket
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return [func, *(getattr(func, name) for name in func.overloads())]
+    return [func]
 
 
 def named(*names: str) -> list[Any]:
@@ -65,7 +78,13 @@ def named(*names: str) -> list[Any]:
 
 
 def op_name(func: Any) -> str:
-    return getattr(func, "__name__", None) or str(func)
+    """``conv2d``, ``data.__set__`` of a property, ``demo.blur.default`` of ``torch.ops``."""
+    func = getattr(func, "_opoverload", func)
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(func)
+    name = getattr(func, "__name__", None) or str(func)
+    owner = getattr(func, "__self__", None)
+    return f"{owner.__name__}.{name}" if inspect.isgetsetdescriptor(owner) else name
 
 
 def wrap(local: Tensor, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:

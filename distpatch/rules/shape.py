@@ -64,7 +64,7 @@ def unsqueeze(func: Any, input: PatchTensor, dim: int) -> PatchTensor:
 
 @rule(*named("squeeze"))
 def squeeze(func: Any, input: PatchTensor, dim: Any = None) -> Tensor:
-    dims = [d for d in normalize_dims(dim, input.ndim) if input.shape[d] == 1]
+    dims = [] if dim == () else [d for d in normalize_dims(dim, input.ndim) if input.shape[d] == 1]
     if input.rows.dim in dims:  # a tensor of one row is somebody's, and everybody's once it is no row
         value = whole(input).squeeze(tuple(dims))
         return copied(value, input, func, lambda: input.copy_(value.reshape(input.shape)))

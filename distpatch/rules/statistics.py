@@ -23,14 +23,12 @@ CHUNK_BYTES = {"cpu": 512 << 10}
 CHUNK_BYTES_ELSEWHERE = 64 << 20
 
 
-def moments(
-    local: Tensor, dims: tuple[int, ...], along: int, squares: torch.dtype | None = None
-) -> tuple[int, Tensor, Tensor]:
+def moments(local: Tensor, dims: tuple[int, ...], along: int, exact: bool = False) -> tuple[int, Tensor, Tensor]:
     """Count, mean and centred second moment over ``dims``, which stay as dims of size 1, in fp64.
 
     Taken around a rounded mean, in fp32 or better, and corrected: where the mean is a thousand deviations
-    from 0, its rounding alone is as large as torch's whole error. ``squares``: the dtype that squares are
-    added in. Without gradients in chunks of rows of the dim ``along``, one of ``dims``.
+    from 0, its rounding alone is as large as torch's whole error. ``exact``: squares are added in
+    fp64, for a variance that somebody sees. Without gradients in chunks of rows of the dim ``along``, one of ``dims``.
     """
     precise = torch.promote_types(local.dtype, torch.float32)
     double = torch.float64 if local.device.type != "mps" else precise  # which has none
@@ -45,7 +43,10 @@ def moments(
         centred = chunk - middle
         rest = centred.sum(dims, keepdim=True) / max(count, 1)
         squared = centred.square() if grads else centred.square_()
-        m2s.append(squared.sum(dims, keepdim=True, dtype=squares).to(double) - count * rest.to(double).square())
+        m2s.append(
+            squared.sum(dims, keepdim=True, dtype=double if exact else None).to(double)
+            - count * rest.to(double).square()
+        )
         means.append(middle.to(double) + rest)
         counts.append(count)
     if len(counts) == 1:
@@ -78,16 +79,18 @@ class Norm:
     name: str
     op: str
 
+    def __post_init__(self) -> None:
+        if self.eps < 0:  # here, since idle ranks would not notice
+            raise ValueError(f"{self.op}: eps must not be negative, but is {self.eps}")
+
     def statistics(self, local: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and (biased) variance that a channel of a sample has, (B, C) or (1, C), replicated."""
+        """Mean and (biased) variance that a channel of a sample has, (B, C) or (1, C), replicated, in fp64."""
         channels, row = local.shape[1], self.rows.dim
-        count, mean, m2 = moments(local, tuple(range(2, local.ndim)), max(row, 2))
+        count, mean, m2 = moments(local, tuple(range(2, local.ndim)), max(row, 2), exact=self.groups in {0, channels})
         mean, m2 = (self._members(t.flatten(1)) for t in (mean, m2))
         count, mean, m2 = merge_moments([count] * len(mean), mean, m2)
         count, mean, m2 = merge_ranks(self.rows, self._a_row(local), mean, m2, self.name, self.op)
-        precise = torch.promote_types(local.dtype, torch.float32)
-        mean, var = mean.to(precise), (m2 / max(count, 1)).to(precise)
-        return self._everyone(mean, channels), self._everyone(var, channels)
+        return self._everyone(mean, channels), self._everyone(m2 / max(count, 1), channels)
 
     def count(self, local: Tensor) -> int:
         """Samples of one statistic, on all ranks together."""
@@ -119,20 +122,41 @@ def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: N
     if needs_grad(local, weight, bias):
         return _Normalize.apply(local, weight, bias, norm)
     mean, var = norm.statistics(local)
-    return _scaled(local, mean, var, weight, bias, norm.eps), mean, var
+    return _scaled(local, mean, var, weight, bias, norm), mean, var
 
 
-def _scaled(local: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    weight, bias = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
+def _scaled(local: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
     local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
     if local.numel() == 0:
         return torch.empty_like(local)
+    precise, eps = torch.promote_types(local.dtype, torch.float32), norm.eps
+    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
+    middle = mean.to(precise)
+    shift = (middle - mean) * scale + (0 if bias is None else bias)  # with what rounding took from the mean
+    if local.device.type == "cpu" and local.dtype == precise:
+        return _centred(local, middle, scale.to(precise), shift.to(precise), max(norm.rows.dim, 2))
+    mean, var, bias = middle, var.to(precise), shift.to(precise)
+    weight = None if weight is None else weight.to(precise)
     # Batch norm in evaluation is this formula, in one pass, computed in fp32 for half precision.
     if len(mean) == 1:
-        return F.batch_norm(local, mean[0], var[0], weight, bias, eps=eps)
+        return F.batch_norm(local, mean[0], var[0], weight, bias[0], eps=eps)
     out = torch.empty_like(local)
     for sample, rows in enumerate(local.split(1)):
-        out[sample] = F.batch_norm(rows, mean[sample], var[sample], weight, bias, eps=eps)[0]
+        out[sample] = F.batch_norm(rows, mean[sample], var[sample], weight, bias[sample], eps=eps)[0]
+    return out
+
+
+def _centred(local: Tensor, middle: Tensor, scale: Tensor, shift: Tensor, along: int) -> Tensor:
+    """``(local - middle) * scale + shift``, where torch's kernel for CPUs has ``local * scale + shift``.
+
+    Far from 0 that rounds twice what cancels. Each chunk is in the cache for all three steps.
+    """
+    middle, scale, shift = (t.view(*t.shape, *[1] * (local.ndim - 2)) for t in (middle, scale, shift))
+    out = torch.empty_like(local)
+    chunk_rows = CHUNK_BYTES["cpu"] * local.shape[along] // (local.numel() * local.element_size())
+    for rows, result in zip(local.split(max(chunk_rows, 1), along), out.split(max(chunk_rows, 1), along)):
+        torch.sub(rows, middle, out=result)
+        result.mul_(scale).add_(shift)
     return out
 
 
@@ -155,6 +179,7 @@ class _Normalize(torch.autograd.Function):
         local, weight, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative goes through the statistics too
             mean, var = norm.statistics(local)
+        mean, var = (t.to(torch.promote_types(local.dtype, torch.float32)) for t in (mean, var))
         rstd, count = (var + norm.eps).rsqrt(), norm.count(local)
         dims, shape = tuple(range(2, local.ndim)), [*mean.shape] + [1] * (local.ndim - 2)
         centred = local - spread(mean, norm.name).view(shape)

@@ -35,16 +35,28 @@ _IN_PLACE_OPERATORS = {
 } | {"__setitem__", "__set__", "__delitem__", "__setstate__"}
 
 
+# Their running statistics are written to, of which neither the name nor the schema says anything.
+_KEEP_STATISTICS = frozenset(
+    named(
+        *"native_batch_norm _native_batch_norm_legit cudnn_batch_norm".split(),
+        *"miopen_batch_norm batch_norm_gather_stats batch_norm_gather_stats_with_counts".split(),
+        *"batch_norm_update_stats fused_moving_avg_obs_fake_quant".split(),
+    )
+)
+
+
 def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call writes to (``add_``, ``+=``, ``inplace=True``, ``out=``, an operator's schema), or None."""
     if kwargs.get("out") is not None:
         return kwargs["out"]
+    if func in _KEEP_STATISTICS:
+        return [*args[1:], *(value for key, value in kwargs.items() if key != "input")]
     schema = _schema(func)
     if schema is not None:
         given = {**{a.name: value for a, value in zip(schema.arguments, args)}, **kwargs}
         written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         return [given[name] for name in written if name in given] or None
-    name = op_name(func)
+    name = getattr(func, "__name__", "")
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
     if not (in_place or kwargs.get("inplace")):
         return None

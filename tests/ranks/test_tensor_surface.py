@@ -415,6 +415,23 @@ def test_metadata_is_global() -> None:
         assert torch.result_type(x, 1.0) == torch.float64 and not x.is_sparse and x.layout == torch.strided
 
 
+def test_contiguous_as_on_one_device() -> None:
+    for shape in ((2, 2, 5, 3), (5, 3), (1, 4, 5, 2)):
+        for change in (
+            lambda x: x,
+            lambda x: x * 1,
+            lambda x: x[..., 1:],
+            lambda x: x.transpose(0, 1),
+            lambda x: x[..., 1:, :],
+        ):
+            for kind in (torch.contiguous_format, torch.channels_last)[: len(shape) // 2]:
+                wanted = change(random_tensor(shape)).is_contiguous(memory_format=kind)
+
+                @on_ranks(shape=shape)
+                def body(x: PatchTensor) -> None:
+                    assert change(x).is_contiguous(memory_format=kind) == wanted, (shape, kind)
+
+
 def test_hooks_where_the_first_argument_is_replicated_are_refused() -> None:
     class Two(nn.Module):
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
