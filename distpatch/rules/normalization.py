@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpatch.collectives import memory_format
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
 from distpatch.rules.registry import named, on_some_rows, op_name, rule, spread, wrap
@@ -21,6 +22,18 @@ def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTen
     """Where no statistic crosses rows: on the local ones, with the other tensors replicated."""
     args, kwargs = map_tensors(lambda t: spread(t, input), (args, kwargs))
     return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, input.rows.dim), input)
+
+
+def _fixed(func: Any, input: PatchTensor, *args: Any) -> PatchTensor:
+    """By statistics that are given.
+
+    The gradient is handed on in the memory format that torch sees in it: its CPU kernel takes that of a batch
+    of one that was flattened and transposed, whose strides fit two formats, for the other one (seen in 2.13).
+    """
+    result = _local(func, input, *args)
+    if result.local.requires_grad and not torch.compiler.is_compiling():
+        result.local.register_hook(lambda grad: grad.contiguous(memory_format=memory_format(grad)))
+    return result
 
 
 def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
@@ -60,7 +73,7 @@ def batch_norm(
     if input.rows.dim == 1:
         return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
-        return _local(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return _fixed(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
     F._verify_batch_size(list(input.shape))  # type: ignore[attr-defined]
     rows = input.local.unsqueeze(-1) if input.ndim == 2 else input.local
     norm = _norm(func, input, 0, eps)
@@ -85,7 +98,7 @@ def instance_norm(
     if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
         return fallback(func, input, *stats)
     if not use_input_stats or input.rows.dim == 0:
-        return _local(func, input, *stats)
+        return _fixed(func, input, *stats)
     F._verify_spatial_size(list(input.shape))  # type: ignore[attr-defined]
     norm = _norm(func, input, input.shape[1], eps)
     out, mean, var = normalize(input.local, weight, bias, norm)
