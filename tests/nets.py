@@ -250,7 +250,7 @@ TRANSFORMERS = {
         ((2, 3, 93, 64),),
         lambda model, x: model(x).feature_maps,
     ),
-    "MobileViT": Net(
+    "MobileViT and its loss": Net(
         "transformers",
         transformers(
             "MobileViTForSemanticSegmentation",
@@ -260,8 +260,8 @@ TRANSFORMERS = {
             aspp_out_channels=8,
             num_attention_heads=2,
         ),
-        ((2, 3, 93, 64),),
-        logits,
+        ((2, 3, 93, 64), torch.arange(2 * 93 * 64).view(2, 93, 64) % 2),
+        lambda model, x, labels: list(model(x, labels=labels).values())[:2],
     ),
     "SAM 2, windows of several sizes": Net(
         "transformers",
