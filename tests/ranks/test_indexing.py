@@ -325,3 +325,15 @@ def test_out_of_range(index: Any) -> None:
             x[index]
 
     run_ranks(2, body)
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    """By every rank, as on one device: they are nobody's rows."""
+    x = random_tensor((2, 3, 7, 5))
+
+    def body(rank: int) -> None:
+        for number in (7, -1):
+            with pytest.raises(RuntimeError, match="out of bounds"):
+                distpatch.shard(x, dist.group.WORLD).gather(2, torch.full((2, 3, 1, 5), number))
+
+    run_ranks(3, body)
