@@ -25,6 +25,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from tests import oracle
 
     terminalreporter.write_line(f"oracle: {oracle.compared} sharded runs compared with the unsharded one")
+    for header, lines in oracle.notes.items():
+        for line in (header, *lines):
+            terminalreporter.write_line(line)
 
 
 def pytest_sessionfinish() -> None:

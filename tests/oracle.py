@@ -36,6 +36,7 @@ TOLERANCE = 1e-10
 Shape = tuple[int, ...]
 Input = Shape | Callable[[int], Tensor]
 compared = 0  # sharded runs that were compared, for the summary of the session
+notes: dict[str, list[str]] = {}  # tables for that summary: lines under their headers
 
 
 @dataclass

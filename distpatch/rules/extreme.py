@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distpatch.collectives import share_out, stack_ranks
 from distpatch.rules.fallback import fallback
+from distpatch.rules.gathering import picked
 from distpatch.rules.pointwise import pointwise
 from distpatch.rules.reduction import Dims, kept, never_empty
 from distpatch.rules.registry import named, needs_grad, normalize_dims, op_name, rule, sum_ranks
@@ -67,7 +68,7 @@ def _along(func: Any, input: PatchTensor, dim: int, keepdim: bool = False) -> An
         return kept(input, func(input.local, dim, keepdim), dims, keepdim)
     value, index = _first(input, op_name(func) == "max", dims[0])
     if needs_grad(input.local):
-        value = _pick(input, index, func)
+        value = picked(input, index, func)
     if not keepdim:
         value, index = value.squeeze(dims), index.squeeze(dims)
     return getattr(torch.return_types, op_name(func))((value, index))
@@ -104,15 +105,6 @@ def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tens
     best = values.amax(0) if largest else values.amin(0)
     last = torch.iinfo(indices.dtype).max
     return best, torch.where((values == best) | values.isnan(), indices, last).amin(0)
-
-
-def _pick(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
-    """The elements at these global indices along the sharded dim: each is somebody's."""
-    lo, hi = x.rows.interval(x.region.comm.rank)
-    own = (index >= lo) & (index < hi)
-    rows = _some_rows(x, True)
-    mine = rows.gather(x.rows.dim, (index - lo).clamp(0, rows.shape[x.rows.dim] - 1))
-    return sum_ranks(torch.where(own, mine, 0.0), x, func)
 
 
 @rule(*named("sort", "argsort", "median", "nanmedian", "mode", "cummax", "cummin"))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, op_name, own_rows, rule, spread, wrap
+from distpatch.rules.reduction import never_empty
+from distpatch.rules.registry import named, op_name, own_rows, rule, spread, sum_ranks, wrap
 from distpatch.tensor import PatchTensor, whole
 
 
@@ -27,6 +28,10 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     """The index may have fewer rows than the input: it is then taken from the first of them."""
     at = dim % input.ndim
     row = next(t for t in (index, input) if isinstance(t, PatchTensor)).rows.dim
+    if at == row and out is None and isinstance(input, PatchTensor) and not isinstance(index, PatchTensor):
+        return picked(input, index, func)
+    if at == row and out is None and not isinstance(input, PatchTensor) and isinstance(index, PatchTensor):
+        return wrap(func(spread(input, index), at, index.local), index)
     if at == row or out is not None or index.shape[row] > input.shape[row]:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
     input = slice_dim(input, row, slice(0, index.shape[row]))
@@ -34,6 +39,19 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     assert isinstance(lead, PatchTensor)
     back = row - lead.ndim
     return wrap(func(own_rows(input, lead, back, func), at, own_rows(index, lead, back, func)), lead)
+
+
+def picked(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
+    """The elements at these global indices along the sharded dim, replicated: each is somebody's.
+
+    An index out of range stays as it is, so that torch refuses it as it does on one device.
+    """
+    dim, (lo, hi) = x.rows.dim, x.rows.interval(x.region.comm.rank)
+    rows = never_empty(x, 0)
+    own, valid = (index >= lo) & (index < hi), (index >= 0) & (index < x.rows.size)
+    at = torch.where(valid, (index - lo).clamp(0, rows.shape[dim] - 1), index)
+    mine = rows.gather(dim, at).masked_fill(~own, 0)
+    return sum_ranks(mine.byte(), x, func).bool() if x.dtype == torch.bool else sum_ranks(mine, x, func)
 
 
 @rule(*named("take_along_dim"))

@@ -15,6 +15,7 @@ from distpatch.rules.joining import assembled
 from distpatch.rules.registry import named, rows_of, rule, spread, wrap
 from distpatch.rules.views import is_basic
 from distpatch.tensor import PatchTensor, whole
+from distpatch.tree import tensors_in
 
 Items = list[Any]  # an index, one item for each dim of the tensor (and None for each new one)
 WHOLE = slice(None)
@@ -143,9 +144,12 @@ def _looked_up(func: Any, table: Tensor, index: Any) -> Any:
 
 @rule(torch.Tensor.__setitem__)
 def setitem(func: Any, input: Tensor, index: Any, value: Any) -> None:
-    """Written to the rows where they are: every rank keeps its own of the value."""
+    """Written to the rows where they are: every rank keeps its own of the value; a replicated tensor takes all."""
     if not isinstance(input, PatchTensor):
-        fallback(func, input, index, value)
+        if any(isinstance(t, PatchTensor) for t in tensors_in(index)):
+            fallback(func, input, index, value)
+        else:
+            input[index] = whole(value)
         return
     items = _spelled_out(index, input)
     if all(map(is_basic, items)):

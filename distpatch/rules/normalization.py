@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpatch.collectives import memory_format
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
@@ -27,6 +28,18 @@ def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTen
 def _refuse_sharded(func: Any, *running: Tensor | None) -> None:
     if any(isinstance(t, PatchTensor) for t in running):
         raise UnsupportedOpError(f"{op_name(func)} takes replicated running statistics, but was given {running}")
+
+
+def _fixed(func: Any, input: PatchTensor, *args: Any) -> PatchTensor:
+    """By statistics that are given.
+
+    The gradient is handed on in the memory format that torch sees in it: its CPU kernel takes that of a batch
+    of one that was flattened and transposed, whose strides fit two formats, for the other one (seen in 2.13).
+    """
+    result = _local(func, input, *args)
+    if result.local.requires_grad and not torch.compiler.is_compiling():
+        result.local.register_hook(lambda grad: grad.contiguous(memory_format=memory_format(grad)))
+    return result
 
 
 def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
@@ -69,7 +82,7 @@ def batch_norm(
     if input.rows.dim == 1:
         return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
-        return _local(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return _fixed(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
     F._verify_batch_size(list(input.shape))  # type: ignore[attr-defined]
     rows = input.local.unsqueeze(-1) if input.ndim == 2 else input.local
     norm = _norm(func, input, 0, eps)
@@ -96,7 +109,7 @@ def instance_norm(
     if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
         return fallback(func, input, *stats)
     if not use_input_stats or input.rows.dim == 0:
-        return _local(func, input, *stats)
+        return _fixed(func, input, *stats)
     F._verify_spatial_size(list(input.shape))  # type: ignore[attr-defined]
     norm = _norm(func, input, input.shape[1], eps)
     out, mean, var = normalize(input.local, weight, bias, norm)

@@ -22,7 +22,7 @@ CASES = {
     "trapezoid over rows": case(lambda x: torch.trapezoid(x, dim=2), X, fallback="trapezoid"),
     "as tall as the input": case(lambda x: torch.renorm(x, 2, 2, 1.0), X, fallback="renorm"),
     "all of it": case(lambda x: torch.cov(x[0, 0]), X, fallback="cov"),
-    "fft": case(lambda x: torch.real(torch.fft.fft2(x)), X, fallback="fft_fft2"),
+    "fft": case(lambda x: torch.real(torch.fft.fftn(x)), X, fallback="fft_fftn"),
     "several results": case(lambda x: torch.linalg.slogdet(x), (2, H, 5, 5), dim=1, fallback="linalg_slogdet"),
     "two sharded": case(lambda x, y: torch.linalg.cross(x, y, dim=1), X, X, sharded=2, fallback="linalg_cross"),
     "then a convolution": case(

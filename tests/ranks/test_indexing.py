@@ -30,6 +30,11 @@ def numbers(*shape: int, below: int) -> Callable[[int], Tensor]:
     return make
 
 
+def anywhere(*shape: int) -> Callable[[int], Tensor]:
+    """Numbers of rows."""
+    return lambda rows: numbers(*shape, below=rows)(rows)
+
+
 def mask(*shape: int) -> Callable[[int], Tensor]:
     draw = numbers(*shape, below=2)
     return lambda rows: draw(rows).bool()
@@ -104,6 +109,16 @@ def canvas(x: Tensor) -> Tensor:
     return out / weight
 
 
+def on_plain(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A replicated canvas and a replicated mask take all rows."""
+    out = torch.zeros(2, 3, x.shape[2] + 2, 5, dtype=x.dtype)
+    out[:, :, 1:-1] = x * 2
+    out[:, 0, 0] = x[:, 1].sum(1)
+    seen = torch.ones(2, x.shape[2], 5, dtype=torch.bool)
+    seen[:, :, 1:] = x[:, 0, :, 1:] > 0
+    return out, seen
+
+
 READ = {
     "numbers and slices": case(lambda x: x[1, ..., 2:] + x[0, :, :, :3], X),
     "None": case(lambda x: x[:, None, :, :, None, 0], X),
@@ -142,7 +157,14 @@ READ = {
     "gather, fewer channels": case(lambda x, i: x.gather(3, i), X, numbers(1, 2, H, 7, below=5)),
     "gather, fewer rows": case(lambda x, i: x.gather(3, i[:, :, 1:]), X, numbers(2, 3, H, 5, below=5), sharded=2),
     "gather of plain": case(lambda i, x: x.gather(1, i), numbers(2, 2, H, 5, below=3), X),
-    "gather rows": case(lambda x, i: x.gather(2, i), X, numbers(2, 3, H, 5, below=1), fallback="gather"),
+    "gather of plain rows": case(lambda i, x: x.gather(2, i), numbers(2, 2, H, 5, below=4), (2, 3, 4, 5)),
+    "gather rows": case(lambda x, i: x.gather(2, i), X, anywhere(2, 3, 4, 5)),
+    "gather rows, fewer columns": case(lambda x, i: x.gather(2, i) * 2, X, anywhere(1, 3, 9, 2)),
+    "gather rows, numbers": case(lambda x, i: (x * 9).long().gather(2, i), X, anywhere(2, 3, 4, 5)),
+    "gather rows, truths": case(lambda x, i: (x > 0).gather(2, i), X, anywhere(2, 3, 4, 5)),
+    "gather rows by sharded": case(
+        lambda x, i: x.gather(2, i), X, numbers(2, 3, H, 5, below=1), sharded=2, fallback="gather"
+    ),
     "take_along_dim": case(lambda x, i: torch.take_along_dim(x, i, dim=1), X, numbers(1, 2, H, 1, below=3), sharded=2),
     "take_along_dim, for all rows": case(lambda x, i: x.take_along_dim(i, 1), X, numbers(2, 1, 1, 5, below=3)),
     "sorted by hand": case(lambda x: x.take_along_dim(x.argsort(1), 1), X),
@@ -202,6 +224,7 @@ WRITTEN = {
     "changed views": case(changed_views, X, heights=(7, 2)),
     "moved view": case(moved_view, X, heights=(8, 4, 2)),
     "canvas": case(canvas, X),
+    "on plain": case(on_plain, X),
     "index_put_": case(in_place(lambda y: y.index_put_((torch.tensor([0, 1]), torch.tensor([2, 0])), torch.ones(5).double())), X),
     "index_put": case(lambda x, m: torch.index_put(x, (m,), torch.tensor(2.0).double()), X, mask(2, 3, H, 5)),
     "index_fill": case(lambda x: x.index_fill(1, torch.tensor([0, 2]), 1.0), X),
@@ -302,3 +325,15 @@ def test_out_of_range(index: Any) -> None:
             x[index]
 
     run_ranks(2, body)
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    """By every rank, as on one device: they are nobody's rows."""
+    x = random_tensor((2, 3, 7, 5))
+
+    def body(rank: int) -> None:
+        for number in (7, -1):
+            with pytest.raises(RuntimeError, match="out of bounds"):
+                distpatch.shard(x, dist.group.WORLD).gather(2, torch.full((2, 3, 1, 5), number))
+
+    run_ranks(3, body)

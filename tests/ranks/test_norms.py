@@ -40,6 +40,19 @@ def batch_eval(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> T
     return F.batch_norm(x, *running(x.shape[1]), w, b)
 
 
+def of_tokens(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As tokens: the gradient of a batch of one then has strides that torch's own kernel reads wrongly, so
+    that unsharded it has to be spared them."""
+
+    def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        out = norm(x, w, b)
+        if out.requires_grad and not isinstance(out, distpatch.PatchTensor):
+            out.register_hook(lambda grad: grad.clone(memory_format=torch.contiguous_format))
+        return out.flatten(2).transpose(1, 2)
+
+    return run
+
+
 def instance(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, ...]:
     mean, var = running(x.shape[1])
     return F.instance_norm(x, mean, var, w, b, momentum=0.3), mean, var
@@ -119,6 +132,9 @@ CASES = {
     "batch_norm, evaluation": case(batch_eval, X, (8,), (8,), p2p=0),
     "batch_norm, evaluation without weights": case(batch_eval, X, **FEW),
     "batch_norm, evaluation, batch sharded": case(batch_eval, (H, 8, 3), (8,), (8,), dim=0, **FEW),
+    "batch_norm, evaluation, tokens of it": case(of_tokens(batch_eval), (1, 8, H, 5), (8,), (8,)),
+    "batch_norm, evaluation, then in place": case(lambda x, w, b: batch_eval(x, w, b).relu_(), X, (8,), (8,), **FEW),
+    "batch_norm, tokens of it": case(of_tokens(lambda x, w, b: batch()(x, w, b)[0]), (1, 8, H, 5), (8,), (8,)),
     "batch_norm, channels sharded": case(batch(), (3, H, 5), (H,), (H,), dim=1, heights=(7,), fallback="batch_norm"),
     "BatchNorm2d": case(steps(nn.BatchNorm2d(8)), X, heights=(7, 2)),
     "BatchNorm2d, average of all": case(steps(nn.BatchNorm2d(8, momentum=None)), X, **FEW),
@@ -128,6 +144,8 @@ CASES = {
     "instance_norm alone": case(lambda x: F.instance_norm(x), X),
     "instance_norm width": case(instance, (2, 8, 5, H), (8,), (8,), dim=-1, **FEW),
     "instance_norm, evaluation": case(instance_eval, X, (8,), (8,), p2p=0),
+    "instance_norm, evaluation, tokens of it": case(of_tokens(instance_eval), (1, 8, H, 5), (8,), (8,)),
+    "instance_norm, tokens of it": case(of_tokens(lambda x, w, b: instance(x, w, b)[0]), (1, 8, H, 5), (8,), (8,)),
     "instance_norm of torch": case(
         lambda x, w: torch.instance_norm(x, w, None, None, None, True, 0.1, 1e-5, False), X, (8,), **FEW
     ),
