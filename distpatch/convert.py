@@ -74,7 +74,7 @@ def convert_model(
     _check_options(model, splits, dim, output, fallback)
     comm = communicator(group)
     comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
-    region = Region(comm, splits, sequential, fallback)
+    region = Region(comm, splits, sequential, fallback, buffers=frozenset(map(id, model.buffers())))
     state = _Conversion(region, dim, output)
     wrappers = {
         name: _entry(getattr(model, name), name, state) for name in ENTRY_POINTS if callable(getattr(model, name, None))

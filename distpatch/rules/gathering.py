@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, op_name, own_rows, rule, spread, wrap
+from distpatch.rules.registry import fetch, named, op_name, own_rows, redistribute, rule, spread, wrap
 from distpatch.tensor import PatchTensor, whole
 
 
@@ -27,6 +29,8 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     """The index may have fewer rows than the input: it is then taken from the first of them."""
     at = dim % input.ndim
     row = next(t for t in (index, input) if isinstance(t, PatchTensor)).rows.dim
+    if at == row and isinstance(input, PatchTensor) and input.rows.size > 0 and out is None:
+        return _passed_by(func, input, index)
     if at == row or out is not None or index.shape[row] > input.shape[row]:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
     input = slice_dim(input, row, slice(0, index.shape[row]))
@@ -34,6 +38,27 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     assert isinstance(lead, PatchTensor)
     back = row - lead.ndim
     return wrap(func(own_rows(input, lead, back, func), at, own_rows(index, lead, back, func)), lead)
+
+
+def _passed_by(func: Any, x: PatchTensor, index: Tensor) -> PatchTensor:
+    """Rows by numbers that only the device knows: each rank's rows are shown to all, one rank after the other."""
+    dim, world = x.rows.dim, x.rows.world_size
+    layout = RowLayout(dim, even_bounds(index.shape[dim], world))
+    own = redistribute(index, layout, func).local if isinstance(index, PatchTensor) else _share(index, layout, x)
+    found = None
+    for lo, hi in pairwise(x.rows.bounds):
+        if lo < hi:
+            rows = fetch(x, (((lo, hi),),) * world, func)[0]
+            here = (own >= lo) & (own < hi)
+            picked = func(rows, dim, torch.where(here, own - lo, 0))
+            found = picked if found is None else torch.where(here, picked, found)
+    assert found is not None
+    return wrap(found, x, layout)
+
+
+def _share(tensor: Tensor, layout: RowLayout, like: PatchTensor) -> Tensor:
+    lo, hi = layout.interval(like.region.comm.rank)
+    return tensor.narrow(layout.dim, lo, hi - lo)
 
 
 @rule(*named("take_along_dim"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
-from distpatch.rules.registry import named, on_some_rows, op_name, rule, spread, wrap
+from distpatch.rules.registry import along_rows, named, on_some_rows, op_name, rule, spread, wrap
 from distpatch.rules.statistics import Norm, normalize
 from distpatch.tensor import PatchTensor
 from distpatch.tree import map_tensors
@@ -37,6 +37,7 @@ def group_norm(
     eps: float = 1e-5,
     *cudnn: Any,
 ) -> Any:
+    input = along_rows(input, func)
     if input.rows.dim == 0:
         return _local(func, input, num_groups, weight, bias, eps, *cudnn)
     if input.rows.dim == 1 or input.shape[1] % num_groups:
@@ -57,6 +58,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
+    input = along_rows(input, func)
     if input.rows.dim == 1:
         return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
@@ -81,6 +83,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
+    input = along_rows(input, func)
     stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
         return fallback(func, input, *stats)
@@ -155,6 +158,7 @@ def rms_norm(
 @rule(F.local_response_norm)
 def local_response_norm(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     """Over neighbouring channels of a pixel."""
+    input = along_rows(input, func)
     if input.rows.dim == 1:
         return fallback(func, input, *args, **kwargs)
     return _local(func, input, *args, **kwargs)
