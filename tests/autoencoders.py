@@ -1,4 +1,7 @@
-"""Every spatial autoencoder of diffusers in a small config, with random weights, and calls of it by height."""
+"""Every spatial autoencoder of diffusers in a small config, with random weights, and inputs by height.
+
+How they are run and compared stands in autoencoder_runs.py.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,10 @@ def _seeded_decode(model: Any, z: Tensor) -> Any:
     return model.decode(z, generator=torch.Generator().manual_seed(7))
 
 
+def _seeded_forward(model: Any, z: Tensor) -> Any:
+    return model(z, generator=torch.Generator().manual_seed(7))
+
+
 def _with_time(model: Any, z: Tensor) -> Any:
     return model.decode(z, torch.tensor([0.05] * z.shape[0], dtype=z.dtype))
 
@@ -54,8 +61,8 @@ def _with_time_forward(model: Any, x: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """``image`` and ``latent``: shapes without the rows, (channels, frames…, columns). ``scale``: rows of the
-    image for one of the latent. ``options``: set on the model, where a default would tile or slice."""
+    """``image`` and ``latent``: shapes without batch and rows, (channels, frames…, columns); ``scale``: rows of the
+    image for one of the latent. ``options``: attributes set on the model. ``dtype``: what it can compute in."""
 
     cls: str
     config: dict[str, Any]
@@ -63,9 +70,8 @@ class Autoencoder:
     latent: tuple[int, ...]
     scale: int
     calls: dict[str, Call] = field(default_factory=lambda: {"encode": _encode, "decode": _decode, "forward": _sampled})
-    heights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float64  # what the model itself can compute in
+    dtype: torch.dtype = torch.float64
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The same weights on every call; those that begin as zeros or ones are none here."""
@@ -81,6 +87,12 @@ class Autoencoder:
     def input(self, call: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         shape = self.latent if call == "decode" else self.image
         return random_tensor((1, *shape[:-1], rows, shape[-1]), seed=rows, dtype=dtype or self.dtype)
+
+    def candidates(self, call: str) -> tuple[int, ...]:
+        """Even and odd multiples of the scale, heights between them, fewer latent rows than ranks."""
+        if call == "decode" or self.scale == 1:
+            return (6, 5, 4, 3, 2, 1)
+        return tuple(n * self.scale for n in (4, 3, 2, 1)) + (3 * self.scale - 1, 5 * self.scale // 2)
 
 
 def spatial_classes() -> Iterator[str]:
@@ -297,23 +309,18 @@ AUTOENCODERS: dict[str, Autoencoder] = {
             "decoder_layers_per_block": (1, 1, 1, 1),
         },
         (3, 9, 64), (8, 2, 2), 32,
-        heights={"decode": (2, 3, 5, 6), "forward": (64, 96, 160)},
     ),
     "LTX2VideoDiffusionDecoderModel": Autoencoder(
         "LTX2VideoDiffusionDecoderModel",
         {
-            "latent_channels": 4,
-            "decoder_head_dim": 8,
-            "decoder_stage_channels": (16, 8, 8, 8, 8),
-            "decoder_stage_depths": (1, 1, 1, 1, 1),
-            "decoder_stage_kernels": ((3, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
-            "decoder_upsample_channel_reductions": (2, 1, 1, 1),
-            "decoder_stage5_kernel": (3, 5, 5),
-            "decoder_t_emb_dim": 8,
+            "latent_channels": 4, "decoder_head_dim": 8, "decoder_stage_channels": (8, 8, 8),
+            "decoder_stage_depths": (1, 1, 1), "decoder_stage_kernels": ((3, 3, 3), (3, 3, 3)),
+            "decoder_upsample_strides": ((1, 2, 2), (2, 1, 1)), "decoder_upsample_channel_reductions": (1, 1),
+            "decoder_stage5_kernel": (3, 5, 5), "decoder_t_emb_dim": 8, "temporal_compression_ratio": 2,
+            "spatial_compression_ratio": 8,
         },
         (4, 2, 3), (4, 2, 3), 1,
-        calls={"decode": _seeded_decode,
-               "forward": lambda model, z: model(z, generator=torch.Generator().manual_seed(7))},
+        calls={"decode": _seeded_decode, "forward": _seeded_forward},
     ),
     "AutoencoderKLMagvit": Autoencoder(
         "AutoencoderKLMagvit",
@@ -338,7 +345,7 @@ AUTOENCODERS: dict[str, Autoencoder] = {
         "AutoencoderKLMiniMaxH3",
         {
             "latent_channels": 4, "block_out_channels": (4, 4, 8), "layers_per_block": 1,
-            "spatial_downsample_factors": (2, 2, 1), "temporal_downsample_factors": (1, 2, 2), "norm_num_groups": 2,
+            "spatial_downsample_factors": (2, 2, 1), "temporal_downsample_factors": (2, 2, 1), "norm_num_groups": 2,
             "decoder_num_layers": 1, "decoder_num_attention_heads": 2, "decoder_attention_head_dim": 8,
             "decoder_num_register_tokens": 2, "latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4,
         },
