@@ -74,7 +74,7 @@ def main(
     for name, entry in track(AUTOENCODERS.items(), transient=True):
         if only in name:
             cells = {call: measure(name, call, worlds, dtype) for call in entry.calls}
-            texts = [str(cells[call]) if call in cells else "–" for call in CALLS]
+            texts = [str(cells[call]) if call in cells else "-" for call in CALLS]
             fallbacks = sum(cell.fallbacks for cell in cells.values())
             print("|", " | ".join([name, *texts, str(fallbacks), PEER.get(entry.cls, "no")]), "|", flush=True)
     print(

@@ -58,7 +58,9 @@ def attention(
     number = _numbers(query)
     idle = number.numel() == 0  # it computes a blank query, and keeps none
     number = number.new_zeros(1) if idle else number
-    own = torch.cat([query.local, query.local.new_zeros(*query.shape[:2], 1, query.shape[3])], 2) if idle else query.local
+    own = (
+        torch.cat([query.local, query.local.new_zeros(*query.shape[:2], 1, query.shape[3])], 2) if idle else query.local
+    )
     keys, values = (_all(t, query, func) for t in (key, value))
     score, mask = score_mod, None
     if score_mod is not None:

@@ -15,7 +15,7 @@ from distpatch.patch_conv import Slab, choose_patch_rows, in_patches
 from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import along_rows, halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
 from distpatch.stencil import TransposedStencil
-from distpatch.tensor import PatchTensor
+from distpatch.tensor import PatchTensor, whole
 
 Sizes = int | Sequence[int]
 Write = Callable[[Tensor, int, int], Tensor]  # (rows, rows to cut off at both ends, rows to add below)
@@ -35,7 +35,8 @@ def transposed_convolution(
 ) -> Any:
     how = (stride, padding, output_padding, groups, dilation)
     spatial = weight.ndim - 2
-    if isinstance(weight, PatchTensor) or not isinstance(input, PatchTensor):
+    weight = whole(weight)
+    if not isinstance(input, PatchTensor):
         return fallback(func, input, weight, bias, *how)
     if input.ndim == spatial + 1:  # unbatched
         return transposed_convolution(func, cast(PatchTensor, input.unsqueeze(0)), weight, bias, *how).squeeze(0)

@@ -5,17 +5,12 @@ All heights on 2, 3 and 4 ranks: ``make autoencoders``. Here are the odd ones an
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-import torch.distributed as dist
 
-import distpatch
 from tests import oracle
-from tests.autoencoder_runs import compare, result_of
+from tests.autoencoder_runs import compare
 from tests.autoencoders import AUTOENCODERS, spatial_classes
-from tests.threads import rank_outcomes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 CALLS = [(name, call) for name, entry in AUTOENCODERS.items() for call in entry.calls]
