@@ -74,7 +74,7 @@ def convert_model(
     comm = communicator(group)
     if comm.size > 1 and not isinstance(comm, Pretended):
         comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
-    region = Region(comm, splits, sequential, fallback)
+    region = Region(comm, splits, sequential, fallback, buffers=frozenset(map(id, model.buffers())))
     state = _Conversion(region, dim, output)
     wrappers = {
         name: _entry(getattr(model, name), name, state) for name in ENTRY_POINTS if callable(getattr(model, name, None))

@@ -25,7 +25,8 @@ class Region:
     """Who takes part in a sharded computation, and how each rank computes its rows.
 
     ``replicas``: the model's parameters by id, each with the stand-in that meets rows in this call, so
-    that all their gradients are summed over ranks together.
+    that all their gradients are summed over ranks together. ``buffers``: ids of the model's buffers,
+    which stay plain tensors whatever is written to them.
     """
 
     comm: Communicator
@@ -34,6 +35,7 @@ class Region:
     fallback: str = "warn"
     warned: set[str] = field(default_factory=set)
     replicas: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    buffers: frozenset[int] = frozenset()
 
     @property
     def lasting(self) -> Region:

@@ -27,7 +27,7 @@ from distpatch.tree import map_tensors, tensors_in
 MOST_PIECES = 1024  # more intervals of rows a rank than this are not worth an exchange of their own
 
 # Functions whose rules, where they do not ask for bounds, treat all rows alike. Element-wise ones too.
-_ANY_ORDER = frozenset(
+ANY_ORDER = set(
     named(
         *"permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze flatten unflatten reshape".split(),
         *"view _unsafe_view view_as reshape_as ravel expand expand_as broadcast_to repeat tile cat concat".split(),
@@ -47,7 +47,7 @@ def on_blocks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if "axis" in kwargs or "keepdims" in kwargs:  # numpy's names
         kwargs = {{"axis": "dim", "keepdims": "keepdim"}.get(key, key): value for key, value in kwargs.items()}
     rule = RULES[func]
-    if func in _ANY_ORDER or rule is pointwise or getattr(func, "__name__", "") in {"__get__", "__set__"}:
+    if func in ANY_ORDER or rule is pointwise or getattr(func, "__name__", "") in {"__get__", "__set__"}:
         try:
             return rule(func, *args, **kwargs)
         except OutOfOrder:

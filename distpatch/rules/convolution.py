@@ -13,9 +13,9 @@ from distpatch.errors import LayoutError
 from distpatch.layout import RowLayout, plan_stencil
 from distpatch.patch_conv import choose_patch_rows, convolve
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
+from distpatch.rules.registry import along_rows, halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
 from distpatch.stencil import WindowStencil
-from distpatch.tensor import PatchTensor
+from distpatch.tensor import PatchTensor, whole
 
 Sizes = int | Sequence[int]
 
@@ -32,14 +32,14 @@ def convolution(
     groups: int = 1,
 ) -> Any:
     spatial = weight.ndim - 2
-    if isinstance(weight, PatchTensor) or not isinstance(input, PatchTensor):
+    weight = whole(weight)  # a model may make one of what it is given: x.new_ones(1, 1, 3, 3)
+    if not isinstance(input, PatchTensor):
         return fallback(func, input, weight, bias, stride, padding, dilation, groups)
     if input.ndim == spatial + 1:  # unbatched
         batch = cast(PatchTensor, input.unsqueeze(0))
         return convolution(func, batch, weight, bias, stride, padding, dilation, groups).squeeze(0)
+    input = along_rows(input, func)
     axis = input.rows.dim - 2
-    if axis == -1:
-        return fallback(func, input, weight, bias, stride, padding, dilation, groups)
     input, weight = in_compute_dtype(input), spread(weight, input)
     bias = None if bias is None else spread(bias, input)
     if axis == -2:

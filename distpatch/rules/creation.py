@@ -7,16 +7,18 @@ keeps its own rows of them. Activations are not gathered for that.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.collectives import narrow_rows
+from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.fallback import fallback
 from distpatch.rules.pointwise import pointwise
 from distpatch.rules.registry import named, op_name, own_rows, rule, wrap
+from distpatch.rules.reshape import sizes_of
 from distpatch.tensor import PatchTensor
 
 
@@ -25,11 +27,26 @@ def like(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTenso
     return wrap(func(input.local, *args, **kwargs), input)
 
 
-@rule(*named("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "new_empty_strided"), torch.Tensor.new)
+@rule(*named("new_tensor", "new_empty_strided"), torch.Tensor.new)
 def new(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A size that the caller computes is global, so the tensor is replicated."""
     result: Tensor = func(input.local, *args, **kwargs)
     return result
+
+
+@rule(*named("new_zeros", "new_ones", "new_empty", "new_full"))
+def new_of_size(func: Any, input: PatchTensor, *size: Any, **kwargs: Any) -> Tensor:
+    """A size that the caller computes is global; an image is sharded as the input is, all else replicated."""
+    fill = {"fill_value": size[1]} if op_name(func) == "new_full" and len(size) > 1 else {}
+    shape = list(sizes_of(size[:1] if fill else size, kwargs, "size"))
+    dim, comm = input.rows.dim, input.region.comm
+    kwargs = {**fill, **{name: value for name, value in kwargs.items() if name != "size"}}
+    if len(shape) != input.ndim or input.ndim < 4 or shape[dim] <= 1:
+        return cast(Tensor, func(input.local, shape, **kwargs))
+    bounds = input.rows.bounds if shape[dim] == input.rows.size else even_bounds(shape[dim], comm.size)
+    layout = RowLayout(dim, bounds)
+    lo, hi = layout.interval(comm.rank)
+    shape[dim] = hi - lo
+    return wrap(func(input.local, shape, **kwargs), input, layout)
 
 
 def _whole_like(x: PatchTensor) -> Tensor:

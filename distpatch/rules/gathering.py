@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import never_empty
-from distpatch.rules.registry import named, op_name, own_rows, rule, spread, sum_ranks, wrap
+from distpatch.rules.registry import fetch, named, op_name, own_rows, redistribute, rule, spread, sum_ranks, wrap
 from distpatch.tensor import PatchTensor, whole
 
 
@@ -32,6 +34,14 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
         return picked(input, index, func)
     if at == row and out is None and not isinstance(input, PatchTensor) and isinstance(index, PatchTensor):
         return wrap(func(spread(input, index), at, index.local), index)
+    if (
+        at == row
+        and isinstance(input, PatchTensor)
+        and isinstance(index, PatchTensor)
+        and input.rows.size
+        and out is None
+    ):
+        return _passed_by(func, input, index)
     if at == row or out is not None or index.shape[row] > input.shape[row]:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
     input = slice_dim(input, row, slice(0, index.shape[row]))
@@ -52,6 +62,23 @@ def picked(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
     at = torch.where(valid, (index - lo).clamp(0, rows.shape[dim] - 1), index)
     mine = rows.gather(dim, at).masked_fill(~own, 0)
     return sum_ranks(mine.byte(), x, func).bool() if x.dtype == torch.bool else sum_ranks(mine, x, func)
+
+
+def _passed_by(func: Any, x: PatchTensor, index: PatchTensor) -> PatchTensor:
+    """Rows by numbers that only the device knows: each rank's rows are shown to all, one rank after the other."""
+    dim, world = x.rows.dim, x.rows.world_size
+    layout = RowLayout(dim, even_bounds(index.shape[dim], world))
+    own = redistribute(index, layout, func).local
+    found = None
+    for lo, hi in pairwise(x.rows.bounds):
+        if lo < hi:
+            rows = fetch(x, (((lo, hi),),) * world, func)[0]
+            here = (own >= lo) & (own < hi)
+            elsewhere = torch.where((own >= 0) & (own < x.rows.size), 0, own)  # torch refuses what is nobody's
+            part = func(rows, dim, torch.where(here, own - lo, elsewhere))
+            found = part if found is None else torch.where(here, part, found)
+    assert found is not None
+    return wrap(found, x, layout)
 
 
 @rule(*named("take_along_dim"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distpatch.collectives import narrow_rows
+from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
 from distpatch.rules.joining import assembled
@@ -145,19 +148,53 @@ def _looked_up(func: Any, table: Tensor, index: Any) -> Any:
 @rule(torch.Tensor.__setitem__)
 def setitem(func: Any, input: Tensor, index: Any, value: Any) -> None:
     """Written to the rows where they are: every rank keeps its own of the value; a replicated tensor takes all."""
+    items = _spelled_out(index, input)
+    if not isinstance(input, PatchTensor):
+        _adopt(input, items, value)
     if not isinstance(input, PatchTensor):
         if any(isinstance(t, PatchTensor) for t in tensors_in(index)):
             fallback(func, input, index, value)
         else:
             input[index] = whole(value)
         return
-    items = _spelled_out(index, input)
     if all(map(is_basic, items)):
         _set_basic(input, items, value)
     elif _is_mask(items[0]) and all(map(_is_whole, items[1:])):
         _set_masked(input, items[0].bool(), value)
     else:
         _set_chosen(func, input, items, value)
+
+
+def _adopt(target: Tensor, items: Items, value: Any) -> None:
+    """Make a plain tensor that rows are written to a sharded one, in place, where that can be done.
+
+    A model that asks torch for an empty tensor of its output's size, to fill it, gets a replicated one, which
+    would have to hold everybody's rows. Nobody else may see the tensor's memory.
+    """
+    if not isinstance(value, PatchTensor) or None in items or not all(map(is_basic, items)):
+        return
+    kept = [dim for dim, item in enumerate(items) if isinstance(item, slice)]
+    back = value.rows.dim - value.ndim
+    if -back > len(kept) or id(target) in value.region.buffers or not _is_alone(target):
+        return
+    dim, rank = kept[back], value.region.comm.rank
+    rows = target.shape[dim]
+    if len(range(rows)[items[dim]]) != value.rows.size:
+        return
+    bounds = value.rows.bounds if value.rows.size == rows else even_bounds(rows, value.region.comm.size)
+    layout = RowLayout(dim, bounds)
+    torch.utils.swap_tensors(target, PatchTensor(narrow_rows(target, layout, rank).clone(), layout, value.region))
+
+
+def _is_alone(x: Tensor) -> bool:
+    """Whether the tensor is no view, has none, and shares its memory with nothing else."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad or x._is_view():
+        return False
+    storage = x.untyped_storage()
+    uses = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    once = x._use_count() == 1  # type: ignore[attr-defined]
+    fresh = once and uses <= 2 and storage.resizable() and not storage.is_shared()  # by the tensor, and by ``storage``
+    return fresh and not weakref.getweakrefs(x)
 
 
 def _set_basic(x: PatchTensor, items: Items, value: Any) -> None:

@@ -13,7 +13,7 @@ from distpatch.collectives import memory_format
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
-from distpatch.rules.registry import named, on_some_rows, op_name, rule, spread, wrap
+from distpatch.rules.registry import along_rows, named, on_some_rows, op_name, rule, spread, wrap
 from distpatch.rules.statistics import Norm, normalize
 from distpatch.tensor import PatchTensor, whole
 from distpatch.tree import map_tensors
@@ -57,6 +57,7 @@ def group_norm(
     *cudnn: Any,
 ) -> Any:
     weight, bias = map_tensors(whole, (weight, bias))
+    input = along_rows(input, func)
     if input.rows.dim == 0:
         return _local(func, input, num_groups, weight, bias, eps, *cudnn)
     if input.rows.dim == 1 or input.shape[1] % num_groups:
@@ -79,6 +80,7 @@ def batch_norm(
 ) -> Any:
     _refuse_sharded(func, running_mean, running_var)
     weight, bias = map_tensors(whole, (weight, bias))
+    input = along_rows(input, func)
     if input.rows.dim == 1:
         return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
@@ -105,6 +107,7 @@ def instance_norm(
 ) -> Any:
     _refuse_sharded(func, running_mean, running_var)
     weight, bias = map_tensors(whole, (weight, bias))
+    input = along_rows(input, func)
     stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
         return fallback(func, input, *stats)
@@ -177,6 +180,7 @@ def rms_norm(
 @rule(F.local_response_norm)
 def local_response_norm(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     """Over neighbouring channels of a pixel."""
+    input = along_rows(input, func)
     if input.rows.dim == 1:
         return fallback(func, input, *args, **kwargs)
     return _local(func, input, *args, **kwargs)

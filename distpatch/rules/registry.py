@@ -215,6 +215,14 @@ def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     return wrap(local.contiguous(memory_format=collectives.memory_format(x.local)), x, layout)
 
 
+def along_rows(x: PatchTensor, func: Any) -> PatchTensor:
+    """Where it is sharded along its channels (a reshape has made them of rows): along rows again, if it has any."""
+    if x.rows.dim != 1 or x.ndim < 3:
+        return x
+    dim = max(2, x.ndim - 2)
+    return redistribute(x, RowLayout(dim, even_bounds(x.shape[dim], x.region.comm.size)), func)
+
+
 def rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
     """This rank's rows of an operand whose dim ``dim`` (counted from the back) meets the lead's rows.
 

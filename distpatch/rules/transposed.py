@@ -13,9 +13,9 @@ from distpatch.errors import LayoutError
 from distpatch.layout import RowLayout, plan_stencil
 from distpatch.patch_conv import Slab, choose_patch_rows, in_patches
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
+from distpatch.rules.registry import along_rows, halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
 from distpatch.stencil import TransposedStencil
-from distpatch.tensor import PatchTensor
+from distpatch.tensor import PatchTensor, whole
 
 Sizes = int | Sequence[int]
 Write = Callable[[Tensor, int, int], Tensor]  # (rows, rows to cut off at both ends, rows to add below)
@@ -35,13 +35,13 @@ def transposed_convolution(
 ) -> Any:
     how = (stride, padding, output_padding, groups, dilation)
     spatial = weight.ndim - 2
-    if isinstance(weight, PatchTensor) or not isinstance(input, PatchTensor):
+    weight = whole(weight)
+    if not isinstance(input, PatchTensor):
         return fallback(func, input, weight, bias, *how)
     if input.ndim == spatial + 1:  # unbatched
         return transposed_convolution(func, cast(PatchTensor, input.unsqueeze(0)), weight, bias, *how).squeeze(0)
+    input = along_rows(input, func)
     axis = input.rows.dim - 2
-    if axis == -1:
-        return fallback(func, input, weight, bias, *how)
     input, weight = in_compute_dtype(input), spread(weight, input)
     bias = None if bias is None else spread(bias, input)
     if axis == -2:

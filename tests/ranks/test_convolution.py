@@ -59,7 +59,7 @@ CASES = {
     "width": case(conv(padding=1), (2, 4, 5, H), W3, B, dim=-1, p2p=1),
     "width, stride 2": case(conv(stride=2, padding=1), (2, 4, 5, H), W3, B, dim=-1),
     "batch": case(conv(padding=1), (H, 4, 5, 5), W3, B, dim=0, p2p=0),
-    "channels": case(conv(padding=1), (2, H, 5, 5), (6, 4, 3, 3), heights=(4,), dim=1, fallback="conv2d"),
+    "channels": case(conv(padding=1), (2, H, 5, 5), (6, 4, 3, 3), heights=(4,), dim=1),
     "channels_last": case(conv(padding=1), X, W3, B, channels_last=True, p2p=1),
     "channels_last stride 2": case(conv(padding=1, stride=2), X, W3, B, channels_last=True),
     "1d": case(lambda x, w: F.conv1d(x, w, padding=1), (2, 4, H), (6, 4, 3), dim=-1),

@@ -70,6 +70,8 @@ CASES = {
     "new_full": case(lambda x: x + x.new_full((1, 3, 1, 1), 2.0), X),
     "new_tensor": case(lambda x: x * x.new_tensor([1.0, 2.0, 3.0, 4.0, 5.0]), X),
     "new_empty": case(lambda x: x * x.new_empty(5).fill_(2) + x.new(5).zero_() + x.new_ones(1), X),
+    "new_zeros of another height": case(lambda x: torch.cat([x, x.new_zeros(2, 3, 4, 5)], 2) * x.new_ones(2, 1, x.shape[2] + 4, 1), X),
+    "a kernel of new_ones": case(lambda x: F.conv2d(x, x.new_ones(3, 3, 3, 3) / 9, padding=1), X),
     "new, written to": case(canvas, X),
     "arange of its height": case(lambda x: x * torch.arange(x.shape[2], dtype=x.dtype)[:, None], X),
     "meshgrid": case(

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import distpatch
 from tests.oracle import H, case, random_tensor
 from tests.threads import run_ranks
 
 X = (2, 3, H, 5)
+LEFT, RIGHT = (..., slice(0, 2)), (..., slice(2, None))
 FLAT = (H, 4)
 MANY = (7, 3)
 
@@ -119,6 +121,31 @@ def on_plain(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, seen
 
 
+def filled(*parts: tuple[Any, Callable[[Tensor], Tensor]], make: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """A plain tensor of the caller's own, filled with rows: (index, value) one after the other."""
+
+    def run(x: Tensor) -> Tensor:
+        out = make(x) if make else torch.zeros(x.shape, dtype=x.dtype)
+        for index, value in parts:
+            out[index] = value(x)
+        return out * 2
+
+    return run
+
+
+def filled_under_a_view(x: Tensor) -> Tensor:
+    out = torch.zeros(x.shape, dtype=x.dtype)
+    first = out[0]
+    out[:] = x.detach()
+    return out + first
+
+
+def filled_numpy(x: Tensor) -> Tensor:
+    array = np.zeros(x.shape)
+    torch.from_numpy(array)[:] = x.detach()
+    return torch.from_numpy(array)
+
+
 READ = {
     "numbers and slices": case(lambda x: x[1, ..., 2:] + x[0, :, :, :3], X),
     "None": case(lambda x: x[:, None, :, :, None, 0], X),
@@ -162,9 +189,9 @@ READ = {
     "gather rows, fewer columns": case(lambda x, i: x.gather(2, i) * 2, X, anywhere(1, 3, 9, 2)),
     "gather rows, numbers": case(lambda x, i: (x * 9).long().gather(2, i), X, anywhere(2, 3, 4, 5)),
     "gather rows, truths": case(lambda x, i: (x > 0).gather(2, i), X, anywhere(2, 3, 4, 5)),
-    "gather rows by sharded": case(
-        lambda x, i: x.gather(2, i), X, numbers(2, 3, H, 5, below=1), sharded=2, fallback="gather"
-    ),
+    "gather rows, as many": case(lambda x, i: x.gather(2, i), X, numbers(2, 3, H, 5, below=1)),
+    "gather rows, sharded index": case(lambda x, i: x.gather(2, i), X, numbers(1, 2, H, 3, below=1), sharded=2),
+    "gather rows, any sharded index": case(lambda x, i: x.gather(2, i), X, anywhere(2, 3, H, 5), sharded=2),
     "take_along_dim": case(lambda x, i: torch.take_along_dim(x, i, dim=1), X, numbers(1, 2, H, 1, below=3), sharded=2),
     "take_along_dim, for all rows": case(lambda x, i: x.take_along_dim(i, 1), X, numbers(2, 1, 1, 5, below=3)),
     "sorted by hand": case(lambda x: x.take_along_dim(x.argsort(1), 1), X),
@@ -220,6 +247,18 @@ WRITTEN = {
     "rows by tensor": case(
         written((..., torch.tensor([1, 0]), slice(None)), lambda x, v: v), X, (2, 3, 2, 5), heights=MANY
     ),
+    "filled by columns": case(filled((LEFT, lambda x: x[LEFT]), (RIGHT, lambda x: x[RIGHT] * 3)), X),
+    "filled by samples": case(
+        filled((0, lambda x: x), (2, lambda x: x[None] * 2), make=lambda x: torch.ones(4, *x.shape, dtype=x.dtype)), X
+    ),
+    "filled between": case(
+        filled(((..., slice(1, -1), slice(None)), lambda x: x), make=lambda x: x.detach().new_ones(2, 3, x.shape[2] + 2, 5)), X
+    ),
+    "filled between, plain": case(
+        filled(((..., slice(1, -1), slice(None)), lambda x: x), make=lambda x: torch.ones(2, 3, x.shape[2] + 2, 5).double()), X
+    ),
+    "filled under a view": case(filled_under_a_view, X, fallback="__setitem__"),
+    "filled, memory of numpy": case(filled_numpy, X, fallback="__setitem__"),
     "increased": case(increased, X, heights=(7, 2), fallback="__getitem__"),
     "changed views": case(changed_views, X, heights=(7, 2)),
     "moved view": case(moved_view, X, heights=(8, 4, 2)),
@@ -337,3 +376,28 @@ def test_numbers_out_of_range_are_refused() -> None:
                 distpatch.shard(x, dist.group.WORLD).gather(2, torch.full((2, 3, 1, 5), number))
 
     run_ranks(3, body)
+
+
+class Counted(nn.Module):
+    """Keeps the last image in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(2, 3, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last[:] = x
+        return self.last * 2
+
+
+def test_buffers_stay_plain() -> None:
+    x = random_tensor((2, 3, 5, 4), dtype=torch.float32)
+
+    def body(rank: int) -> tuple[Tensor, Tensor]:
+        model = distpatch.convert_model(Counted(), dist.group.WORLD, fallback="allow")
+        return model(x), model.last
+
+    for result, last in run_ranks(2, body):
+        assert type(last) is Tensor
+        assert torch.equal(last, x)
+        assert torch.equal(result, x * 2)

@@ -56,7 +56,7 @@ CASES = {
     "width": case(up(stride=2, padding=1), (2, 4, 5, H), (4, 6, 4, 4), B, dim=-1, p2p=1),
     "width, output padding": case(up(stride=3, padding=1, output_padding=1), (2, 4, 5, H), (4, 6, 3, 3), dim=-1),
     "batch": case(up(stride=2, padding=1), (H, 4, 3, 5), (4, 6, 4, 4), B, dim=0, p2p=0),
-    "channels": case(up(), (2, H, 3, 5), (4, 6, 2, 2), heights=(4,), dim=1, fallback="conv_transpose2d"),
+    "channels": case(up(), (2, H, 3, 5), (4, 6, 2, 2), heights=(4,), dim=1),
     "1d": case(lambda x, w, b: F.conv_transpose1d(x, w, b, 2, 1, 1), (2, 4, H), (4, 6, 3), B, dim=-1),
     "1d unbatched": case(lambda x, w: F.conv_transpose1d(x, w, stride=4), (4, H), (4, 6, 3), dim=-1),
     "3d height": case(lambda x, w: F.conv_transpose3d(x, w, None, 2, 1), (1, 2, 3, H, 4), (2, 3, 4, 4, 4)),
