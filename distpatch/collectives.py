@@ -287,12 +287,18 @@ def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int,
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """``channels_last`` (2-D or 3-D) where torch's kernels see it, else contiguous.
+    """``channels_last`` (2-D or 3-D) where torch's kernels see it (``suggest_memory_format``), else contiguous.
 
-    They look at the stride of a batch of one too (``suggest_memory_format``), and a model that runs in
+    By strides alone: of one row, or none, the sizes do not tell, and all ranks must agree. A model that runs in
     another format than on one device has another speed and other rounding.
     """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+    strides = tensor.stride()
+    if last is None or not 0 < strides[1] <= (strides[-1] or strides[1]):
         return torch.contiguous_format
-    return last if tensor.shape[0] > 1 or tensor.stride(0) >= tensor.numel() else torch.contiguous_format
+    least, empty = strides[1] * tensor.shape[1], tensor.numel() == 0
+    for d in (*range(tensor.ndim - 1, 1, -1), 0):  # torch gives some dims of an empty tensor no stride
+        if (strides[d] < least and (strides[d] or not empty)) or (d == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = max(least, strides[d] * tensor.shape[d])
+    return last

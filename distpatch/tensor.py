@@ -68,6 +68,7 @@ class PatchTensor(torch.Tensor):
     local: Tensor
     rows: RowLayout
     region: Region
+    cut: int = 0  # of a view of some rows, each how many-th one it took: the others stand between them in memory
     _shape: torch.Size
 
     @staticmethod

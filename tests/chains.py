@@ -30,6 +30,7 @@ from tests import oracle
 from tests.strict import rendezvous
 from tests.threads import run_ranks
 
+STABLE = 1e-12
 WRITES = ("_(", "] =", "] *=", "] +=", "x *=", "x +=", "x -=")  # what may be refused by name
 
 
@@ -155,9 +156,17 @@ def compare(chain: Chain) -> None:
 
 
 def is_stable(chain: Chain, right: oracle.Result) -> bool:
+    """Whether torch gives the same for inputs changed in their last bits, and for other strides between the steps.
+
+    torch 2.13's batch norm has wrong gradients for a channels-last image of one column with odd strides.
+    """
+    others = [chain.plain(nudge) for nudge in (2.0**-50, -(2.0**-49))]
+    if not chain.writes:
+        dense = tuple(line for step in chain.steps for line in (step, "x = x.contiguous()"))
+        inputs = tuple(replace(item, last=False) for item in chain.inputs)
+        others.append(replace(chain, inputs=inputs, steps=dense).plain())
     try:
-        for nudge in (2.0**-50, -(2.0**-49)):
-            oracle.compare([_scaled(chain.plain(nudge), right)], _scaled(right, right), where="", tolerance=1e-12)
+        oracle.compare([_scaled(other, right) for other in others], _scaled(right, right), "", STABLE, same_bits=False)
     except AssertionError:
         return False
     return True

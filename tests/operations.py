@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
-from tests.vocabulary import Draw, lines, op
+from tests.vocabulary import FAMILIES, Draw, lines, op
+
+__all__ = ["FAMILIES"]
 
 # --- stencils
 
@@ -104,13 +105,16 @@ def interpolate(d: Draw, x: Tensor) -> str:
     n = d.spatial(x)
     smooth = {1: ("linear",), 2: ("bilinear", "bicubic"), 3: ("trilinear",)}[n]
     mode = d.of("nearest", "nearest-exact", "area", *smooth, *smooth)
-    if d.maybe():
-        to = f"size={d.each(n, 1, 10)}"
+    sizes = d.each(n, 1, 10)
+    by_size = d.maybe()
+    if by_size:
+        to = f"size={sizes}"
     else:
         to = f"scale_factor={d.of(2, 0.5, 1.5, tuple(d.of(0.5, 0.7, 1.0, 1.3, 2.0) for _ in range(n)))}"
         to += ", recompute_scale_factor=True" if d.maybe() else ""
     options = f", align_corners={d.maybe()}" if mode in smooth else ""
-    options += ", antialias=True" if mode in {"bilinear", "bicubic"} and d.maybe() else ""
+    one_column = sizes[-1] == 1 if by_size else x.shape[-1] == 1  # torch 2.13 resizes it wrongly with antialias
+    options += ", antialias=True" if mode in {"bilinear", "bicubic"} and not one_column and d.maybe() else ""
     return f"x = F.interpolate(x, {to}, mode={mode!r}{options})"
 
 
@@ -425,7 +429,10 @@ lines(
 
 lines(
     "pointwise",
-    *(f"x = F.{name}(x)" for name in ("silu", "gelu", "relu", "leaky_relu", "softplus", "tanh", "sigmoid", "mish", "elu")),
+    *(
+        f"x = F.{name}(x)"
+        for name in ("silu", "gelu", "relu", "leaky_relu", "softplus", "tanh", "sigmoid", "mish", "elu")
+    ),
     "x = F.glu(x, {d})",
     "x = x + {y}",
     "x = x * {y}",
@@ -501,5 +508,3 @@ lines(
     "x = x.new_zeros(x.shape).copy_({like}) + x",
     "x = torch.zeros_like(x).add_(x)",
 )
-
-assert math  # names used by steps

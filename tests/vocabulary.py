@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import einops
-import torch
 from torch import Tensor
 
 from distpatch.layout import even_bounds
-from tests import oracle
 from tests.chains import Chain, Input, is_finite
 
 LARGEST = 4000  # elements of an intermediate result
@@ -31,9 +29,8 @@ class Misfit(Exception):
 class Draw:
     """Random parameters, and the inputs that a step adds."""
 
-    def __init__(self, rng: random.Random, world: int, inputs: int, kept: Tensor | None = None) -> None:
+    def __init__(self, rng: random.Random, world: int, inputs: int) -> None:
         self.rng, self.world, self.first = rng, world, inputs
-        self.kept = kept
         self.inputs: list[Input] = []
 
     def int(self, lo: int, hi: int) -> int:
@@ -77,7 +74,8 @@ class Draw:
         return tuple(sizes)
 
     def plain(self, *shape: int) -> str:
-        return self._add(Input(shape))
+        """A weight: seldom a sharded one."""
+        return self._add(self.sharded(shape) if shape and self.rng.random() < 0.05 else Input(shape))
 
     def operand(self, shape: Sequence[int]) -> str:
         """Plain, or sharded along any dim with any bounds."""
@@ -104,7 +102,9 @@ class Draw:
     def slice(self, n: int) -> str:
         """Rows of a dim of ``n``; seldom all of them."""
         start, stop, step = self.int(-n, n), self.int(-n - 1, n + 1), self.of(1, 1, 1, 2, 3)
-        return self.of(":", f"{start}:", f":{stop}", f"{start}:{stop}", f"::{step}", f"{start}::{step}", f":{stop}:{step}")
+        return self.of(
+            ":", f"{start}:", f":{stop}", f"{start}:{stop}", f"::{step}", f"{start}::{step}", f":{stop}:{step}"
+        )
 
     def rows(self, n: int, distinct: bool = False) -> list[int]:
         if distinct:
@@ -116,8 +116,9 @@ class Draw:
         return f"t{self.first + len(self.inputs) - 1}"
 
 
-def draw_chain(rng: random.Random) -> Chain:
+def draw_chain(rng: random.Random, families: Sequence[str] = ()) -> Chain:
     """A random chain that torch itself can run, forward and backward; with fewer steps where few fit."""
+    families = families or list(FAMILIES)
     world = rng.choice((1, 2, 2, 3, 3, 4))
     d = Draw(rng, world, 0)
     shape = [rng.choice(SIZES) for _ in range(rng.choice((3, 4, 4, 4, 4, 5)))]
@@ -128,29 +129,26 @@ def draw_chain(rng: random.Random) -> Chain:
     assert result is not None
     for _ in range(rng.randint(3, 8)):
         for _attempt in range(8):
-            drawn = _draw_step(rng, chain, *result)
+            drawn = _draw_step(rng, rng.choice(families), chain, result)
             if drawn is not None:
                 chain, result = drawn
                 break
     return chain
 
 
-def _draw_step(rng: random.Random, chain: Chain, x: Tensor, kept: Tensor | None) -> Any:
-    d = Draw(rng, chain.world, len(chain.inputs), kept)
-    op = rng.choice(FAMILIES[rng.choice(list(FAMILIES))])
+def _draw_step(rng: random.Random, family: str, chain: Chain, x: Tensor) -> tuple[Chain, Tensor] | None:
+    d = Draw(rng, chain.world, len(chain.inputs))
     try:
-        longer = chain.then(d.inputs, op(d, x))
+        step = rng.choice(FAMILIES[family])(d, x)
     except Misfit:
         return None
-    longer = Chain(longer.world, (*chain.inputs, *d.inputs), longer.steps)
+    longer = chain.then(d.inputs, step)
     result = _run(longer)
-    if result is None or not 0 < result[0].numel() <= LARGEST:
-        return None
-    return longer, result
+    return None if result is None or not 0 < result.numel() <= LARGEST else (longer, result)
 
 
-def _run(chain: Chain) -> tuple[Tensor, Tensor | None] | None:
-    """``x`` and ``z`` after the plain run; None where torch refuses the last step, or has no finite gradients."""
+def _run(chain: Chain) -> Tensor | None:
+    """``x`` after the plain run; None where torch refuses the last step, or has no finite gradients."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -159,9 +157,7 @@ def _run(chain: Chain) -> tuple[Tensor, Tensor | None] | None:
             return None
     if not is_finite(right) or not right.outputs[0].is_floating_point():
         return None
-    outputs = right.outputs
-    assert isinstance(right, oracle.Result)
-    return outputs[0], outputs[1] if len(outputs) > 1 else None
+    return right.outputs[0]
 
 
 def op(family: str, *more: str) -> Callable[[Op], Op]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +12,26 @@ from torch import Tensor
 
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
-from distpatch.rules.registry import named, on_some_rows, op_name, rule, spread, wrap
+from distpatch.rules.registry import R, named, on_some_rows, op_name, rule, spread, wrap
 from distpatch.rules.statistics import Norm, normalize
 from distpatch.tensor import PatchTensor
 from distpatch.tree import map_tensors
+
+
+def norm_rule(*funcs: Any) -> Callable[[R], R]:
+    """A rule for a sharded input and replicated parameters and statistics; anything else is gathered."""
+
+    def register(handler: R) -> R:
+        def checked(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            others = (*args, *kwargs.values())
+            if not isinstance(input, PatchTensor) or any(isinstance(t, PatchTensor) for t in others):
+                return fallback(func, input, *args, **kwargs)
+            return handler(func, input, *args, **kwargs)
+
+        rule(*funcs)(checked)
+        return handler
+
+    return register
 
 
 def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
@@ -27,7 +44,7 @@ def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
     return Norm(groups, eps, input.rows, input.region.comm.name, op_name(func))
 
 
-@rule(*named("group_norm"))
+@norm_rule(*named("group_norm"))
 def group_norm(
     func: Any,
     input: PatchTensor,
@@ -45,7 +62,7 @@ def group_norm(
     return wrap(normalize(input.local, weight, bias, _norm(func, input, num_groups, eps))[0], input)
 
 
-@rule(F.batch_norm)
+@norm_rule(F.batch_norm)
 def batch_norm(
     func: Any,
     input: PatchTensor,
@@ -69,7 +86,7 @@ def batch_norm(
     return wrap(out.squeeze(-1) if input.ndim == 2 else out, input)
 
 
-@rule(F.instance_norm)
+@norm_rule(F.instance_norm)
 def instance_norm(
     func: Any,
     input: PatchTensor,
@@ -111,7 +128,7 @@ def builtin_norm(func: Any, input: PatchTensor, weight: Any, bias: Any, mean: An
     return getattr(F, op_name(func))(input, mean, var, weight, bias, *args[:3])
 
 
-@rule(*named("layer_norm"))
+@norm_rule(*named("layer_norm"))
 def layer_norm(
     func: Any,
     input: PatchTensor,
@@ -136,7 +153,7 @@ def layer_norm(
     return (out if bias is None else out + bias).to(input.dtype)
 
 
-@rule(*named("rms_norm"))
+@norm_rule(*named("rms_norm"))
 def rms_norm(
     func: Any, input: PatchTensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Any:

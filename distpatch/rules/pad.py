@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +36,20 @@ def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | Non
     """Pads that do not touch the rows. torch's non-constant modes refuse tensors without rows."""
     if mode == "constant" or local.numel() > 0:
         return F.pad(local, pads, mode, value)
-    return F.pad(local, pads)
+    return F.pad(F.pad(local, [max(p, 0) for p in pads]), [min(p, 0) for p in pads])
 
 
 def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, value: float | None, func: Any) -> PatchTensor:
-    """The first rank pads above, the last below; a negative pad crops, which moves no row either."""
+    """A negative pad crops, in the end: it may cut into the padding of the other edge."""
+    if above <= 0 and below <= 0:
+        return cast(PatchTensor, crop(x, -above, x.rows.size + below).clone())
+    x = _grown(x, max(above, 0), max(below, 0), mode, value, func)
+    return crop(x, max(-above, 0), x.rows.size - max(-below, 0))
+
+
+def _grown(x: PatchTensor, above: int, below: int, mode: str, value: float | None, func: Any) -> PatchTensor:
+    """The first rank pads above, the last below: no other row moves."""
     dim, size, last = x.rows.dim, x.rows.size, x.rows.world_size - 1
-    body = crop(x, max(-above, 0), size - max(-below, 0))
-    above, below = max(above, 0), max(below, 0)
     sources = _edge_rows(size, above, below, mode)
     needs = tuple(
         (sources[0] if rank == 0 else EMPTY, sources[1] if rank == last else EMPTY) for rank in range(last + 1)
@@ -53,9 +59,9 @@ def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, value: float | 
         top = _edge(top, dim, above, mode, value)
     if x.region.comm.rank == last:
         bottom = _edge(bottom, dim, below, mode, value)
-    inner = tuple(b + above for b in body.rows.bounds[1:-1])
-    layout = RowLayout(dim, (0, *inner, body.rows.size + above + below))
-    return wrap(torch.cat([top, body.local, bottom], dim), x, layout)
+    inner = tuple(b + above for b in x.rows.bounds[1:-1])
+    layout = RowLayout(dim, (0, *inner, size + above + below))
+    return wrap(torch.cat([top, x.local, bottom], dim), x, layout)
 
 
 def _edge_rows(size: int, above: int, below: int, mode: str) -> tuple[Interval, Interval]:

@@ -70,11 +70,22 @@ def op_name(func: Any) -> str:
 
 def wrap(local: Tensor, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """A PatchTensor of the same region; of the same layout where none is given."""
-    return PatchTensor(local, layout or like.rows, like.region)
+    result = PatchTensor(local, layout or like.rows, like.region)
+    if like.cut and shares_memory(local, like.local):
+        result.cut = like.cut
+    return result
+
+
+def shares_memory(local: Tensor, other: Tensor) -> bool:
+    """Whether it sees what is written to the other."""
+    if torch.compiler.is_compiling():
+        return True
+    return local is other or local.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def spread(tensor: Tensor, like: PatchTensor) -> Tensor:
-    """A replicated tensor about to meet rows: its gradient will be summed over ranks."""
+    """A replicated tensor (or all of a sharded one) about to meet rows: its gradient will be summed over ranks."""
+    tensor = whole(tensor)
     if torch.is_grad_enabled() and tensor.requires_grad:
         known = like.region.replicas.get(id(tensor))
         if known is not None and known[0] is tensor:
@@ -155,7 +166,15 @@ def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:
     bounds = tuple(min(max(b, lo), hi) - lo for b in rows.bounds)
     start = min(max(lo - rows.bounds[rank], 0), x.local.shape[rows.dim])
     local = x.local.narrow(rows.dim, start, bounds[rank + 1] - bounds[rank])
-    return wrap(local, x, RowLayout(rows.dim, bounds))
+    return part_of(x, local, RowLayout(rows.dim, bounds))
+
+
+def part_of(x: PatchTensor, local: Tensor, layout: RowLayout, step: int = 1) -> PatchTensor:
+    """A view of some of the rows, every ``step``-th one."""
+    result = wrap(local, x, layout)
+    if layout.size != x.rows.size and not torch.compiler.is_compiling():
+        result.cut = max(x.cut, 1) * step
+    return result
 
 
 def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
