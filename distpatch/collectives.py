@@ -12,6 +12,7 @@ cotangent. Rows of a shard are one rank's own. So, forward and backward:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -302,3 +303,10 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         least = max(least, strides[d] * tensor.shape[d])
     return last
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """The dims as they stand in memory, innermost first."""
+    if memory_format(tensor) is not torch.contiguous_format:
+        return (1, *range(tensor.ndim - 1, 1, -1), 0)
+    return tuple(sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d) or math.inf, -d)))

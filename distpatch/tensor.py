@@ -13,7 +13,7 @@ from torch import Tensor
 from distpatch import collectives
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.group import Communicator, Group, communicator
-from distpatch.layout import BlockLayout, RowLayout, even_bounds
+from distpatch.layout import BlockLayout, RowLayout, even_bounds, has_tiny_shards
 from distpatch.tree import map_tensors
 
 Rule = Callable[..., Any]
@@ -69,6 +69,7 @@ class PatchTensor(torch.Tensor):
     rows: RowLayout
     region: Region
     cut: int = 0  # of a view of some rows, each how many-th one it took: the others stand between them in memory
+    order: tuple[int, ...] | None = None  # dims as they stand in memory, innermost first, where strides do not tell
     _shape: torch.Size
 
     @staticmethod
@@ -204,7 +205,10 @@ def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] 
 
 def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     comm = region.comm
-    return PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
+    result = PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
+    if has_tiny_shards(layout):
+        result.order = collectives.memory_order(tensor)
+    return result
 
 
 def gather(tree: Any) -> Any:

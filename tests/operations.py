@@ -37,7 +37,8 @@ def conv_transpose(d: Draw, x: Tensor) -> str:
 @op("stencil")
 def max_pool(d: Draw, x: Tensor) -> str:
     n, k = d.spatial(x), d.int(1, 4)
-    padding, stride, dilation = d.int(0, k // 2), d.of(None, d.int(1, 3)), d.of(1, 1, 2)
+    padding, stride = d.int(0, k // 2), d.of(None, d.int(1, 3))
+    dilation = d.of(1, 1, 2) if min(x.shape[2:]) > 1 else 1  # torch writes beyond an image that no tap meets
     return f"x = F.max_pool{n}d(x, {k}, {stride}, {padding}, {dilation}, {d.maybe()})"
 
 

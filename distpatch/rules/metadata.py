@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distpatch.collectives import memory_order
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.registry import named, op_name, own_rows, rule, wrap
 from distpatch.rules.views import copied, is_sure, memory_of
@@ -144,9 +144,8 @@ def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format
 @rule(torch.Tensor.stride)
 def stride(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
     """Strides that the global tensor would have, dense in the memory order of the local rows."""
-    order = sorted(range(x.ndim), key=lambda d: (x.local.stride(d) or math.inf, -d))
     strides, step = [0] * x.ndim, 1
-    for d in order:
+    for d in x.order or memory_order(x.local):
         strides[d], step = step, step * x.shape[d]
     return tuple(strides) if dim is None else strides[dim]
 

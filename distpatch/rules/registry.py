@@ -71,8 +71,9 @@ def op_name(func: Any) -> str:
 def wrap(local: Tensor, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """A PatchTensor of the same region; of the same layout where none is given."""
     result = PatchTensor(local, layout or like.rows, like.region)
-    if like.cut and shares_memory(local, like.local):
+    if (like.cut or like.order) and shares_memory(local, like.local):
         result.cut = like.cut
+        result.order = like.order if local.ndim == like.ndim else None
     return result
 
 
