@@ -19,6 +19,7 @@ import einops
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 import distpatch
@@ -31,7 +32,7 @@ from tests.strict import rendezvous
 from tests.threads import run_ranks
 
 STABLE = 1e-12
-WRITES = ("_(", "] =", "] *=", "] +=", "x *=", "x +=", "x -=")  # what may be refused by name
+WRITES = ("_(", "out=", "] =", "] ,", "] *=", "] +=", "x *=", "x +=", "x -=")  # what may be refused by name
 
 
 @dataclass(frozen=True)

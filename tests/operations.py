@@ -21,6 +21,8 @@ def conv(d: Draw, x: Tensor) -> str:
     bias = d.plain(d.inputs[-1].shape[0]) if d.maybe() else None
     padding: Any = d.of(repr("same"), repr("valid"), d.int(0, 2), d.each(n, 0, 3), d.each(n, 0, 3))
     stride, dilation = d.of(1, d.each(n, 1, 3)), d.of(1, d.each(n, 1, 2))
+    if x.shape[0] == 1 and d.maybe():
+        return f"x = F.conv{n}d(x[0], {weight}, {bias}, {stride}, {padding}, {dilation}, {groups})[None]"
     return f"x = F.conv{n}d(x, {weight}, {bias}, {stride}, {padding}, {dilation}, {groups})"
 
 
@@ -64,10 +66,8 @@ def adaptive_pool(d: Draw, x: Tensor) -> str:
 @op("stencil")
 def unpool(d: Draw, x: Tensor) -> str:
     n, k = d.spatial(x), d.int(1, 3)
-    return (
-        f"x, i = F.max_pool{n}d(x, {k}, return_indices=True); "
-        f"x = F.max_unpool{n}d(x, i, {k})"
-    )  # fmt: skip
+    pooled = f"x, i = F.max_pool{n}d(x, {k}, return_indices=True); "
+    return pooled + d.of(f"x = F.max_unpool{n}d(x, i, {k})", "x = x + i * 0.01")
 
 
 @op("stencil", "pad")
@@ -126,6 +126,15 @@ def grid_sample(d: Draw, x: Tensor) -> str:
     grid = d.operand((x.shape[0], *sizes, n))
     mode, padding = d.of("bilinear", "nearest"), d.of("zeros", "border", "reflection")
     return f"x = F.grid_sample(x, {grid}.tanh(), {mode!r}, {padding!r}, {d.maybe()})"
+
+
+@op("resize")
+def affine_grid(d: Draw, x: Tensor) -> str:
+    n = d.spatial(x, 2)
+    size = (*x.shape[:2], *d.each(n, 1, 6))
+    return (
+        f"x = F.grid_sample(x, F.affine_grid({d.operand((x.shape[0], n, n + 1))}, {size}, False), align_corners=False)"
+    )
 
 
 @op("resize")
@@ -305,6 +314,38 @@ lines(
     "x = x.slice_scatter(x.narrow({d}, 0, 1) * 2, {d}, 0, 1)",
 )
 
+lines(
+    "indexing",
+    "x = x[{pre}torch.tensor([{k}, {k}])]",
+    "x = x[{k}, {l}]",
+    "x = x[..., {k}, {l}]",
+    "x = x[:, {k}][..., {l}]",
+    "x = x[torch.tensor({k})[:, None], torch.tensor({l})]",
+    "x = x[{like}[..., 0] > 0]",
+    "x = x[{like} > 0]",
+    "x = x[{pre}[bool(n % 2) for n in range(x.shape[{d}])]]",
+    "x = x[None, {k}, ..., None]",
+    "x = x[..., 0]",
+    "x = x[0] + x[-1]",
+    "x = x.take(torch.tensor({k}))",
+    "x = x.scatter_add({d}, {like}.argsort({d}), {like})",
+    "x = x.scatter_reduce({d}, {like}.argsort({d}), {like}, 'sum')",
+    "x = x.scatter({d}, {like}.argsort({d}), {f})",
+    "x = x.scatter({d}, x.argsort({d}), x * {f})",
+    "x = x.repeat_interleave(torch.tensor([n % 3 for n in range(1, x.shape[{d}] + 1)]), {d})",
+    "x = x.index_put(({like}.reshape(-1).argsort()[:1] % x.shape[0],), x.new_ones(()))",
+    "x = torch.where(x > {f}, x, {like})",
+    "x = torch.stack([row * 2 for row in x])",
+    "x = torch.cat([row.tanh() for row in x])",
+    "x = x * len(x) + float(x.sum().tanh())",
+    "x = x * 2 if x.mean() > 0 else x - 1",
+    "x = x.gather({d}, x.argsort({d}).narrow({d}, 0, 1))",
+    "x = torch.vstack([x, x])",
+    "a, b = torch.broadcast_tensors(x, {y}); x = a * b",
+    "x = x + F.one_hot(x.argmax({d}), x.shape[{d}]).movedim(-1, {d})",
+    "x = x.swapaxes({d}, {e}).unfold({d}, 1, {n})",
+)
+
 # --- norms
 
 
@@ -370,6 +411,33 @@ lines(
     "x = x + x.sum(-1, keepdim=True).softmax(0)",
 )
 
+lines(
+    "reduction",
+    "x = x.cumprod({d})",
+    "x = x.cummax({d}).values",
+    "x = x.kthvalue(1, {d}).values",
+    "x = x.quantile(0.3, {d}, keepdim={b})",
+    "x = x.aminmax(dim={d}).max",
+    "x = x.nanmean({ds})",
+    "x = x.sum() + x",
+    "x = x.mean({d}).unsqueeze({d}) * x",
+    "x = x.std({d}, keepdim=True) + x",
+    "x = einops.reduce(x, '... a -> ...', 'sum')",
+    "x = einops.reduce(x, 'a ... -> ...', 'max')",
+    "x = einops.repeat(x, 'a ... -> (a k) ...', k=2)",
+    "x = einops.repeat(x, 'a ... -> (k a) ...', k=2)",
+    "x = einops.repeat(x, '... a -> ... k a', k=2)",
+    "x = x - x.detach().mean({ds}, keepdim=True)",
+    "x = x.norm(p=1, dim={d}, keepdim=True) * x",
+    "x = x.flatten().norm() * x",
+    "x = torch.trapezoid(x, dim={d})",
+    "x = x.amax() - x",
+    "x = x.max(-1, keepdim=True).values.expand_as(x) * x",
+    "x = F.mse_loss(x, {like}, reduction='none')",
+    "x = x * F.l1_loss(x, {like})",
+    "x = x * F.cosine_similarity(x, {like}, dim={d}).unsqueeze({d})",
+)
+
 # --- products
 
 
@@ -426,6 +494,45 @@ lines(
     "x = x.flatten(0, -3) @ {like}.flatten(0, -3).mT / 4",
 )
 
+
+@op("product", "product")
+def heads(d: Draw, x: Tensor) -> str:
+    """Attention of several heads over the tokens of (B, N, C)."""
+    if x.ndim != 3:
+        return d.of()
+    b, n, c = x.shape
+    h = d.divisor(c)
+    mix = d.plain(3 * c, c)
+    step = f"q, k, v = F.linear(x, {mix}).view({b}, {n}, 3, {h}, {c // h}).permute(2, 0, 3, 1, 4); "
+    if d.maybe():
+        step += f"x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape({b}, {n}, {c})"
+    else:
+        step += "x = q.softmax(-1) @ (k.softmax(-2).mT @ v); x = einops.rearrange(x, 'b h n c -> b n (h c)')"
+    return step
+
+
+@op("product")
+def spatial_attention(d: Draw, x: Tensor) -> str:
+    """Of the pixels of (B, C, H, W), as a U-Net's attention block does it."""
+    if x.ndim != 4:
+        return d.of()
+    step = "y = x.flatten(2).transpose(1, 2); y = F.scaled_dot_product_attention(y, y * 2, y); "
+    return step + d.of("x = x + y.transpose(1, 2).reshape(x.shape)", "x = y.mT.reshape(x.shape) - x", "x = y")
+
+
+lines(
+    "product",
+    "x = torch.baddbmm({y}, x, x.mT) / 4",
+    "x = torch.tensordot(x, {like}, ([{d}], [{d}])) / 4",
+    "x = torch.cdist(x, {like})",
+    "x = torch.kron(x.flatten()[:3], x.flatten()[:{n}])",
+    "x = torch.outer(x.flatten(), {like}.flatten()[:2])",
+    "x = F.bilinear(x, {like}, torch.ones(2, x.shape[-1], x.shape[-1], dtype=x.dtype)) / 4",
+    "x = torch.einsum('...ij,...kj->...ik', x, {like}) / 4",
+    "x = x.flatten() @ {like}.flatten() * x",
+    "x = torch.linalg.vecdot(x, {like}).unsqueeze(-1) + x",
+)
+
 # --- pointwise
 
 lines(
@@ -454,6 +561,23 @@ lines(
     "x = x + torch.ones_like(x) * x.new_ones(1)",
     "x = x + torch.arange(x.shape[{d}], dtype=x.dtype) * (x.shape[-1] == x.shape[{d}])",
 )
+lines(
+    "pointwise",
+    "x = torch.fft.ifft2(torch.fft.fft2(x)).real",
+    "x = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * 1j).flatten(-2)",
+    "x = torch.utils.checkpoint.checkpoint(lambda t: F.silu(t) * t, x, use_reentrant=False)",
+    "x = torch.addcdiv(x, {y}, {y}.square() + 1)",
+    "x = x.type_as({y}) - x.view_as(x)",
+    "x = torch.logaddexp(x, {y})",
+    "x = torch.hypot(x, {y})",
+    "x = x.neg().exp().clamp(max=3) + {y}",
+    "x = (x.bool().to(x.dtype) + x) * {f}",
+    "x = torch.complex(x, {like}).abs()",
+    "x = {y}.exp().clamp(max=2) * x",
+    "x = x.round(decimals=1) + x",
+    "x = F.prelu(x, torch.full((1,), {f}, dtype=x.dtype))",
+    "x = F.hardtanh(F.softsign(x), -{n}, {n})",
+)
 lines("keep", "z = x", "z = x * 2", "z, x = x, F.silu(x)", "x, z = x.tanh(), x")
 
 # --- writing
@@ -477,9 +601,48 @@ def set_rows(d: Draw, x: Tensor) -> str:
     return f"x = x.clone(); x[{':, ' * dim}{start}:{start + n}] = {value}"
 
 
+@op("writing")
+def set_chosen(d: Draw, x: Tensor) -> str:
+    dim = d.dim(x) % x.ndim
+    rows = d.rows(x.shape[dim], distinct=True)
+    value = d.operand(tuple(len(rows) if e == dim else m for e, m in enumerate(x.shape)))
+    return f"x = x.clone(); x[{':, ' * dim}{rows}] = {value}"
+
+
+@op("writing")
+def view_written(d: Draw, x: Tensor) -> str:
+    """A view of a view is written to, and what it is a view of is looked at."""
+    dim = d.dim(x)
+    views = [
+        f".transpose({dim}, {d.dim(x)})", f".narrow({dim}, 0, {d.int(1, x.shape[dim])})", ".flatten()", ".view(-1)",
+        f".chunk(2, {dim})[0]", f".unsqueeze({dim})", f".flatten({d.int(0, x.ndim - 1)})", f".select({dim}, 0)", "[0]",
+        "[..., 1:]", "[::2]", f".movedim({dim}, 0)", ".reshape(-1)", ".contiguous()", f".unbind({dim})[-1]", ".squeeze()",
+        f".expand_as({d.operand((2, *x.shape))})", ".detach()", f".unfold({dim}, 1, 1)", ".mT", ".split(1)[0]",
+    ]  # fmt: skip
+    first, second = d.of(*views), d.of("", *views)
+    write = d.of("mul_(2)", "sub_(1)", "zero_()", "clamp_(-1, 0.5)", "copy_(y.tanh())", "add_(y.mean())")
+    return f"x = x * 1; y = x{first}{second}; y.{write}" + d.of("", "; x = x + y.sum()", "; z = y", "; x, z = y, x")
+
+
 lines(
     "writing",
     "x = x.clone(); x.mul_({f})",
+    "x = x.clone(); x[{like}[..., 0] > 0] = {f}",
+    "x = x.clone(); x[{pre}{s}] = x.new_full((), {f})",
+    "x = x.clone(); x[{pre}{i}] = {like}.select({d}, 0)",
+    "x = x.clone(); x[{pre}{i}] = x[{pre}0]",
+    "x = x.clone(); x[..., 0] = x[..., -1] * 2",
+    "x = x.clone(); x[0], z = x[-1], x",
+    "x = x.clone(); x[{like} > 0] = x[{like} > 0]",
+    "x = x.clone(); x.fill_diagonal_({f})",
+    "x = x.clone(); x.tril_({j})",
+    "x = x.clone(); x.scatter_({d}, x.argsort({d}), {f})",
+    "x = x.clone(); x.index_copy_({d}, torch.tensor({p}), x.index_select({d}, torch.tensor({p})) * 2)",
+    "x = x.clone(); y = x.unsqueeze(0); y += {y}; x = x + y[0]",
+    "x = torch.empty_like(x).copy_(x)",
+    "z = torch.zeros_like(x); z[{pre}{s}] = x[{pre}{s}]; x = z + x",
+    "z = x.new_zeros(x.shape); z[{pre}{s}] = x[{pre}{s}]; x = z + x",
+    "x = torch.add(x, {y}, out=torch.empty_like(x)) if not torch.is_grad_enabled() else x + {y}",
     "x = x.clone(); x += {y}",
     "x = x * 1; x *= {like}",
     "x = x.clone(); x.add_({y}, alpha=2)",

@@ -121,7 +121,7 @@ def draw_chain(rng: random.Random, families: Sequence[str] = ()) -> Chain:
     families = families or list(FAMILIES)
     world = rng.choice((1, 2, 2, 3, 3, 4))
     d = Draw(rng, world, 0)
-    shape = [rng.choice(SIZES) for _ in range(rng.choice((3, 4, 4, 4, 4, 5)))]
+    shape = [rng.choice(SIZES) for _ in range(rng.choice((1, 2, 3, 3, 4, 4, 4, 4, 4, 5)))]
     while math.prod(shape) > 1200:
         shape[shape.index(max(shape))] //= 2
     chain = Chain(world, (d.sharded(tuple(shape)),))
@@ -172,8 +172,10 @@ def op(family: str, *more: str) -> Callable[[Op], Op]:
 
 
 def lines(family: str, *templates: str) -> None:
-    """Operations of one line: ``{d}`` a dim, ``{e}`` another, ``{ds}`` some dims, ``{n}`` 1-3, ``{y}`` an operand,
-    ``{like}`` one of the same shape, ``{s}`` a slice of dim ``{d}``, ``{k}`` the rows of dim ``{d}``, ``{b}`` a bool."""
+    """Operations of one line, in which stand: ``{d}`` a dim, ``{e}`` another, ``{ds}`` some dims; ``{n}`` 1-3, ``{j}``
+    -3-5, ``{f}`` a float, ``{b}`` a bool; ``{y}`` an operand that broadcasts, ``{like}`` one of the same shape; and of
+    dim ``{d}``: ``{i}`` a row, ``{s}`` a slice, ``{k}`` some rows, ``{p}`` distinct ones, ``{pre}`` the colons before
+    it; ``{l}`` some rows of dim ``{e}``."""
     for template in templates:
         FAMILIES.setdefault(family, []).append(_line(template))
 
@@ -187,6 +189,7 @@ def _line(template: str) -> Op:
         lazy = {"y": d.broadcastable, "like": lambda x: d.operand(x.shape), "ds": d.dims}
         fields |= {name: make(x) for name, make in lazy.items() if f"{{{name}}}" in template}
         fields |= {"k": d.rows(size)} if "{k}" in template else {}
+        fields |= {"l": d.rows(x.shape[fields["e"]])} if "{l}" in template else {}
         fields |= {"p": d.rows(size, distinct=True)} if "{p}" in template else {}
         fields |= {"s": d.slice(size)} if "{s}" in template else {}
         return template.format(**fields)

@@ -89,13 +89,19 @@ def _place(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int] 
 
 def _of_view(result: PatchTensor, source: PatchTensor, func: Any) -> Tensor:
     """``result``, a copy; where it is a view on one device, what is written to it is written back."""
-    if op_name(func) == "reshape" and not _has_view(source, result.shape):
+    told = op_name(func) != "reshape"  # else by the strides, which of a slice of other dims do not tell
+    if not told and not _has_view(source, result.shape):
         return result
 
     def write() -> None:
         source.copy_(result.reshape(source.shape))
 
-    return copied(result, source, func, write)
+    return copied(result, source, func, write if told or not _has_gaps(source.local) else None)
+
+
+def _has_gaps(local: Tensor) -> bool:
+    span = sum((n - 1) * stride for n, stride in zip(local.shape, local.stride()))
+    return local.numel() > 0 and span >= local.numel()
 
 
 def _has_view(x: PatchTensor, shape: Sequence[int]) -> bool:
