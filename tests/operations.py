@@ -106,16 +106,15 @@ def interpolate(d: Draw, x: Tensor) -> str:
     n = d.spatial(x)
     smooth = {1: ("linear",), 2: ("bilinear", "bicubic"), 3: ("trilinear",)}[n]
     mode = d.of("nearest", "nearest-exact", "area", *smooth, *smooth)
-    sizes = d.each(n, 1, 10)
-    by_size = d.maybe()
-    if by_size:
-        to = f"size={sizes}"
-    else:
-        to = f"scale_factor={d.of(2, 0.5, 1.5, tuple(d.of(0.5, 0.7, 1.0, 1.3, 2.0) for _ in range(n)))}"
-        to += ", recompute_scale_factor=True" if d.maybe() else ""
+    sizes: Any = d.each(n, 1, 10)
+    to = f"size={sizes}"
+    if d.maybe():
+        factors = d.of((2,) * n, (0.5,) * n, (1.5,) * n, tuple(d.of(0.5, 0.7, 1.0, 1.3, 2.0) for _ in range(n)))
+        sizes = [int(size * factor) for size, factor in zip(x.shape[2:], factors)]
+        to = f"scale_factor={factors}" + d.of("", ", recompute_scale_factor=True")
     options = f", align_corners={d.maybe()}" if mode in smooth else ""
-    one_column = sizes[-1] == 1 if by_size else x.shape[-1] == 1  # torch 2.13 resizes it wrongly with antialias
-    options += ", antialias=True" if mode in {"bilinear", "bicubic"} and not one_column and d.maybe() else ""
+    if mode in {"bilinear", "bicubic"} and sizes[-1] > 1:  # torch 2.13 resizes to one column wrongly
+        options += d.of("", ", antialias=True")
     return f"x = F.interpolate(x, {to}, mode={mode!r}{options})"
 
 

@@ -134,7 +134,7 @@ def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format
     if local is input.local and is_sure(input):
         return input
     if not input.is_contiguous(memory_format=memory_format):
-        return wrap(local.clone() if local is input.local else local, input)
+        return wrap(input.local.clone(memory_format=memory_format), input)
     if local is input.local:
         return input
     result = wrap(local, input)

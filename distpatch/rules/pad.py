@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpatch.collectives import memory_format
 from distpatch.errors import LayoutError
 from distpatch.layout import EMPTY, RowLayout
 from distpatch.rules.registry import crop, fetch, named, rule, wrap
@@ -42,7 +43,9 @@ def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | Non
 def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, value: float | None, func: Any) -> PatchTensor:
     """A negative pad crops, in the end: it may cut into the padding of the other edge."""
     if above <= 0 and below <= 0:
-        return cast(PatchTensor, crop(x, -above, x.rows.size + below).clone())
+        kept = crop(x, -above, x.rows.size + below)
+        form = torch.preserve_format if mode == "constant" else memory_format(x.local)
+        return wrap(kept.local.clone(memory_format=form), kept)
     x = _grown(x, max(above, 0), max(below, 0), mode, value, func)
     return crop(x, max(-above, 0), x.rows.size - max(-below, 0))
 

@@ -124,7 +124,8 @@ def variance(
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
     spread = m2 / max(count - correction, 0) if count > correction else m2 / 0.0
-    spread = spread.sqrt() if name.startswith("std") else spread
+    if name.startswith("std"):  # of equal values, torch's gradient is 0
+        spread = torch.where(spread > 0, torch.where(spread > 0, spread, 1.0).sqrt(), spread)
     spread, mean = spread.to(input.dtype), mean.to(input.dtype)
     return (spread, mean) if name.endswith("mean") else spread
 

@@ -185,7 +185,16 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     if layout.dim != x.rows.dim:
         return _turn(x, layout, func)
     needs = tuple((layout.interval(rank),) for rank in range(layout.world_size))
-    return wrap(fetch(x, needs, func)[0], x, layout)
+    return placed(fetch(x, needs, func)[0], x, layout)
+
+
+def placed(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
+    """Rows that came from elsewhere, in memory as those of ``x``."""
+    order = x.order or collectives.memory_order(x.local)
+    local = local.permute(order[::-1]).contiguous().permute([order[::-1].index(d) for d in range(x.ndim)])
+    result = wrap(local, x, layout)
+    result.order = x.order
+    return result
 
 
 def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
@@ -202,7 +211,7 @@ def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     lo, hi = layout.interval(x.region.comm.rank)
     parts = [piece.reshape(hi - lo, height, *wire.shape[1:]) for piece, height in zip(pieces, heights)]
     local = torch.cat(parts, 1).movedim((0, 1), (new, old))
-    return wrap(local.contiguous(memory_format=collectives.memory_format(x.local)), x, layout)
+    return placed(local, x, layout)
 
 
 def rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:

@@ -149,7 +149,13 @@ def protect(func: Any, source: PatchTensor, result: Any, args: tuple[Any, ...]) 
         index = args[1] if isinstance(args[1], tuple) else args[1:2]
         if not all(map(is_basic, index)):
             return result
-    return map_tensors(lambda t: copied(t, source, func), result)
+
+    def again(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, (PatchCopy, RowCopy)):  # a copy of the copy
+            tensor.origin.then(Origin(source, op_name(func), None, _version(source)))
+        return copied(tensor, source, func)
+
+    return map_tensors(again, result)
 
 
 def is_basic(item: Any) -> bool:
