@@ -123,6 +123,8 @@ def variance(
     count, mean, m2 = merge_ranks(input.rows, a_row, mean, m2, input.region.comm.name, name)
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
+    rounding = count * (torch.finfo(input.dtype).eps / 2 * mean.detach()).square()  # all that equal values have
+    m2 = torch.where(m2 > rounding, m2, 0.0) if name.startswith("std") else m2
     spread = m2 / max(count - correction, 0) if count > correction else m2 / 0.0
     if name.startswith("std"):  # of equal values, torch's gradient is 0
         spread = torch.where(spread > 0, torch.where(spread > 0, spread, 1.0).sqrt(), spread)
