@@ -89,6 +89,55 @@ CASES = {
     "written to a copy, one channel": Chain(
         3, (Input((2, 2, 2, 7), 1, (0, 1, 2, 2), last=True),), ("x = F.silu(x)", "x = x.clone(); x.flatten().mul_(2.0)")
     ),
+    "written to a copy, mirrored": Chain(
+        3,
+        (Input((4, 6, 3, 1), 0, (0, 2, 2, 4)), Input((4, 6, 1, 3), 3, (0, 0, 2, 3))),
+        (
+            "x = torch.cat([t1, x.mT, x.mT], 3)",
+            "x = x.mT",
+            "x = x.clone(); z = x; x = x.flip(2); x.mul_(0.5)",
+            "x = x.clone(); x.flatten().mul_(-1.5)",
+        ),
+    ),
+    "written to a copy, cropped": Chain(
+        2,
+        (Input((8, 4, 1, 8), 3, (0, 3, 8), last=True),),
+        (
+            "x = torch.cat([z, x], 3)",
+            "x = x.view(8, 1, 4, 1, 1, 16).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 16)",
+            "x = F.pad(x, (0, -2), 'replicate')",
+            "x = x.clone(); x.flatten().mul_(0.25)",
+        ),
+    ),
+    "seen through a view of what contiguous() copied": Chain(
+        2,
+        (Input((2, 8, 2, 1), 2, (0, 1, 2), last=True),),
+        ("x = x.contiguous().clone(); z = x.view(-1); x.mul_(-1.5)",),
+    ),
+    "written to a row of merged blocks": Chain(
+        3,
+        (Input((3, 5, 4, 8), 3, (0, 3, 6, 8)),),
+        ("x = x.reshape(5, 96)", "x = x.clone(); x.select(1, -60).mul_(0.25)"),
+    ),
+    "written to windows of the rows": Chain(
+        4,
+        (Input((3, 3, 2, 1), 3, (0, 1, 1, 1, 1)),),
+        ("x = x * 1; y = x.unfold(-1, 1, 1).reshape(-1); y.sub_(1); x = x + y.sum()",),
+    ),
+    "no deviation": Chain(
+        2, (Input((1, 3, 1, 8, 4), 0, (0, 1, 1)),), ("x = x.log_softmax(-3)", "x = x.std((0, 3), keepdim=True)")
+    ),
+    "no deviation, to the bit": Chain(
+        3, (Input((6, 7, 2, 4), 0, (0, 1, 2, 6)), Input((1,))), ("x = x.clone(); x.copy_(t1)", "x = x.std(0)")
+    ),
+    "no deviation of repeated rows": Chain(
+        4, (Input((4, 1, 4), 1, (0, 0, 0, 1, 1)),), ("x = x.tile((3, 1))", "x = x.std(-2, keepdim=True) + x")
+    ),
+    "sharded numbers of places": Chain(
+        2,
+        (Input((4, 4, 5), 1, (0, 0, 4)), Input((4, 4, 5), 2, (0, 2, 5))),
+        ("x = x.index_put((t1.reshape(-1).argsort()[:1] % x.shape[0],), x.new_ones(()))",),
+    ),
 }
 
 
