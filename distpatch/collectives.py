@@ -282,7 +282,9 @@ def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int,
     for index, count in enumerate(counts):
         if count != counts[0]:
             weight[index] = count  # filled on the device: nothing is copied to it
-    middle = mean[max(range(len(counts)), key=counts.__getitem__)]  # around it, means that are equal stay so
+    middle = (
+        mean[max(range(len(counts)), key=counts.__getitem__)] if counts else 0.0
+    )  # around it, means that are equal stay so
     union = middle + ((mean - middle) * (weight / max(total, 1))).sum(0)
     spread_between = ((mean - union).square() * weight).sum(0)
     return total, union, m2.sum(0) + spread_between

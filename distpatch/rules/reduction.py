@@ -123,13 +123,18 @@ def variance(
     count, mean, m2 = merge_ranks(input.rows, a_row, mean, m2, input.region.comm.name, name)
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
-    rounding = count * (torch.finfo(input.dtype).eps / 2 * mean.detach()).square()  # all that equal values have
-    m2 = torch.where(m2 > rounding, m2, 0.0) if name.startswith("std") else m2
     spread = m2 / max(count - correction, 0) if count > correction else m2 / 0.0
-    if name.startswith("std"):  # of equal values, torch's gradient is 0
-        spread = torch.where(spread > 0, torch.where(spread > 0, spread, 1.0).sqrt(), spread)
+    if name.startswith("std"):  # of equal values the gradient is 0 too, not what rounding makes it
+        level = (m2 <= _rounding(count, mean.detach(), input.dtype)) & (spread < math.inf)
+        spread = torch.where(level, 0.0, torch.where(level, 1.0, spread).sqrt())
     spread, mean = spread.to(input.dtype), mean.to(input.dtype)
     return (spread, mean) if name.endswith("mean") else spread
+
+
+def _rounding(count: int, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """What centring may leave of the second moment of equal values: less than one of them changed by a bit."""
+    eps = torch.finfo(precise(dtype)).eps
+    return count * 1024 * eps * (eps * mean).square()
 
 
 @rule(torch.logsumexp, torch.special.logsumexp, torch.Tensor.logsumexp)
