@@ -206,7 +206,7 @@ def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] 
 def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     comm = region.comm
     result = PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
-    if has_tiny_shards(layout):
+    if has_tiny_shards(layout) and not torch.compiler.is_compiling():
         result.order = collectives.memory_order(tensor)
     return result
 

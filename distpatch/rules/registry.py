@@ -193,7 +193,8 @@ def placed(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> Pa
     order = x.order or collectives.memory_order(x.local)
     local = local.permute(order[::-1]).contiguous().permute([order[::-1].index(d) for d in range(x.ndim)])
     result = wrap(local, x, layout)
-    result.order = x.order
+    if x.order is not None:
+        result.order = x.order
     return result
 
 

@@ -22,7 +22,7 @@ def _moved(x: PatchTensor, local: Tensor, order: Sequence[int]) -> PatchTensor:
     """``order[i]``: the old dim that is now dim i."""
     place = list(order).index
     result = wrap(local, x, x.rows.with_dim(place(x.rows.dim)))
-    if has_tiny_shards(x.rows):
+    if has_tiny_shards(x.rows) and not torch.compiler.is_compiling():
         result.order = tuple(map(place, x.order or memory_order(x.local)))
     return result
 

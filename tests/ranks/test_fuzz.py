@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from tests import chains
-from tests.operations import FAMILIES
-from tests.vocabulary import draw_chain
+from tests.chains_of import FAMILIES, draw_chain
 
 
 @pytest.mark.slow
