@@ -157,6 +157,27 @@ def compare(chain: Chain) -> None:
         raise
 
 
+def reduced(chain: Chain) -> Chain:
+    """The chain without the steps that it fails without."""
+    for at in reversed(range(len(chain.steps))):
+        shorter = replace(chain, steps=chain.steps[:at] + chain.steps[at + 1 :])
+        if _fails(shorter):
+            return reduced(shorter)
+    return chain
+
+
+def _fails(chain: Chain) -> bool:
+    try:
+        right = chain.plain()
+    except Exception:
+        return False
+    try:
+        compare(chain)
+    except Exception:
+        return is_finite(right)
+    return False
+
+
 def is_stable(chain: Chain, right: oracle.Result) -> bool:
     """Whether torch gives the same for inputs changed in their last bits, and for other strides between the steps.
 
