@@ -22,18 +22,23 @@ from torch import Tensor
 
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, attempt, communicator_of
-from distpatch.layout import BlockLayout, RowLayout
+from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
 
 BUCKET_BYTES = 32 << 20
 
 
-def gather_rows(local: Tensor, layout: RowLayout, name: str, op: str = "gather") -> Tensor:
-    """All rows of a sharded tensor, on every rank; the backward keeps the rank's own rows."""
+def gather_rows(
+    local: Tensor, layout: RowLayout, name: str, op: str = "gather", order: Sequence[int] | None = None
+) -> Tensor:
+    """All rows of a sharded tensor, on every rank; the backward keeps the rank's own rows.
+
+    ``order``: how dims stand in memory, innermost first, where that is known.
+    """
     if isinstance(layout, BlockLayout):
         rows = layout.opened
         local = local.unflatten(layout.dim, (layout.blocks, local.shape[layout.dim] // layout.blocks))
         return gather_rows(local, rows, name, op).flatten(layout.dim, rows.dim)
-    return _Gather.apply(local, layout, name, op)
+    return _Gather.apply(local, layout, name, op, order)
 
 
 def shard_rows(full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
@@ -106,16 +111,21 @@ def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str) -> Tensor:
+    def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None) -> Tensor:
         ctx.layout, ctx.name = layout, name
         everything = (((0, layout.size),),) * layout.world_size
         rows = fetch_rows(local, layout.dim, layout.bounds, everything, name, op, False)[0]
-        return rows.contiguous(memory_format=memory_format(local))
+        if order is not None:
+            return in_memory_order(rows, order)
+        # The kernels that will read it must be the same on all ranks: not by what few rows look like.
+        return rows.contiguous(
+            memory_format=torch.contiguous_format if has_tiny_shards(layout) else memory_format(local)
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rank = communicator_of(ctx.name).rank
-        return shard_rows(grad, ctx.layout, rank, ctx.name), None, None, None
+        return shard_rows(grad, ctx.layout, rank, ctx.name), None, None, None, None
 
 
 class _Shard(torch.autograd.Function):
@@ -313,3 +323,11 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
     if memory_format(tensor) is not torch.contiguous_format:
         return (1, *range(tensor.ndim - 1, 1, -1), 0)
     return tuple(sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d) or math.inf, -d)))
+
+
+def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """The same tensor, dense, its dims in memory in this order, innermost first."""
+    outermost_first = list(order)[::-1]
+    rows = tensor.permute(outermost_first)
+    rows = rows.reshape(-1).view(rows.shape)  # also where contiguous() would keep odd strides, of dims of size 1
+    return rows.permute([outermost_first.index(d) for d in range(tensor.ndim)])

@@ -223,7 +223,7 @@ def whole(tensor: Tensor) -> Tensor:
     """The full plain tensor of a PatchTensor; a plain tensor as it is."""
     if not isinstance(tensor, PatchTensor):
         return tensor.plain if isinstance(tensor, RowCopy) else tensor
-    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name)
+    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, order=tensor.order)
 
 
 def check_dim(tensor: Tensor, dim: int) -> int:

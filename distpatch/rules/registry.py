@@ -190,9 +190,7 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
 
 def placed(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """Rows that came from elsewhere, in memory as those of ``x``."""
-    order = x.order or collectives.memory_order(x.local)
-    local = local.permute(order[::-1]).contiguous().permute([order[::-1].index(d) for d in range(x.ndim)])
-    result = wrap(local, x, layout)
+    result = wrap(collectives.in_memory_order(local, x.order or collectives.memory_order(x.local)), x, layout)
     if x.order is not None:
         result.order = x.order
     return result

@@ -138,6 +138,32 @@ CASES = {
         (Input((4, 4, 5), 1, (0, 0, 4)), Input((4, 4, 5), 2, (0, 2, 5))),
         ("x = x.index_put((t1.reshape(-1).argsort()[:1] % x.shape[0],), x.new_ones(()))",),
     ),
+    "written to a view, mirrored, one row": Chain(
+        2,
+        (Input((5, 1, 7, 2), 2, (0, 7, 7)), Input((1, 1, 1, 2)), Input((1,))),
+        (
+            "x = F.conv2d(x, t1, t2, (3, 1), (2, 1), 1, 1)",
+            "x = x.flip((2,))",
+            "x = x.clone(); x.flatten(1).sub_(1)",
+        ),
+    ),
+    "channels last, gathered from a rank that has none": Chain(
+        2,
+        (Input((1, 7, 8, 3, 1), 2, (0, 8, 8), last=True), Input((7,)), Input((7,), 0, (0, 4, 7))),
+        ("x = F.leaky_relu(x)", "x = F.batch_norm(x, None, None, t1, t2, True)"),
+    ),
+    "channels last, padded, gathered from a rank that has none": Chain(
+        2,
+        (Input((4, 3, 2, 3), 1, (0, 0, 3), last=True), Input((3,))),
+        (
+            "x = F.relu(x * 1, inplace=True)",
+            "x = F.pad(x, (-1, -1, 1, 2), 'replicate')",
+            "x = F.batch_norm(x, None, None, t1, None, True)",
+        ),
+    ),
+    "statistics of a batch of which a rank has nothing": Chain(
+        4, (Input((4, 5, 4), 0, (0, 0, 1, 2, 4)),), ("x = F.batch_norm(x, None, None, None, None, True)",)
+    ),
 }
 
 
