@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
+CHAINS ?= 2000
 
-.PHONY: demo test lint bench coverage clean
+.PHONY: demo test fuzz lint bench coverage clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +17,9 @@ demo: $(VENV)/installed  ## encode and decode a photograph across two processes
 
 test: $(VENV)/installed  ## the whole test suite
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/installed  ## random chains of operations, other ones each time (CHAINS=2000)
+	CHAINS=$(CHAINS) $(BIN)/python -m pytest -s --timeout 0 --hypothesis-profile fuzz tests/ranks/test_fuzz.py -k random_chain
 
 lint: $(VENV)/installed  ## style, types, import layers
 	$(BIN)/ruff check .

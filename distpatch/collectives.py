@@ -12,6 +12,7 @@ cotangent. Rows of a shard are one rank's own. So, forward and backward:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,18 +23,23 @@ from torch._library.effects import EffectType
 
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, attempt, communicator_of
-from distpatch.layout import BlockLayout, RowLayout
+from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
 
 BUCKET_BYTES = 32 << 20
 
 
-def gather_rows(local: Tensor, layout: RowLayout, name: str, op: str = "gather") -> Tensor:
-    """All rows of a sharded tensor, on every rank; the backward keeps the rank's own rows."""
+def gather_rows(
+    local: Tensor, layout: RowLayout, name: str, op: str = "gather", order: Sequence[int] | None = None
+) -> Tensor:
+    """All rows of a sharded tensor, on every rank; the backward keeps the rank's own rows.
+
+    ``order``: how dims stand in memory, innermost first, where that is known.
+    """
     if isinstance(layout, BlockLayout):
         rows = layout.opened
         local = local.unflatten(layout.dim, (layout.blocks, local.shape[layout.dim] // layout.blocks))
         return gather_rows(local, rows, name, op).flatten(layout.dim, rows.dim)
-    return _Gather.apply(local, layout, name, op)
+    return _Gather.apply(local, layout, name, op, order)
 
 
 def shard_rows(full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
@@ -106,16 +112,21 @@ def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str) -> Tensor:
+    def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None) -> Tensor:
         ctx.layout, ctx.name = layout, name
         everything = (((0, layout.size),),) * layout.world_size
         rows = fetch_rows(local, layout.dim, layout.bounds, everything, name, op, False)[0]
-        return rows.contiguous(memory_format=memory_format(local))
+        if order is not None:
+            return in_memory_order(rows, order)
+        # The kernels that will read it must be the same on all ranks: not by what few rows look like.
+        return rows.contiguous(
+            memory_format=torch.contiguous_format if has_tiny_shards(layout) else memory_format(local)
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rank = communicator_of(ctx.name).rank
-        return shard_rows(grad, ctx.layout, rank, ctx.name), None, None, None
+        return shard_rows(grad, ctx.layout, rank, ctx.name), None, None, None, None
 
 
 class _Shard(torch.autograd.Function):
@@ -286,18 +297,42 @@ def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int,
     for index, count in enumerate(counts):
         if count != counts[0]:
             weight[index] = count  # filled on the device: nothing is copied to it
-    union = (mean * (weight / max(total, 1))).sum(0)
+    middle = (
+        mean[max(range(len(counts)), key=counts.__getitem__)] if counts else 0.0
+    )  # around it, means that are equal stay so
+    union = middle + ((mean - middle) * (weight / max(total, 1))).sum(0)
     spread_between = ((mean - union).square() * weight).sum(0)
     return total, union, m2.sum(0) + spread_between
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """``channels_last`` (2-D or 3-D) where torch's kernels see it, else contiguous.
+    """``channels_last`` (2-D or 3-D) where torch's kernels see it (``suggest_memory_format``), else contiguous.
 
-    They look at the stride of a batch of one too (``suggest_memory_format``), and a model that runs in
+    By strides alone: of one row, or none, the sizes do not tell, and all ranks must agree. A model that runs in
     another format than on one device has another speed and other rounding.
     """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+    strides = tensor.stride()
+    if last is None or not 0 < strides[1] <= (strides[-1] or strides[1]):
         return torch.contiguous_format
-    return last if tensor.shape[0] > 1 or tensor.stride(0) >= tensor.numel() else torch.contiguous_format
+    least, empty = strides[1] * tensor.shape[1], tensor.numel() == 0
+    for d in (*range(tensor.ndim - 1, 1, -1), 0):  # torch gives some dims of an empty tensor no stride
+        if (strides[d] < least and (strides[d] or not empty)) or (d == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = max(least, strides[d] * tensor.shape[d])
+    return last
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """The dims as they stand in memory, innermost first."""
+    if memory_format(tensor) is not torch.contiguous_format:
+        return (1, *range(tensor.ndim - 1, 1, -1), 0)
+    return tuple(sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d) or math.inf, -d)))
+
+
+def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """The same tensor, dense, its dims in memory in this order, innermost first."""
+    outermost_first = list(order)[::-1]
+    rows = tensor.permute(outermost_first)
+    rows = rows.reshape(-1).view(rows.shape)  # also where contiguous() would keep odd strides, of dims of size 1
+    return rows.permute([outermost_first.index(d) for d in range(tensor.ndim)])

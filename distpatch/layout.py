@@ -118,6 +118,13 @@ class BlockLayout(RowLayout):
 
 
 @lru_cache(maxsize=4096)
+def has_tiny_shards(layout: RowLayout) -> bool:
+    """Whether a rank has one row or none, whose strides do not tell in which order dims stand in memory."""
+    bounds = layout.inner if isinstance(layout, BlockLayout) else layout.bounds
+    return any(b - a < 2 for a, b in pairwise(bounds))
+
+
+@lru_cache(maxsize=4096)
 def even_bounds(rows: int, world_size: int) -> Bounds:
     """Bounds that differ by at most one row; the first ranks take the longer shards."""
     share, extra = divmod(rows, world_size)

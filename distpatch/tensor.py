@@ -14,7 +14,7 @@ from distpatch import collectives
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
-from distpatch.layout import EMPTY, BlockLayout, RowLayout, even_bounds
+from distpatch.layout import EMPTY, BlockLayout, RowLayout, even_bounds, has_tiny_shards
 from distpatch.tree import map_tensors
 
 Rule = Callable[..., Any]
@@ -84,6 +84,8 @@ class PatchTensor(torch.Tensor):
     local: Tensor
     rows: RowLayout
     region: Region
+    cut: int = 0  # of a view of some rows, each how many-th one it took: the others stand between them in memory
+    order: tuple[int, ...] | None = None  # dims as they stand in memory, innermost first, where strides do not tell
     _shape: torch.Size
 
     @staticmethod
@@ -230,7 +232,10 @@ def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] 
 
 def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     comm = region.comm
-    return PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
+    result = PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
+    if has_tiny_shards(layout) and not torch.compiler.is_compiling():
+        result.order = collectives.memory_order(tensor)
+    return result
 
 
 def gather(tree: Any) -> Any:
@@ -253,7 +258,7 @@ def whole(tensor: Tensor) -> Tensor:
     """The full plain tensor of a PatchTensor; a plain tensor as it is."""
     if not isinstance(tensor, PatchTensor):
         return tensor.plain if isinstance(tensor, RowCopy) else tensor
-    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name)
+    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, order=tensor.order)
 
 
 def check_dim(tensor: Tensor, dim: int) -> int:

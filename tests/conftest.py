@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
-pytest.register_assert_rewrite("tests.oracle", "tests.strict", "tests.models")
+pytest.register_assert_rewrite("tests.oracle", "tests.strict", "tests.models", "tests.chains")
 torch.set_num_threads(1)
-settings.register_profile("suite", deadline=None, max_examples=100, derandomize=True)
+settings.register_profile("suite", deadline=None, max_examples=100, derandomize=True, print_blob=True)
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=int(os.environ.get("CHAINS", "2000")), database=None, print_blob=True
+)
 settings.load_profile("suite")
 
 
@@ -22,12 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    from tests import oracle
+    from tests import chains, oracle
 
     terminalreporter.write_line(f"oracle: {oracle.compared} sharded runs compared with the unsharded one")
     for header, lines in oracle.notes.items():
         for line in (header, *lines):
             terminalreporter.write_line(line)
+    if chains.count.compared:
+        terminalreporter.write_line(f"random chains: {chains.count}")
 
 
 def pytest_sessionfinish() -> None:

@@ -19,7 +19,7 @@ from distpatch.rules.matmul import batched
 from distpatch.rules.reduction import autocast, precise
 from distpatch.rules.registry import everything, needs_grad, on_some_rows, redistribute, rule, spread, wrap
 from distpatch.stencil import ceil_div
-from distpatch.tensor import PatchTensor
+from distpatch.tensor import PatchTensor, whole
 
 # Without gradients keys and values are gathered for a few heads at a time, and scores, which some of torch's
 # kernels keep, are made for a few queries at a time: no more bytes of either than these.
@@ -41,6 +41,8 @@ def attention(
 ) -> Any:
     """``query``: (..., heads, N, d), ``key``: (..., heads, M, d), ``value``: (..., heads, M, e)."""
     options = {"scale": scale, "enable_gqa": enable_gqa}
+    if not any(isinstance(t, PatchTensor) for t in (query, key, value)):  # a sharded mask alone
+        return func(query, key, value, whole(attn_mask), dropout_p, is_causal, **options)  # type: ignore[arg-type]
     if dropout_p > 0:
         return fallback(func, query, key, value, attn_mask, dropout_p, is_causal, **options)
     if is_causal and attn_mask is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distpatch.layout import RowLayout
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import crop, named, rule, wrap
+from distpatch.rules.registry import crop, named, part_of, rule, wrap
 from distpatch.rules.views import copied
 from distpatch.stencil import ceil_div
 from distpatch.tensor import PatchTensor, whole
@@ -27,12 +27,8 @@ def split(func: Any, input: PatchTensor, sizes: Any = None, dim: int = 0, **kwar
     if at != input.rows.dim:
         return tuple(wrap(part, input) for part in func(input.local, sizes, at))
     # torch cuts a tensor that has rows and no data, and every rank keeps its own rows of each part.
-    counted = func(torch.empty(input.rows.size, 0, device="meta"), sizes, 0)
-    parts, start = [], 0
-    for part in counted:
-        parts.append(crop(input, start, start + len(part)))
-        start += len(part)
-    return tuple(parts)
+    counted = func(torch.empty(input.rows.size, device="meta"), sizes, 0)
+    return tuple(crop(input, part.storage_offset(), part.storage_offset() + len(part)) for part in counted)
 
 
 @rule(*named("hsplit", "vsplit", "dsplit"))
@@ -101,7 +97,7 @@ def slice_dim(x: Tensor, dim: int, item: slice) -> Tensor:
     rank, bounds = x.region.comm.rank, tuple(ceil_div(b, step) for b in x.rows.bounds)
     first = bounds[rank] * step - x.rows.bounds[rank]
     local = x.local[(slice(None),) * dim + (slice(first, None, step),)]
-    return wrap(local, x, RowLayout(dim, bounds))
+    return part_of(x, local, RowLayout(dim, bounds), step)
 
 
 @rule(*named("diff"))

@@ -245,7 +245,7 @@ def _set_chosen(func: Any, x: PatchTensor, items: Items, value: Any) -> None:
 
 @rule(*named("index_put", "index_put_"))
 def index_put(func: Any, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
-    if accumulate or not isinstance(input, PatchTensor):
+    if accumulate or not isinstance(input, PatchTensor) or any(isinstance(index, PatchTensor) for index in indices):
         return fallback(func, input, indices, values, accumulate)
     target = input if func.__name__.endswith("_") else input.clone()
     target[tuple(WHOLE if index is None else index for index in indices)] = values

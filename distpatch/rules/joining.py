@@ -18,7 +18,7 @@ from torch import Tensor
 from distpatch.collectives import memory_format
 from distpatch.layout import Bounds, RowLayout, even_bounds, padded
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import fetch, named, normalize_dims, op_name, redistribute, rule, spread, wrap
+from distpatch.rules.registry import fetch, named, normalize_dims, op_name, placed, redistribute, rule, spread, wrap
 from distpatch.rules.reshape import sizes_of
 from distpatch.tensor import PatchTensor
 
@@ -171,7 +171,7 @@ def flip(func: Any, input: PatchTensor, *dims: Any, **kwargs: Any) -> Tensor:
         return wrap(input.local.flip(mirrored), input)
     bounds = input.rows.bounds
     needs = tuple(((bounds[-1] - hi, bounds[-1] - lo),) for lo, hi in pairwise(bounds))
-    return wrap(fetch(input, needs, func)[0].flip(mirrored), input)
+    return placed(fetch(input, needs, func)[0].flip(mirrored), input)
 
 
 @rule(*named("rot90"))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.collectives import memory_format
+from distpatch.collectives import memory_order
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.registry import named, op_name, own_rows, rule, wrap
+from distpatch.rules.views import copied, is_sure, memory_of
 from distpatch.tensor import PatchTensor, whole
 from distpatch.tree import tensors_in
 
@@ -123,21 +124,28 @@ def convert(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @rule(torch.Tensor.is_contiguous)
 def is_contiguous(func: Any, x: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
-    """The rows of a contiguous tensor are a slice of it, which has gaps, or were made for themselves."""
-    if x.local.is_contiguous(memory_format=memory_format):
-        return True
-    strides = torch.empty(x.shape, device="meta").to(memory_format=memory_format).stride()
-    return all(n == 1 or own == step for n, own, step in zip(x.shape, x.local.stride(), strides))
+    return memory_of(x).is_contiguous(memory_format=memory_format)
+
+
+@rule(*named("contiguous"))
+def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """The tensor itself where it is so on one device, else a copy."""
+    local = func(input.local, memory_format=memory_format)
+    if local is input.local and is_sure(input):
+        return input
+    if not input.is_contiguous(memory_format=memory_format):
+        return wrap(input.local.clone(memory_format=memory_format), input)
+    if local is input.local:
+        return input
+    result = wrap(local, input)
+    return copied(result, input, func, lambda: input.copy_(result))
 
 
 @rule(torch.Tensor.stride)
 def stride(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
     """Strides that the global tensor would have, dense in the memory order of the local rows."""
-    order = sorted(range(x.ndim), key=lambda d: (x.local.stride(d), -d))
-    if memory_format(x.local) is torch.contiguous_format and x.local.is_contiguous():
-        order = list(reversed(range(x.ndim)))
     strides, step = [0] * x.ndim, 1
-    for d in order:
+    for d in x.order or memory_order(x.local):
         strides[d], step = step, step * x.shape[d]
     return tuple(strides) if dim is None else strides[dim]
 

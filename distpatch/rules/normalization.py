@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,24 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.collectives import memory_format
-from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
-from distpatch.rules.registry import along_rows, named, on_some_rows, op_name, rule, spread, wrap
+from distpatch.rules.registry import R, along_rows, named, on_some_rows, op_name, rule, spread, wrap
 from distpatch.rules.statistics import Norm, normalize
-from distpatch.tensor import PatchTensor, whole
+from distpatch.tensor import PatchTensor
 from distpatch.tree import map_tensors
+
+
+def norm_rule(*funcs: Any) -> Callable[[R], R]:
+    """A rule for a sharded input and replicated parameters and statistics; anything else is gathered."""
+
+    def register(handler: R) -> R:
+        def checked(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            others = (*args, *kwargs.values())
+            if not isinstance(input, PatchTensor) or any(isinstance(t, PatchTensor) for t in others):
+                return fallback(func, input, *args, **kwargs)
+            return handler(func, input, *args, **kwargs)
+
+        rule(*funcs)(checked)
+        return handler
+
+    return register
 
 
 def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """Where no statistic crosses rows: on the local ones, with the other tensors replicated."""
-    args, kwargs = map_tensors(lambda t: spread(whole(t), input), (args, kwargs))
+    args, kwargs = map_tensors(lambda t: spread(t, input), (args, kwargs))
     return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, input.rows.dim), input)
-
-
-def _refuse_sharded(func: Any, *running: Tensor | None) -> None:
-    if any(isinstance(t, PatchTensor) for t in running):
-        raise UnsupportedOpError(f"{op_name(func)} takes replicated running statistics, but was given {running}")
 
 
 def _fixed(func: Any, input: PatchTensor, *args: Any) -> PatchTensor:
@@ -46,7 +57,7 @@ def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
     return Norm(groups, eps, input.rows, input.region.comm.name, op_name(func))
 
 
-@rule(*named("group_norm"))
+@norm_rule(*named("group_norm"))
 def group_norm(
     func: Any,
     input: PatchTensor,
@@ -56,17 +67,16 @@ def group_norm(
     eps: float = 1e-5,
     *cudnn: Any,
 ) -> Any:
-    weight, bias = map_tensors(whole, (weight, bias))
     input = along_rows(input, func)
-    if input.rows.dim == 0:
-        return _local(func, input, num_groups, weight, bias, eps, *cudnn)
+    if input.rows.dim == 0:  # torch's own, which does not ask how many samples a rank has
+        return _local(torch.group_norm, input, num_groups, weight, bias, eps, *cudnn)
     if input.rows.dim == 1 or input.shape[1] % num_groups:
         return fallback(func, input, num_groups, weight, bias, eps, *cudnn)
     input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
     return wrap(normalize(input.local, weight, bias, _norm(func, input, num_groups, eps))[0], input)
 
 
-@rule(F.batch_norm)
+@norm_rule(F.batch_norm)
 def batch_norm(
     func: Any,
     input: PatchTensor,
@@ -78,8 +88,6 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    _refuse_sharded(func, running_mean, running_var)
-    weight, bias = map_tensors(whole, (weight, bias))
     input = along_rows(input, func)
     if input.rows.dim == 1:
         return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -93,7 +101,7 @@ def batch_norm(
     return wrap(out.squeeze(-1) if input.ndim == 2 else out, input)
 
 
-@rule(F.instance_norm)
+@norm_rule(F.instance_norm)
 def instance_norm(
     func: Any,
     input: PatchTensor,
@@ -105,8 +113,6 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    _refuse_sharded(func, running_mean, running_var)
-    weight, bias = map_tensors(whole, (weight, bias))
     input = along_rows(input, func)
     stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
@@ -136,7 +142,7 @@ def builtin_norm(func: Any, input: PatchTensor, weight: Any, bias: Any, mean: An
     return getattr(F, op_name(func))(input, mean, var, weight, bias, *args[:3])
 
 
-@rule(*named("layer_norm"))
+@norm_rule(*named("layer_norm"))
 def layer_norm(
     func: Any,
     input: PatchTensor,
@@ -161,7 +167,7 @@ def layer_norm(
     return (out if bias is None else out + bias).to(input.dtype)
 
 
-@rule(*named("rms_norm"))
+@norm_rule(*named("rms_norm"))
 def rms_norm(
     func: Any, input: PatchTensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Any:

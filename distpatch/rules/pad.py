@@ -24,39 +24,38 @@ def pad(
     pads = [*pad, *[0] * (2 * input.ndim - len(pad))]
     at = 2 * (input.ndim - 1 - input.rows.dim)
     above, below = pads[at : at + 2]
-    if mode == "constant":
+    if mode == "circular" or (above <= 0 and below <= 0):
         input = crop(input, max(-above, 0), input.rows.size - max(-below, 0))
         above, below = max(above, 0), max(below, 0)
-    elif not _have_edges(input.rows, above, below, mode):
+    cut = max(-above, 0), max(-below, 0)  # in the end: a negative pad may cut into the padding of the other edge
+    above, below = max(above, 0), max(below, 0)
+    if not _have_edges(input.rows, above, below, mode):
         input, above, below = _pad_rows(input, above, below, mode, func), 0, 0
     bounds = (0, *(b + above for b in input.rows.bounds[1:-1]), input.rows.size + above + below)
     rank, last = input.region.comm.rank, input.rows.world_size - 1
     pads[at : at + 2] = above if rank == 0 else 0, below if rank == last else 0
-    return wrap(_pad_local(input.local, pads[: len(pad)], mode, value), input, input.rows.with_bounds(bounds))
+    result = wrap(_pad_local(input.local, pads[: len(pad)], mode, value), input, input.rows.with_bounds(bounds))
+    return crop(result, cut[0], result.rows.size - cut[1]) if any(cut) else result
 
 
 def _have_edges(rows: RowLayout, above: int, below: int, mode: str) -> bool:
     """Whether the first and the last rank own what the padding above and below is made of."""
+    if mode == "constant" or above == below == 0:
+        return True
     held = (above, rows.bounds[1]), (below, rows.size - rows.bounds[-2])
-    if mode == "circular":
-        return above == below == 0
-    return all(pad == 0 or (pad > 0 and (pad < own if mode == "reflect" else own)) for pad, own in held)
+    return mode != "circular" and all(pad == 0 or (pad < own if mode == "reflect" else own > 0) for pad, own in held)
 
 
 def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | None) -> Tensor:
     """Always a copy, and one. torch's non-constant modes refuse tensors without rows."""
     if mode == "constant" or local.numel() > 0:
         return F.pad(local, pads, mode, value)
-    return F.pad(local, pads)
+    return F.pad(F.pad(local, [max(p, 0) for p in pads]), [min(p, 0) for p in pads])
 
 
 def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, func: Any) -> PatchTensor:
-    """The first rank pads above, the last below; a negative pad crops, which moves no row either."""
+    """The first rank pads above, the last below: no other row moves."""
     dim, size, last = x.rows.dim, x.rows.size, x.rows.world_size - 1
-    body = crop(x, max(-above, 0), size - max(-below, 0))
-    above, below = max(above, 0), max(below, 0)
-    if mode == "circular":  # what is left after the crop goes round
-        x, size = body, body.rows.size
     sources = _edge_rows(size, above, below, mode)
     needs = tuple(
         (sources[0] if rank == 0 else EMPTY, sources[1] if rank == last else EMPTY) for rank in range(last + 1)
@@ -66,9 +65,9 @@ def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, func: Any) -> P
         top = _edge(top, dim, above, mode)
     if x.region.comm.rank == last:
         bottom = _edge(bottom, dim, below, mode)
-    inner = tuple(b + above for b in body.rows.bounds[1:-1])
-    layout = RowLayout(dim, (0, *inner, body.rows.size + above + below))
-    return wrap(torch.cat([top, body.local, bottom], dim), x, layout)
+    inner = tuple(b + above for b in x.rows.bounds[1:-1])
+    layout = RowLayout(dim, (0, *inner, size + above + below))
+    return wrap(torch.cat([top, x.local, bottom], dim), x, layout)
 
 
 def _edge_rows(size: int, above: int, below: int, mode: str) -> tuple[Interval, Interval]:

@@ -70,7 +70,10 @@ def _wrap(result: Any, lead: PatchTensor, dim: int) -> Any:
     if isinstance(result, Tensor):
         if result is lead.local:
             return lead
-        return PatchTensor(result, lead.rows.with_dim(result.ndim + dim), lead.region)
+        new = PatchTensor(result, lead.rows.with_dim(result.ndim + dim), lead.region)
+        if lead.order is not None and result.ndim == lead.ndim:
+            new.order = lead.order
+        return new
     if isinstance(result, (tuple, list)):
         return type(result)(_wrap(item, lead, dim) for item in result)
     return result
@@ -87,7 +90,7 @@ _NAMES = """
     abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2
     arctanh asin asinh atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or
     bitwise_right_shift bitwise_xor bfloat16 bool byte ceil celu char clamp clamp_max clamp_min clip
-    clone conj conj_physical contiguous copy copysign cos cosh deg2rad detach digamma div divide double elu
+    clone conj conj_physical copy copysign cos cosh deg2rad detach digamma div divide double elu
     eq erf erfc erfcx erfinv exp exp2 expit expm1 fill fix float float_power floor floor_divide fmax fmin
     fmod frac frexp gcd ge gelu greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh
     heaviside hypot i0 i0e i1 i1e imag int isclose isfinite isinf isnan isneginf isposinf isreal lcm

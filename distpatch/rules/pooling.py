@@ -152,7 +152,7 @@ def max_unpool(
         indices = shard_in(input.region, indices, input.rows)
     if axis < 0:
         local = redistribute(indices, input.rows, func).local
-        return wrap(func(input.local, local, kernel_size, stride, padding, output_size), input)
+        return wrap(_scattered(input.local, local, sizes), input)
     stencil = TransposedStencil(kernel[axis], strides[axis], pads[axis])
     extra = sizes[axis] - stencil.out_rows(input.rows.size)
     stencil = TransposedStencil(kernel[axis], strides[axis], pads[axis], 1, extra)
@@ -163,10 +163,16 @@ def max_unpool(
     row = index // inner % sizes[axis]
     row = torch.where((row >= lo) & (row < hi), row - lo, hi - lo)  # one row more takes what is others'
     index = (index // (inner * sizes[axis]) * (hi - lo + 1) + row) * inner + index % inner
-    shape = [*values.shape[:-spatial], *(hi - lo + 1 if d == axis else n for d, n in enumerate(sizes))]
-    pixels = values.new_zeros(shape).flatten(-spatial)
-    local = pixels.scatter(-1, index.flatten(-spatial), values.flatten(-spatial)).view(shape)
+    local = _scattered(values, index, [hi - lo + 1 if d == axis else n for d, n in enumerate(sizes)])
     return wrap(local.narrow(dim, 0, hi - lo), input, input.rows.with_bounds(bounds))
+
+
+def _scattered(values: Tensor, index: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The values at their places in an image of these sizes; torch's own unpooling refuses an empty one."""
+    inner = -len(sizes)
+    shape = [*values.shape[:inner], *sizes]
+    pixels = values.new_zeros(shape).flatten(inner)
+    return pixels.scatter(-1, index.flatten(inner), values.flatten(inner)).view(shape)
 
 
 def global_indices(indices: Tensor, rows: Tensor, dim: int, start: int, image: PatchTensor) -> Tensor:

@@ -125,9 +125,17 @@ def variance(
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
     mean = mean if count else mean * math.nan
     spread = m2 / max(count - correction, 0) if count > max(correction, 0) else m2 / 0.0
-    spread = spread.sqrt() if name.startswith("std") else spread
+    if name.startswith("std"):  # of equal values the gradient is 0 too, not what rounding makes it
+        level = (m2 <= _rounding(count, mean.detach(), input.dtype)) & (spread < math.inf)
+        spread = torch.where(level, 0.0, torch.where(level, 1.0, spread).sqrt())
     spread, mean = spread.to(input.dtype), mean.to(input.dtype)
     return (spread, mean) if name.endswith("mean") else spread
+
+
+def _rounding(count: int, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """What centring may leave of the second moment of equal values: less than one of them changed by a bit."""
+    eps = torch.finfo(precise(dtype)).eps
+    return count * 1024 * eps * (eps * mean).square()
 
 
 @rule(torch.logsumexp, torch.special.logsumexp, torch.Tensor.logsumexp)

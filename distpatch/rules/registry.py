@@ -89,11 +89,23 @@ def op_name(func: Any) -> str:
 
 def wrap(local: Tensor, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """A PatchTensor of the same region; of the same layout where none is given."""
-    return PatchTensor(local, layout or like.rows, like.region)
+    result = PatchTensor(local, layout or like.rows, like.region)
+    if (like.cut or like.order) and shares_memory(local, like.local):
+        result.cut = like.cut
+        result.order = like.order if local.ndim == like.ndim else None
+    return result
+
+
+def shares_memory(local: Tensor, other: Tensor) -> bool:
+    """Whether it sees what is written to the other."""
+    if torch.compiler.is_compiling():
+        return True
+    return local is other or local.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def spread(tensor: Tensor, like: PatchTensor) -> Tensor:
-    """A replicated tensor about to meet rows: its gradient will be summed over ranks."""
+    """A replicated tensor (or all of a sharded one) about to meet rows: its gradient will be summed over ranks."""
+    tensor = whole(tensor)
     if torch.is_grad_enabled() and tensor.requires_grad:
         known = like.region.replicas.get(id(tensor))
         if known is not None and known[0] is tensor:
@@ -185,7 +197,15 @@ def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:
     bounds = tuple(min(max(b, lo), hi) - lo for b in rows.bounds)
     start = min(max(lo - rows.bounds[rank], 0), x.local.shape[rows.dim])
     local = x.local.narrow(rows.dim, start, bounds[rank + 1] - bounds[rank])
-    return wrap(local, x, RowLayout(rows.dim, bounds))
+    return part_of(x, local, RowLayout(rows.dim, bounds))
+
+
+def part_of(x: PatchTensor, local: Tensor, layout: RowLayout, step: int = 1) -> PatchTensor:
+    """A view of some of the rows, every ``step``-th one."""
+    result = wrap(local, x, layout)
+    if layout.size != x.rows.size and not torch.compiler.is_compiling():
+        result.cut = max(x.cut, 1) * step
+    return result
 
 
 def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
@@ -195,7 +215,15 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     if layout.dim != x.rows.dim:
         return _turn(x, layout, func)
     needs = tuple((layout.interval(rank),) for rank in range(layout.world_size))
-    return wrap(fetch(x, needs, func)[0], x, layout)
+    return placed(fetch(x, needs, func)[0], x, layout)
+
+
+def placed(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
+    """Rows that came from elsewhere, in memory as those of ``x``."""
+    result = wrap(collectives.in_memory_order(local, x.order or collectives.memory_order(x.local)), x, layout)
+    if x.order is not None:
+        result.order = x.order
+    return result
 
 
 def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
@@ -212,7 +240,7 @@ def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     lo, hi = layout.interval(x.region.comm.rank)
     parts = [piece.reshape(hi - lo, height, *wire.shape[1:]) for piece, height in zip(pieces, heights)]
     local = torch.cat(parts, 1).movedim((0, 1), (new, old))
-    return wrap(local.contiguous(memory_format=collectives.memory_format(x.local)), x, layout)
+    return placed(local, x, layout)
 
 
 def along_rows(x: PatchTensor, func: Any) -> PatchTensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from distpatch.layout import BlockLayout, RowLayout, aligned_bounds
 from distpatch.rules.blocks import merged_place
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, op_name, opened, redistribute, reshard, rule, wrap
-from distpatch.rules.views import copied
+from distpatch.rules.registry import named, op_name, opened, redistribute, reshard, rule, shares_memory, wrap
+from distpatch.rules.views import copied, is_sure, memory_of
 from distpatch.tensor import PatchTensor, whole
 
 
@@ -47,8 +47,11 @@ def _placed(func: Any, input: PatchTensor, x: PatchTensor, shape: tuple[int, ...
     sizes = [blocks * (hi - lo) if d == dim else n for d, n in enumerate(shape)]
     layout = RowLayout(dim, bounds) if blocks == 1 else BlockLayout(dim, bounds, blocks)
     local = moved.local.reshape(sizes)
+    is_view = shares_memory(local, input.local)
+    if is_view and not is_sure(x) and not _has_view(input, shape):
+        local = local.clone()
     result = wrap(local, x, layout)
-    return result if _is_view(local, input.local) else _of_view(result, input, func)
+    return result if is_view else _of_view(result, input, func)
 
 
 def sizes_of(sizes: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> tuple[int, ...]:
@@ -84,28 +87,27 @@ def _place(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int] 
     return next((at for at in fits if new[at] != 1), fits[-1]), 1
 
 
-def _is_view(local: Tensor, of: Tensor) -> bool:
-    """Whether the local rows share memory, so that they see what is written to the result."""
-    if torch.compiler.is_compiling():
-        return True
-    return local is of or local.untyped_storage()._cdata == of.untyped_storage()._cdata
-
-
 def _of_view(result: PatchTensor, source: PatchTensor, func: Any) -> Tensor:
     """``result``, a copy; where it is a view on one device, what is written to it is written back."""
-    if op_name(func) == "reshape" and not _is_contiguous_as(source, result.shape):
+    told = op_name(func) != "reshape"  # else by the strides, which of a slice of other dims do not tell
+    if not told and not _has_view(source, result.shape):
         return result
 
     def write() -> None:
         source.copy_(result.reshape(source.shape))
 
-    return copied(result, source, func, write)
+    return copied(result, source, func, write if told or not _has_gaps(source.local) else None)
 
 
-def _is_contiguous_as(x: PatchTensor, shape: Sequence[int]) -> bool:
-    """Whether a tensor of these strides can be seen in this shape without a copy."""
+def _has_gaps(local: Tensor) -> bool:
+    span = sum((n - 1) * stride for n, stride in zip(local.shape, local.stride()))
+    return local.numel() > 0 and span >= local.numel()
+
+
+def _has_view(x: PatchTensor, shape: Sequence[int]) -> bool:
+    """Whether on one device it can be seen in this shape without a copy."""
     try:
-        torch.empty_strided(x.shape, x.stride(), device="meta").view(shape)
+        memory_of(x).view(shape)
     except RuntimeError:
         return False
     return True

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.layout import RowLayout, even_bounds
+from distpatch.collectives import memory_order
+from distpatch.layout import RowLayout, even_bounds, has_tiny_shards
 from distpatch.rules.fallback import fallback
 from distpatch.rules.joining import assembled
 from distpatch.rules.registry import named, normalize_dims, rule, wrap
@@ -19,7 +20,11 @@ from distpatch.tensor import PatchTensor, whole
 
 def _moved(x: PatchTensor, local: Tensor, order: Sequence[int]) -> PatchTensor:
     """``order[i]``: the old dim that is now dim i."""
-    return wrap(local, x, x.rows.with_dim(list(order).index(x.rows.dim)))
+    place = list(order).index
+    result = wrap(local, x, x.rows.with_dim(place(x.rows.dim)))
+    if has_tiny_shards(x.rows) and not torch.compiler.is_compiling():
+        result.order = tuple(map(place, x.order or memory_order(x.local)))
+    return result
 
 
 @rule(*named("permute"))

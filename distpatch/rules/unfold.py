@@ -24,6 +24,7 @@ from distpatch.rules.registry import (
     wrap,
 )
 from distpatch.rules.transposed import written
+from distpatch.rules.views import copied
 from distpatch.stencil import TransposedStencil, WindowStencil
 from distpatch.tensor import PatchTensor
 
@@ -103,13 +104,13 @@ def fold(
 
 
 @rule(torch.Tensor.unfold)
-def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, step: int) -> PatchTensor:
+def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, step: int) -> Tensor:
     at = dimension % input.ndim
     if at != input.rows.dim:
         return wrap(input.local.unfold(at, size, step), input)
     stencil = WindowStencil(size, step)
     _check(func, input, [stencil.out_rows(input.rows.size)])
-    return over_rows(lambda rows, start, lo, hi: rows.unfold(at, size, step), input, stencil, func)
+    return copied(over_rows(lambda rows, start, lo, hi: rows.unfold(at, size, step), input, stencil, func), input, func)
 
 
 @rule(*named("pixel_shuffle"))

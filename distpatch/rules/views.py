@@ -116,6 +116,23 @@ class Origin:
         self.write = None if inner is None or outer.write is None else write
 
 
+def is_sure(x: PatchTensor) -> bool:
+    """Whether the strides of the local rows alone tell what is a view of them on one device."""
+    return not x.cut and x.local.shape[x.rows.dim] > 1
+
+
+def memory_of(x: PatchTensor) -> Tensor:
+    """A tensor without data of the strides that ``x`` has on one device; a slice has gaps between its rows."""
+    strides, row = list(x.stride()), x.rows.dim
+    if x.cut:
+        size, step = max(x.rows.size, 1), strides[row]
+        outer = [d for d in range(x.ndim) if d != row and strides[d] >= step * size]
+        for d in outer:
+            strides[d] = strides[d] // size * (size * x.cut + 1)
+        strides[row] *= x.cut
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta")
+
+
 def _version(source: PatchTensor) -> int | None:
     """How often the rows were written to, the same on all ranks; inference tensors do not count it."""
     return None if source.local.is_inference() else source.local._version
@@ -145,7 +162,13 @@ def protect(func: Any, source: PatchTensor, result: Any, args: tuple[Any, ...]) 
         index = args[1] if isinstance(args[1], tuple) else args[1:2]
         if not all(map(is_basic, index)):
             return result
-    return map_tensors(lambda t: copied(t, source, func), result)
+
+    def again(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, (PatchCopy, RowCopy)):  # a copy of the copy
+            tensor.origin.then(Origin(source, op_name(func), None, _version(source)))
+        return copied(tensor, source, func)
+
+    return map_tensors(again, result)
 
 
 def is_basic(item: Any) -> bool:

@@ -1,0 +1,172 @@
+"""Chains that once gave other values than the unsharded run, or failed: each as ``make fuzz`` showed it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chains import Chain, Input, compare
+
+CASES = {
+    "unpooling of channels that a rank has none of": Chain(
+        3,
+        (Input((4, 5, 7), 1, (0, 0, 5, 5)),),
+        ("x, i = F.max_pool1d(x, 1, return_indices=True); x = F.max_unpool1d(x, i, 1)",),
+    ),
+    "a plain input with sharded parameters": Chain(
+        1,
+        (Input((1, 2, 1), 1, (0, 2)), Input((1,), 0, (0, 1)), Input((1,), 0, (0, 1))),
+        ("x = x.reshape(2, 1)", "x = x.repeat_interleave(2, 0)", "x = F.group_norm(x, 1, t1, t2)"),
+    ),
+    "sharded parameters of a norm": Chain(
+        2, (Input((2, 4, 6), 1, (0, 2, 4)), Input((6,), 0, (0, 1, 6))), ("x = F.layer_norm(x, (6,), t1)",)
+    ),
+    "a sharded bias": Chain(
+        2,
+        (Input((2, 4, 6), 1, (0, 2, 4)), Input((3, 6)), Input((3,), 0, (0, 2, 3))),
+        ("x = F.linear(x, t1, t2)",),
+    ),
+    "a crop beyond the rows, padded on the other side": Chain(
+        3, (Input((1, 6, 3, 8), 2, (0, 0, 1, 3), last=True),), ("x = F.pad(x, (0, 0, 2, -4), 'reflect')",)
+    ),
+    "a crop of all rows that are then repeated": Chain(
+        2, (Input((2, 6, 1, 1), 3, (0, 1, 1)),), ("x = F.pad(x, (-1, 3, 0, 0), 'replicate')",)
+    ),
+    "a crop beyond other dims of a rank without rows": Chain(
+        4,
+        (Input((1, 6, 1, 8), 1, (0, 0, 6, 6, 6), last=True),),
+        ("x = x.reshape(1, 2, 1, 6, 4)", "x = F.pad(x, (3, 1, 1, 0, -2, 2), 'replicate')"),
+    ),
+    "a cropping pad is no view": Chain(
+        3, (Input((1, 6, 3, 8), 2, (0, 0, 1, 3)),), ("z = x; x = F.pad(x, (0, 0, -1, -1)); x.mul_(2)",)
+    ),
+    "split at places that fall": Chain(
+        2,
+        (Input((2, 4, 7, 1), 2, (0, 0, 7)),),
+        ("a, *b = x.tensor_split((3, 0), -2); x = torch.cat([a, *b, a.tanh()], -2)",),
+    ),
+    "channels last, gathered where a rank has one channel": Chain(
+        3,
+        (Input((1, 3, 8, 7), 1, (0, 1, 3, 3), last=True), Input((1, 3, 2, 3)), Input((1,))),
+        ("x = F.conv2d(x, t1, t2, (1, 3), (1, 2), 1, 1)",),
+    ),
+    "a mask alone is sharded": Chain(
+        3,
+        (Input((5, 3, 6, 6), 2, (0, 2, 4, 6)), Input((6, 6), 1, (0, 3, 6, 6))),
+        ("x = x.mT @ x / 4", "x = F.scaled_dot_product_attention(x, x.flip(-2), x * 2, t1)"),
+    ),
+    "one sample a rank": Chain(2, (Input((2, 1), 0, (0, 1, 2)),), ("x = F.group_norm(x, 1)",)),
+    # What is written to a reshape that copies on one device does not reach its source, whatever a rank's rows look like.
+    "written to a copy, one column": Chain(
+        2, (Input((2, 3, 1, 6), 3, (0, 5, 6), last=True),), ("x = x.clone(); x.flatten(1).sub_(1)",)
+    ),
+    "written to a copy of a slice of rows": Chain(
+        2, (Input((2, 3, 4, 6), 2, (0, 1, 4)),), ("x = x.clone(); x[:, :, 1:].flatten(1).sub_(1)",)
+    ),
+    "written to a copy of every second row": Chain(
+        2, (Input((2, 3, 4, 6), 2, (0, 1, 4)),), ("x = x.clone(); x[:, :, ::2].flatten(1).sub_(1)",)
+    ),
+    "written to a copy of every second channel": Chain(
+        2, (Input((2, 3, 4, 6), 2, (0, 1, 4)),), ("x = x.clone(); x[:, ::2].flatten(1).sub_(1)",)
+    ),
+    "written to what contiguous() copied": Chain(
+        2, (Input((2, 3, 4, 6), 2, (0, 1, 4)),), ("x = x.clone(); x[:, :, 1:].contiguous().sub_(1)",)
+    ),
+    "written to what contiguous() did not copy": Chain(
+        2, (Input((1, 1, 4, 6), 2, (0, 1, 4)),), ("x = x.clone(); x[:, :, 1:].contiguous().sub_(1)",)
+    ),
+    "written to a contiguous transposition of one row": Chain(
+        2, (Input((2, 3, 4, 6), 2, (0, 1, 4)),), ("z = x.transpose(1, 2).clone(); x = z.contiguous(); x.sub_(1)",)
+    ),
+    "written to a copy, dims moved, one row": Chain(
+        3,
+        (Input((2, 5, 8, 6), 3, (0, 2, 4, 6), last=True), Input((2, 5, 2, 2))),
+        (
+            "x = F.grid_sample(x, t1.tanh(), 'nearest', 'zeros', False)",
+            "x = x.movedim(2, 3)",
+            "x = x.clone(); x.flatten(2).sub_(1)",
+        ),
+    ),
+    "written to a copy, one channel": Chain(
+        3, (Input((2, 2, 2, 7), 1, (0, 1, 2, 2), last=True),), ("x = F.silu(x)", "x = x.clone(); x.flatten().mul_(2.0)")
+    ),
+    "written to a copy, mirrored": Chain(
+        3,
+        (Input((4, 6, 3, 1), 0, (0, 2, 2, 4)), Input((4, 6, 1, 3), 3, (0, 0, 2, 3))),
+        (
+            "x = torch.cat([t1, x.mT, x.mT], 3)",
+            "x = x.mT",
+            "x = x.clone(); z = x; x = x.flip(2); x.mul_(0.5)",
+            "x = x.clone(); x.flatten().mul_(-1.5)",
+        ),
+    ),
+    "written to a copy, cropped": Chain(
+        2,
+        (Input((8, 4, 1, 8), 3, (0, 3, 8), last=True),),
+        (
+            "x = torch.cat([z, x], 3)",
+            "x = x.view(8, 1, 4, 1, 1, 16).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 16)",
+            "x = F.pad(x, (0, -2), 'replicate')",
+            "x = x.clone(); x.flatten().mul_(0.25)",
+        ),
+    ),
+    "seen through a view of what contiguous() copied": Chain(
+        2,
+        (Input((2, 8, 2, 1), 2, (0, 1, 2), last=True),),
+        ("x = x.contiguous().clone(); z = x.view(-1); x.mul_(-1.5)",),
+    ),
+    "written to a row of merged blocks": Chain(
+        3,
+        (Input((3, 5, 4, 8), 3, (0, 3, 6, 8)),),
+        ("x = x.reshape(5, 96)", "x = x.clone(); x.select(1, -60).mul_(0.25)"),
+    ),
+    "written to windows of the rows": Chain(
+        4,
+        (Input((3, 3, 2, 1), 3, (0, 1, 1, 1, 1)),),
+        ("x = x * 1; y = x.unfold(-1, 1, 1).reshape(-1); y.sub_(1); x = x + y.sum()",),
+    ),
+    "no deviation": Chain(
+        2, (Input((1, 3, 1, 8, 4), 0, (0, 1, 1)),), ("x = x.log_softmax(-3)", "x = x.std((0, 3), keepdim=True)")
+    ),
+    "no deviation, to the bit": Chain(
+        3, (Input((6, 7, 2, 4), 0, (0, 1, 2, 6)), Input((1,))), ("x = x.clone(); x.copy_(t1)", "x = x.std(0)")
+    ),
+    "no deviation of repeated rows": Chain(
+        4, (Input((4, 1, 4), 1, (0, 0, 0, 1, 1)),), ("x = x.tile((3, 1))", "x = x.std(-2, keepdim=True) + x")
+    ),
+    "sharded numbers of places": Chain(
+        2,
+        (Input((4, 4, 5), 1, (0, 0, 4)), Input((4, 4, 5), 2, (0, 2, 5))),
+        ("x = x.index_put((t1.reshape(-1).argsort()[:1] % x.shape[0],), x.new_ones(()))",),
+    ),
+    "written to a view, mirrored, one row": Chain(
+        2,
+        (Input((5, 1, 7, 2), 2, (0, 7, 7)), Input((1, 1, 1, 2)), Input((1,))),
+        (
+            "x = F.conv2d(x, t1, t2, (3, 1), (2, 1), 1, 1)",
+            "x = x.flip((2,))",
+            "x = x.clone(); x.flatten(1).sub_(1)",
+        ),
+    ),
+    "channels last, gathered from a rank that has none": Chain(
+        2,
+        (Input((1, 7, 8, 3, 1), 2, (0, 8, 8), last=True), Input((7,)), Input((7,), 0, (0, 4, 7))),
+        ("x = F.leaky_relu(x)", "x = F.batch_norm(x, None, None, t1, t2, True)"),
+    ),
+    "channels last, padded, gathered from a rank that has none": Chain(
+        2,
+        (Input((4, 3, 2, 3), 1, (0, 0, 3), last=True), Input((3,))),
+        (
+            "x = F.relu(x * 1, inplace=True)",
+            "x = F.pad(x, (-1, -1, 1, 2), 'replicate')",
+            "x = F.batch_norm(x, None, None, t1, None, True)",
+        ),
+    ),
+    "statistics of a batch of which a rank has nothing": Chain(
+        4, (Input((4, 5, 4), 0, (0, 0, 1, 2, 4)),), ("x = F.batch_norm(x, None, None, None, None, True)",)
+    ),
+}
+
+
+@pytest.mark.parametrize("chain", CASES.values(), ids=CASES)
+def test_chain(chain: Chain) -> None:
+    compare(chain)
