@@ -164,6 +164,7 @@ CASES = {
     "statistics of a batch of which a rank has nothing": Chain(
         4, (Input((4, 5, 4), 0, (0, 0, 1, 2, 4)),), ("x = F.batch_norm(x, None, None, None, None, True)",)
     ),
+    "written to a row that another rank has": Chain(2, (Input((3,), 0, (0, 0, 3)),), ("x = x.clone(); x[-1] *= 2.0",)),
 }
 
 
