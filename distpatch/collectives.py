@@ -332,7 +332,6 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
 
 def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
     """The same tensor, dense, its dims in memory in this order, innermost first."""
-    outermost_first = list(order)[::-1]
-    rows = tensor.permute(outermost_first)
-    rows = rows.reshape(-1).view(rows.shape)  # also where contiguous() would keep odd strides, of dims of size 1
-    return rows.permute([outermost_first.index(d) for d in range(tensor.ndim)])
+    # No view: autograd lets nobody write to one that was made in a function of its own.
+    dense = torch.empty_permuted(tensor.shape, tuple(order)[::-1], dtype=tensor.dtype, device=tensor.device)
+    return dense.copy_(tensor)

@@ -67,7 +67,8 @@ def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, func: Any) -> P
         bottom = _edge(bottom, dim, below, mode)
     inner = tuple(b + above for b in x.rows.bounds[1:-1])
     layout = RowLayout(dim, (0, *inner, size + above + below))
-    return wrap(torch.cat([top, x.local, bottom], dim), x, layout)
+    local = torch.cat([top, x.local, bottom], dim)
+    return wrap(local.contiguous(memory_format=memory_format(x.local)), x, layout)
 
 
 def _edge_rows(size: int, above: int, below: int, mode: str) -> tuple[Interval, Interval]:

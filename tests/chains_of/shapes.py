@@ -202,7 +202,7 @@ lines(
     "x = torch.stack([row * 2 for row in x])",
     "x = torch.cat([row.tanh() for row in x])",
     "x = x * len(x) + float(x.sum().tanh())",
-    "x = x * 2 if x.mean() > 0 else x - 1",
+    "x = x * 2 if x.square().mean() > 0.1 else x - 1",
     "x = x.gather({d}, x.argsort({d}).narrow({d}, 0, 1))",
     "x = torch.vstack([x, x])",
     "a, b = torch.broadcast_tensors(x, {y}); x = a * b",

@@ -164,6 +164,12 @@ CASES = {
     "statistics of a batch of which a rank has nothing": Chain(
         4, (Input((4, 5, 4), 0, (0, 0, 1, 2, 4)),), ("x = F.batch_norm(x, None, None, None, None, True)",)
     ),
+    "written to a row that another rank has": Chain(2, (Input((3,), 0, (0, 0, 3)),), ("x = x.clone(); x[-1] *= 2.0",)),
+    "written to a copy, channels last, padded": Chain(
+        1,
+        (Input((8, 6, 1, 8), 3, (0, 8), last=True),),
+        ("x = F.pad(x, (1, -1, -1, 2), 'replicate')", "x = x.clone(); x.flatten().mul_(-1.5)"),
+    ),
 }
 
 
