@@ -242,6 +242,8 @@ def whole(tensor: Tensor) -> Tensor:
     """The full plain tensor of a PatchTensor; a plain tensor as it is."""
     if not isinstance(tensor, PatchTensor):
         return tensor.plain if isinstance(tensor, RowCopy) else tensor
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ops.distpatch.gather(tensor, "gather")
     return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name)
 
 
