@@ -9,6 +9,7 @@ too (exchange.py, collectives.py), with an effect, so that all ranks keep them, 
 from __future__ import annotations
 
 import operator
+import secrets
 from typing import Any
 
 import torch
@@ -43,7 +44,11 @@ def enter(tensor: Tensor, dim: int, region: Region) -> PatchTensor:
     return shard_in(region, tensor, RowLayout(dim, even_bounds(tensor.shape[dim], region.comm.size)))
 
 
-def _enter(tensor: Tensor, dim: int, name: str, splits: str, sequential: bool, fallback: str) -> Tensor:
+# AOTAutograd caches on disk what it made of a graph, and does not know of the rules that made it.
+_THIS_PROCESS = secrets.token_hex(8)
+
+
+def _enter(tensor: Tensor, dim: int, name: str, splits: str, sequential: bool, fallback: str, process: str) -> Tensor:
     region = Region(communicator_of(name), int(splits) if splits.isdigit() else splits, sequential, fallback)
     sizes = [operator.index(n) for n in tensor.shape]  # layouts are constants: no size is a symbol
     return enter(tensor if isinstance(tensor, PatchTensor) else tensor.view(sizes), dim, region)
@@ -51,7 +56,7 @@ def _enter(tensor: Tensor, dim: int, name: str, splits: str, sequential: bool, f
 
 def enter_compiled(tensor: Tensor, dim: int, region: Region) -> Tensor:
     options = str(region.splits), region.sequential, region.fallback
-    return torch.ops.distpatch.enter(tensor, dim, region.comm.name, *options)
+    return torch.ops.distpatch.enter(tensor, dim, region.comm.name, *options, _THIS_PROCESS)
 
 
 def _gather(tensor: Tensor, op: str) -> Tensor:
@@ -61,11 +66,15 @@ def _gather(tensor: Tensor, op: str) -> Tensor:
 
 _library = torch.library.Library("distpatch", "FRAGMENT")
 for _schema, _function in (
-    ("enter(Tensor x, int dim, str name, str splits, bool sequential, str fallback) -> Tensor", _enter),
+    (
+        "enter(Tensor x, int dim, str name, str splits, bool sequential, str fallback, str process) -> Tensor",
+        _enter,
+    ),
     ("gather(Tensor x, str op) -> Tensor", _gather),
 ):
     _name = _library.define(_schema)
     _library.impl(_name, _function, "CompositeImplicitAutograd")
+
 
 def _on_sharded(function: Any) -> Any:
     return lambda func, *args: function(*args)

@@ -79,7 +79,7 @@ class Communicator:
             sort_ranks=False,
         )
         self._pg = weakref.ref(pg)
-        self.name = pg.group_name
+        self.name = f"{pg.group_name} {self.rank}/{self.size}"
         self.broken = False
         _by_pg[pg] = self
         self.warmup()
@@ -221,8 +221,12 @@ def communicator(group: Group) -> Communicator:
 
 
 def communicator_of(name: str) -> Communicator:
-    """The communicator whose own group has this name (as custom ops carry it)."""
-    return _by_pg[torch._C._distributed_c10d._resolve_process_group(c10d.GroupName(name))] if name else ALONE
+    """The communicator of this name, as custom ops carry it: its own group's, and this rank's place in it.
+
+    A compiled graph is cached by its operators' arguments, and made for one rank alone.
+    """
+    group_name = c10d.GroupName(name.rpartition(" ")[0])
+    return _by_pg[torch._C._distributed_c10d._resolve_process_group(group_name)] if name else ALONE
 
 
 def warmup(group: Group) -> None:

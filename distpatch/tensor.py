@@ -133,6 +133,9 @@ class PatchTensor(torch.Tensor):
     def __metadata_guard__(cls, known: tuple[RowLayout, Region], given: tuple[RowLayout, Region]) -> bool:
         return known[0] == given[0] and known[1].alike(given[1])
 
+    def _stable_hash_for_caching(self) -> str:
+        raise UnsupportedOpError("what the rules make of a sharded tensor is not cached beyond this process")
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         rows = self.rows
         where = (
