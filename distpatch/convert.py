@@ -75,6 +75,9 @@ def convert_model(
     on the group's rank 0, None elsewhere). ``fallback``: what an operation without a sharded rule does:
     "warn" (gather, and say so once), "allow" or "error".
 
+    The converted model, or an entry point of it, can be compiled with ``torch.compile(..., fullgraph=True)``;
+    each shape of the arguments has a graph of its own, in which the ranks meet as in a plain call.
+
     Returns the model. Raises ``DistPatchError`` where it is converted already, ``RankError`` where a rank
     is missing, is no member, or has other weights or options, ``ValueError`` for an option out of range.
     """

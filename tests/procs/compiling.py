@@ -102,3 +102,15 @@ def a_function_of_ones_own(rank: int) -> Tensor | None:
     leaf = torch.ones(3, requires_grad=True)
     torch.compile(lambda x: Square.apply(x).sum(), fullgraph=True, backend="aot_eager")(leaf).backward()
     return leaf.grad
+
+
+def gradients_across(rank: int, leaf: bool) -> str:
+    """A function compiled by itself, with gradients of a weight, or of the sharded tensor too."""
+    torch._dynamo.reset()
+    image, weight = torch.ones(1, 3, 4, 4, requires_grad=leaf), torch.ones(3, 3, 1, 1, requires_grad=True)
+    convolve = torch.compile(torch.nn.functional.conv2d, fullgraph=True, backend="aot_eager")
+    try:
+        convolve(distpatch.shard(image, dist.group.WORLD), weight)
+    except Exception as error:
+        return str(error)
+    return "no error"

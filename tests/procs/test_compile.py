@@ -60,3 +60,9 @@ def test_a_function_of_ones_own(pool: Pool) -> None:
     """distpatch replaces ``autograd.Function.apply``; compiled models without it do not see that."""
     (grad,) = pool.run(1, compiling.a_function_of_ones_own)
     assert_same(grad, torch.full((3,), 3.0), 0, "gradient")
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+def test_gradients_across_a_border_are_refused(pool: Pool, leaf: bool) -> None:
+    (message,) = pool.run(1, compiling.gradients_across, leaf)
+    assert "Compile an entry point of the converted model" in message
