@@ -190,8 +190,9 @@ _HAVE_NO_ADDRESS = named(
 @rule(*_HAVE_NO_ADDRESS)
 def refused(func: Any, *args: Any, **kwargs: Any) -> Any:
     if torch._guards.TracingContext.try_get() is not None:  # torch.compile makes a fake tensor of it
-        if isinstance(args[0], PatchTensor) and args[0].local.requires_grad:
-            raise UnsupportedOpError(f"torch.compile: {args[0]!r} carries gradients into a compiled region. {COMPILED}")
+        x = args[0]
+        if isinstance(x, PatchTensor) and type(x.local) is Tensor and x.requires_grad:  # an input of the graph
+            raise UnsupportedOpError(f"torch.compile: {x!r} carries gradients into a compiled region. {COMPILED}")
         return from_wrapper(func, *args, **kwargs)
     x = next(t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor))
     raise UnsupportedOpError(
