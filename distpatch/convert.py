@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from distpatch import rules as _rules
 from distpatch.collectives import gather_rows, spread_all
+from distpatch.compiled import enter, enter_compiled, meet
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.group import Group, Pretended, communicator
-from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.blocks import in_order
-from distpatch.tensor import PatchTensor, Region, check_dim, on_rank0, shard_in, whole
+from distpatch.tensor import PatchTensor, Region, on_rank0, whole
 from distpatch.tree import map_tensors, tensors_in
 
 __all__ = ["convert_model", "restore_model"]
@@ -33,6 +34,11 @@ _ABSENT = object()
 SAMPLED = 1 << 16  # elements of each parameter that the ranks compare when a model is converted
 
 
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.inside = False  # the sharded computation
+
+
 @dataclass
 class _Conversion:
     """What was done to a model, and what is needed to undo it."""
@@ -41,7 +47,7 @@ class _Conversion:
     dim: int
     output: str
     before: dict[str, Any] = field(default_factory=dict)
-    thread: threading.local = field(default_factory=threading.local)
+    thread: _Thread = field(default_factory=_Thread)
 
 
 def convert_model(
@@ -66,6 +72,9 @@ def convert_model(
     "auto" chooses. ``output``: "gather" (plain, on every rank), "shard" (a PatchTensor) or "rank0" (plain
     on the group's rank 0, None elsewhere). ``fallback``: what an operation without a sharded rule does:
     "warn" (gather, and say so once), "allow" or "error".
+
+    The converted model, or an entry point of it, can be compiled with ``torch.compile(..., fullgraph=True)``;
+    each shape of the arguments has a graph of its own, in which the ranks meet as in a plain call.
 
     Returns the model. Raises ``DistPatchError`` where it is converted already, ``RankError`` where a rank
     is missing, is no member, or has other weights or options, ``ValueError`` for an option out of range.
@@ -155,16 +164,34 @@ def _entry(call: Callable[..., Any], name: str, state: _Conversion) -> Callable[
 
     @functools.wraps(call)
     def entry(*args: Any, **kwargs: Any) -> Any:
-        if getattr(state.thread, "inside", False):
+        if state.thread.inside:
             return call(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return _compiled(call, name, state, args, kwargs)
         model = getattr(call, "__self__", None)
         with _inside(state, model, f"{type(model).__name__}.{name}", args, kwargs):
             region = _region(state, model)
-            sharded = map_tensors(lambda t: _enter(t, state, region), (args, kwargs))
+            sharded = map_tensors(lambda t: enter(t, state.dim, region) if _is_image(t) else t, (args, kwargs))
             result = call(*sharded[0], **sharded[1])
             return map_tensors(lambda t: _leave(t, state), result)
 
     return entry
+
+
+def _compiled(call: Callable[..., Any], name: str, state: _Conversion, args: Any, kwargs: Any) -> Any:
+    """As ``entry``, in a form that torch.compile can trace; the ranks meet whenever the graph runs."""
+    region = state.region
+    model = getattr(call, "__self__", None)
+    what = f"{type(model).__name__}.{name}"
+    problem = _tiled(model) or _problem(what, args, kwargs, state)
+    if problem:
+        raise LayoutError(problem)
+    meet(region.comm.name, what, _signature(args, kwargs))
+    state.thread.inside = True
+    sharded = map_tensors(lambda t: enter_compiled(t, state.dim, region) if _is_image(t) else t, (args, kwargs))
+    result = call(*sharded[0], **sharded[1])
+    state.thread.inside = False
+    return map_tensors(lambda t: _leave(t, state), result)
 
 
 @contextmanager
@@ -189,19 +216,20 @@ def _signature(args: Any, kwargs: Any) -> str:
     described = []
     for tensor in tensors_in((args, kwargs)):
         layout = f" {tensor.rows}" if isinstance(tensor, PatchTensor) else ""
-        described.append(f"{tuple(tensor.shape)} {tensor.dtype}{layout}")
+        shape = tuple(operator.index(n) for n in tensor.shape)  # a compiled graph is made for this shape alone
+        described.append(f"{shape} {tensor.dtype}{layout}")
     grads = " with gradients" if torch.is_grad_enabled() else ""
     return "(" + ", ".join(described) + ")" + grads
 
 
 def _is_image(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.ndim >= 4
+    return isinstance(tensor, PatchTensor) or (tensor.is_floating_point() and tensor.ndim >= 4)
 
 
 def _problem(what: str, args: Any, kwargs: Any, state: _Conversion) -> str | None:
     """Why these arguments cannot be sharded, or None."""
     tensors = list(tensors_in((args, kwargs)))
-    images = [tensor for tensor in tensors if isinstance(tensor, PatchTensor) or _is_image(tensor)]
+    images = [tensor for tensor in tensors if _is_image(tensor)]
     if not images:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "none"
         return (
@@ -233,19 +261,12 @@ def _region(state: _Conversion, model: Any) -> Region:
     return replace(state.region, replicas={id(parameter): (parameter, other) for parameter, other in pairs})
 
 
-def _enter(tensor: Tensor, state: _Conversion, region: Region) -> Tensor:
-    if isinstance(tensor, PatchTensor):
-        return PatchTensor(tensor.local, tensor.rows, region)
-    if not _is_image(tensor):
-        return tensor
-    dim = check_dim(tensor, state.dim)
-    layout = RowLayout(dim, even_bounds(tensor.shape[dim], state.region.comm.size))
-    return shard_in(region, tensor, layout)
-
-
 def _leave(tensor: Tensor, state: _Conversion) -> Any:
     if not isinstance(tensor, PatchTensor):
         return whole(tensor)
+    if torch.compiler.is_dynamo_compiling() and state.output != "shard":
+        whole_output = torch.ops.distpatch.gather(tensor, "output")
+        return whole_output if state.output == "gather" or state.region.comm.rank == 0 else None
     comm = tensor.region.comm
     if state.output == "gather":
         return gather_rows(tensor.local, tensor.rows, comm.name, "output")

@@ -15,6 +15,7 @@ import torch
 from torch.overrides import get_overridable_functions, resolve_name
 
 from distpatch.rules.fallback import fallback, record
+from distpatch.rules.metadata import refused
 from distpatch.rules.registry import op_name
 from distpatch.rules.views import mutates
 from distpatch.tensor import RULES
@@ -44,7 +45,7 @@ def kind(func: Any) -> str:
     if func not in RULES:
         return "refused" if mutates(func, (func,), {}) is not None else "fallback"
     rule = RULES[func]
-    if not _returns(rule.__code__):
+    if rule is refused or not _returns(rule.__code__):
         return "refused"
     return "partial" if _gathers(rule) else "sharded"
 

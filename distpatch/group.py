@@ -80,7 +80,7 @@ class Communicator:
             sort_ranks=False,
         )
         self._pg = weakref.ref(pg)
-        self.name = pg.group_name
+        self.name = f"{pg.group_name} {self.rank}/{self.size}"
         self.broken = False
         _by_pg[pg] = self
         self.warmup()
@@ -247,10 +247,14 @@ def communicator(group: Group) -> Communicator:
 
 
 def communicator_of(name: str) -> Communicator:
-    """The communicator whose own group has this name (as custom ops carry it)."""
+    """The communicator of this name, as custom ops carry it: its own group's, and this rank's place in it.
+
+    A compiled graph is cached by its operators' arguments, and made for one rank alone.
+    """
     if not name:
         return ALONE
-    return _pretended.get(name) or _by_pg[torch._C._distributed_c10d._resolve_process_group(c10d.GroupName(name))]
+    group_name = c10d.GroupName(name.rpartition(" ")[0])
+    return _pretended.get(name) or _by_pg[torch._C._distributed_c10d._resolve_process_group(group_name)]
 
 
 def warmup(group: Group) -> None:

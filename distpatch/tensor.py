@@ -138,6 +138,9 @@ class PatchTensor(torch.Tensor):
     def __metadata_guard__(cls, known: tuple[RowLayout, Region], given: tuple[RowLayout, Region]) -> bool:
         return known[0] == given[0] and known[1].alike(given[1])
 
+    def _stable_hash_for_caching(self) -> str:
+        raise UnsupportedOpError("what the rules make of a sharded tensor is not cached beyond this process")
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         rows = self.rows
         where = (
@@ -258,6 +261,8 @@ def whole(tensor: Tensor) -> Tensor:
     """The full plain tensor of a PatchTensor; a plain tensor as it is."""
     if not isinstance(tensor, PatchTensor):
         return tensor.plain if isinstance(tensor, RowCopy) else tensor
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ops.distpatch.gather(tensor, "gather")
     return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, order=tensor.order)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -19,6 +20,8 @@ def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
     """
     if isinstance(tree, Tensor):
         return fn(tree)
+    if torch.compiler.is_dynamo_compiling():
+        return tree_map(lambda leaf: _map_leaf(fn, leaf), tree)
     if isinstance(tree, dict):
         changed = {key: map_tensors(fn, value) for key, value in tree.items()}
         if all(changed[key] is tree[key] for key in tree):
@@ -47,6 +50,19 @@ def _map_attributes(fn: Callable[[Tensor], Any], tree: Any) -> Any:
     result = copy.copy(tree)
     for name, value in changed.items():
         setattr(result, name, value)
+    return result
+
+
+def _map_leaf(fn: Callable[[Tensor], Any], leaf: Any) -> Any:
+    """A leaf of a pytree, in a form that Dynamo can trace: no object is compared or copied, but made anew."""
+    if isinstance(leaf, Tensor):
+        return fn(leaf)
+    if _opaque(leaf):
+        return leaf
+    result = object.__new__(type(leaf))
+    for name, value in vars(leaf).items():
+        changes = isinstance(value, (Tensor, list, tuple, dict))
+        setattr(result, name, map_tensors(fn, value) if changes else value)
     return result
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 from torch import Tensor, nn
 
 import distpatch
@@ -32,6 +32,19 @@ def tiny_kl(
         mid_block_add_attention=attention,
     )
     return vae.to(dtype).eval()
+
+
+def tiny_unet(dtype: torch.dtype = torch.float64) -> UNet2DModel:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return unet.to(dtype).eval()
 
 
 def tiny_autoencoder(dtype: torch.dtype = torch.float64) -> AutoencoderTiny:

@@ -21,6 +21,7 @@ from torch.overrides import handle_torch_function
 from distpatch.collectives import narrow_rows
 from distpatch.errors import UnsupportedOpError
 from distpatch.layout import RowLayout
+from distpatch.rules.metadata import COMPILED
 from distpatch.rules.registry import own_rows, redistribute, rule, wrap
 from distpatch.tensor import RULES, PatchCopy, PatchTensor, Region, RowCopy, whole
 from distpatch.tree import tensors_in
@@ -243,6 +244,8 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(cls.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         args = bound.args
+    if cls.__module__.startswith("torch._functorch."):  # what AOTAutograd made of a compiled region
+        raise UnsupportedOpError(f"gradients of a compiled region that was given sharded tensors. {COMPILED}")
     call = _Call([_kind(arg) for arg in args])
     results = _on_rows(cls).apply(call, *map(_local, args))
     sharded = tuple(map(_sharded, results, call.made))

@@ -189,6 +189,10 @@ def all_close(func: Any, input: Tensor, other: Tensor, *args: Any, **kwargs: Any
     return bool(torch.isclose(input, other, *args, **kwargs).all())
 
 
+COMPILED = (
+    "Compile an entry point of the converted model (torch.compile(model)): plain tensors in and out. Without "
+    "gradients (torch.no_grad) sharded tensors may go in and out."
+)
 _HAVE_NO_ADDRESS = named(
     "data_ptr", "storage", "untyped_storage", "storage_offset", "numpy", "__array__", "set_",
     "share_memory_", "__dlpack__", "__dlpack_device__", "storage_type", "__array_wrap__", "resize_",
@@ -202,6 +206,9 @@ _HAVE_NO_ADDRESS = named(
 @rule(*_HAVE_NO_ADDRESS)
 def refused(func: Any, *args: Any, **kwargs: Any) -> Any:
     if torch._guards.TracingContext.try_get() is not None:  # torch.compile makes a fake tensor of it
+        x = args[0]
+        if isinstance(x, PatchTensor) and type(x.local) is Tensor and x.requires_grad:  # an input of the graph
+            raise UnsupportedOpError(f"torch.compile: {x!r} carries gradients into a compiled region. {COMPILED}")
         return from_wrapper(func, *args, **kwargs)
     x = next(t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor))
     raise UnsupportedOpError(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpatch.collectives import memory_format
 from distpatch.errors import LayoutError
 from distpatch.layout import EMPTY, RowLayout
 from distpatch.rules.registry import crop, fetch, named, rule, wrap

@@ -17,13 +17,6 @@ gpu = pytest.mark.gpu
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 
 
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
-    pool = Pool(4)
-    yield pool
-    pool.close()
-
-
 @pytest.fixture
 def mortal() -> Iterator[Pool]:
     """Three processes of which a test may kill one."""

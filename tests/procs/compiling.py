@@ -1,0 +1,116 @@
+"""What the pool's processes compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distpatch
+from tests.models import tiny_kl, tiny_unet
+from tests.oracle import random_tensor
+
+CHANNELS = {"decoder": 4, "unet": 3}
+
+
+def model_of(kind: str, dtype: torch.dtype) -> nn.Module:
+    return tiny_kl(channels=(4, 4), dtype=dtype) if kind == "decoder" else tiny_unet(dtype)
+
+
+def picture(kind: str, call: Callable[..., Any], image: Any) -> Any:
+    return (call(image) if kind == "decoder" else call(image, 3)).sample
+
+
+def values(
+    rank: int,
+    kind: str,
+    way: str,
+    backend: str,
+    dtype: torch.dtype,
+    sizes: list[tuple[int, int, int]],
+    grads: bool = False,
+) -> list[list[Tensor | None]]:
+    """What the model makes of each size, and its gradients: plain (``way`` is ""), or compiled, twice each.
+
+    ``way``: "converted": the converted model's entry point is compiled; "inside": a module of the converted
+    model; "sharded": the module, called with sharded tensors.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model: Any = model_of(kind, dtype)
+    whole = model.decode if kind == "decoder" else model
+    if way in {"converted", "inside"}:
+        distpatch.convert_model(model, dist.group.WORLD, fallback="error")
+        whole = model.decode if kind == "decoder" else model
+        if way == "converted":
+            whole = torch.compile(whole, fullgraph=True, backend=backend)
+        else:
+            part = model.decoder if kind == "decoder" else model.mid_block
+            part.compile(fullgraph=True, backend=backend)
+    elif way == "sharded":
+        whole = torch.compile(whole, fullgraph=True, backend=backend)
+    results = []
+    for made, size in enumerate(sizes, start=1):
+        batch, *spatial = size
+        for again in (False, True) if way else (False,):
+            image = random_tensor((batch, CHANNELS[kind], *spatial)).to(dtype).requires_grad_(grads)
+            given = distpatch.shard(image, dist.group.WORLD) if way == "sharded" else image
+            with torch.set_grad_enabled(grads), torch._dynamo.config.patch(error_on_recompile=again):
+                result = distpatch.gather(picture(kind, whole, given))
+            if way:
+                assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+            if grads:
+                model.zero_grad()
+                (result * random_tensor(tuple(result.shape), seed=1).to(dtype)).sum().backward()
+        found = [result.detach(), image.grad, *(parameter.grad for parameter in model.parameters())]
+        results.append([None if t is None else t.clone() for t in found])
+    return results
+
+
+def called_differently(rank: int) -> tuple[str, Tensor]:
+    """A compiled call with another shape on one rank, then a proper one."""
+    torch._dynamo.reset()
+    model = distpatch.convert_model(nn.Sequential(nn.Conv2d(3, 2, 3, padding=1)), dist.group.WORLD)
+    nn.init.ones_(model[0].weight)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    message = ""
+    with torch.no_grad():
+        try:
+            compiled(torch.ones(1, 3, 6 + rank, 4))
+        except distpatch.RankError as error:
+            message = str(error)
+        return message, compiled(torch.ones(1, 3, 7, 4)) - model(torch.ones(1, 3, 7, 4))
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad * ctx.saved_tensors[0]  # not the derivative, so that it is seen
+
+
+def a_function_of_ones_own(rank: int) -> Tensor | None:
+    """Without sharded tensors, compiled with no graph break."""
+    torch._dynamo.reset()
+    leaf = torch.ones(3, requires_grad=True)
+    torch.compile(lambda x: Square.apply(x).sum(), fullgraph=True, backend="aot_eager")(leaf).backward()
+    return leaf.grad
+
+
+def gradients_across(rank: int, leaf: bool) -> str:
+    """A function compiled by itself, with gradients of a weight, or of the sharded tensor too."""
+    torch._dynamo.reset()
+    image, weight = torch.ones(1, 3, 4, 4, requires_grad=leaf), torch.ones(3, 3, 1, 1, requires_grad=True)
+    convolve = torch.compile(torch.nn.functional.conv2d, fullgraph=True, backend="aot_eager")
+    try:
+        convolve(distpatch.shard(image, dist.group.WORLD), weight)
+    except Exception as error:
+        return str(error)
+    return "no error"

@@ -1,0 +1,68 @@
+"""torch.compile(fullgraph=True): the same values, no graph break, nothing compiled twice for a shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.oracle import assert_same
+from tests.procs import compiling
+from tests.procs.pool import Pool
+
+SIZES = {"decoder": [(1, 7, 4), (1, 6, 4)], "unet": [(1, 6, 4), (1, 10, 4)]}
+
+
+def check(pool: Pool, world: int, kind: str, way: str, backend: str, grads: bool = False, sizes: int = 2) -> None:
+    dtype, tolerance = (torch.float64, 1e-11) if backend == "aot_eager" else (torch.float32, 1e-5)
+    right = compiling.values(0, kind, "", "", dtype, SIZES[kind][:sizes], grads)
+    for rank, found in enumerate(
+        pool.run(world, compiling.values, kind, way, backend, dtype, SIZES[kind][:sizes], grads, timeout=240)
+    ):
+        for size, mine, wanted in zip(SIZES[kind], found, right):
+            for value, plain in zip(mine, wanted, strict=True):
+                scale = 1 if plain is None else plain.abs().max().clamp(min=1)
+                mine_scaled = None if value is None else value / scale
+                assert_same(mine_scaled, None if plain is None else plain / scale, tolerance, f"{size} on rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["converted", "sharded"])
+@pytest.mark.parametrize("kind", ["decoder", "unet"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_aot_eager(pool: Pool, world: int, kind: str, way: str) -> None:
+    check(pool, world, kind, way, "aot_eager", sizes=2 if way == "converted" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decoder", "unet"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_inductor(pool: Pool, world: int, kind: str) -> None:
+    check(pool, world, kind, "converted", "inductor", sizes=1)
+
+
+@pytest.mark.slow
+def test_a_module_of_a_converted_model(pool: Pool) -> None:
+    check(pool, 2, "decoder", "inside", "aot_eager", sizes=1)
+
+
+@pytest.mark.slow
+def test_gradients(pool: Pool) -> None:
+    check(pool, 2, "decoder", "converted", "aot_eager", grads=True, sizes=1)
+
+
+def test_ranks_called_differently(pool: Pool) -> None:
+    for message, difference in pool.run(2, compiling.called_differently, timeout=60):
+        assert "called differently" in message and "rank 1: Sequential.forward ((1, 3, 7, 4)" in message
+        assert difference.abs().max() < 1e-6
+
+
+def test_a_function_of_ones_own(pool: Pool) -> None:
+    """distpatch replaces ``autograd.Function.apply``; compiled models without it do not see that."""
+    (grad,) = pool.run(1, compiling.a_function_of_ones_own)
+    assert_same(grad, torch.full((3,), 3.0), 0, "gradient")
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+def test_gradients_across_a_border_are_refused(pool: Pool, leaf: bool) -> None:
+    (message,) = pool.run(1, compiling.gradients_across, leaf)
+    assert "Compile an entry point of the converted model" in message
