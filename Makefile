@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench autoencoders clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ lint: $(VENV)/installed  ## style, types, import layers
 bench: $(VENV)/installed  ## the README's table
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/overhead.py
+
+autoencoders: $(VENV)/installed  ## every autoencoder of diffusers, converted, against one device
+	$(BIN)/python -m benchmarks.autoencoders
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out
