@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 CHAINS ?= 2000
 
-.PHONY: demo test fuzz lint bench coverage clean
+.PHONY: demo test fuzz lint bench coverage clean autoencoders
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,9 @@ coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
 bench: $(VENV)/installed  ## the README's table
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/overhead.py
+
+autoencoders: $(VENV)/installed  ## every autoencoder of diffusers, converted, against one device
+	$(BIN)/python -m benchmarks.autoencoders
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import torch
 import typer
+from diffusers.utils import logging
 from rich.progress import track
 
 from tests.autoencoder_runs import accepted_heights, compare
@@ -69,6 +70,7 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
     dtype = torch.float32 if single else None
     print("| autoencoder | encode | decode | forward | fallbacks | DistVAE 0.1.0 |\n|---|---|---|---|---|---|")
     for name, entry in track(AUTOENCODERS.items(), transient=True):

@@ -125,7 +125,7 @@ _DC = {
     "decoder_qkv_multiscales": ((), (5,)),
 }
 _WAN = {
-    "base_dim": 4,
+    "base_dim": 16,
     "z_dim": 4,
     "dim_mult": [1, 1, 2, 2],
     "num_res_blocks": 1,
@@ -320,7 +320,7 @@ AUTOENCODERS: dict[str, Autoencoder] = {
     ),
     "AutoencoderKLAllegro": Autoencoder(
         "AutoencoderKLAllegro",
-        {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2},
+        {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2},
         (3, 8, 16),
         (4, 2, 2),
         8,

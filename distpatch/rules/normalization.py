@@ -11,28 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.collectives import memory_format
+from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
 from distpatch.rules.registry import R, along_rows, named, on_some_rows, op_name, rule, spread, wrap
 from distpatch.rules.statistics import Norm, normalize
-from distpatch.tensor import PatchTensor
+from distpatch.tensor import PatchTensor, whole
 from distpatch.tree import map_tensors
 
 
 def norm_rule(*funcs: Any) -> Callable[[R], R]:
-    """A rule for a sharded input and replicated parameters and statistics; anything else is gathered."""
+    """A rule for a sharded input and replicated parameters: sharded ones are gathered, statistics refused."""
 
     def register(handler: R) -> R:
         def checked(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-            others = (*args, *kwargs.values())
-            if not isinstance(input, PatchTensor) or any(isinstance(t, PatchTensor) for t in others):
-                return fallback(func, input, *args, **kwargs)
-            return handler(func, input, *args, **kwargs)
+            if any(isinstance(t, PatchTensor) for t in (*args, *kwargs.values())):
+                running = args[:2] if op_name(func) in {"batch_norm", "instance_norm"} else ()
+                running = (*running, *(kwargs.get(name) for name in ("running_mean", "running_var")))
+                if any(isinstance(t, PatchTensor) for t in running):
+                    raise UnsupportedOpError(f"{op_name(func)} takes replicated running statistics; given: {running}")
+                args, kwargs = map_tensors(whole, args), map_tensors(whole, kwargs)
+            rule = handler if isinstance(input, PatchTensor) else _plain
+            return rule(func, input, *args, **kwargs)
 
         rule(*funcs)(checked)
         return handler
 
     return register
+
+
+def _plain(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
 
 
 def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:

@@ -5,12 +5,16 @@ All heights on 2, 3 and 4 ranks: ``make autoencoders``. Here are the odd ones an
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from tests import oracle
-from tests.autoencoder_runs import compare
+from tests.autoencoder_runs import compare, is_accepted, result_of
 from tests.autoencoders import AUTOENCODERS, spatial_classes
+from tests.models import on_ranks
+from tests.threads import rank_outcomes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 CALLS = [(name, call) for name, entry in AUTOENCODERS.items() for call in entry.calls]
@@ -31,7 +35,28 @@ def test_no_class_is_forgotten() -> None:
 
 @pytest.mark.parametrize(("name", "call"), CALLS)
 def test_as_on_one_device(name: str, call: str) -> None:
-    result = compare(name, [(call, rows) for rows in heights(name, call)], world=2 if call == "forward" else 3)
+    cases = [(call, rows) for rows in heights(name, call)]
+    result = compare(name, cases[:1], world=2) if call == "forward" else compare(name, cases, world=3)
     assert result.fallbacks == 0
     assert result.error <= TOLERANCE[AUTOENCODERS[name].dtype]
     oracle.compared += result.runs
+
+
+REFUSED = [
+    ("AutoencoderKL", "encode", 5, "conv2d: an input of shape .* is smaller than the kernel"),
+    ("AutoencoderDC", "encode", 5, "pixel_unshuffle makes one of each 2"),
+    ("AutoencoderKLHunyuanVideo15", "encode", 6, "is invalid for input of size"),
+    ("AutoencoderKLCosmos", "encode", 28, "broadcast"),
+    ("AutoencoderKLLTX2Video", "decode", 1, "pad of .* rows in mode 'reflect' is too large for 1 rows"),
+    ("AutoencoderKLWan 2.2", "encode", 17, "must be divisible by patch_size"),
+]
+
+
+@pytest.mark.parametrize(("name", "call", "rows", "message"), REFUSED)
+def test_heights_that_the_model_refuses(name: str, call: str, rows: int, message: str) -> None:
+    """The same error on every rank, at once."""
+    assert not is_accepted(name, call, rows)
+    model = AUTOENCODERS[name].build()
+    for error in rank_outcomes(3, on_ranks(model, lambda converted, rank: result_of(converted, name, call, rows))):
+        assert isinstance(error, (RuntimeError, ValueError))
+        assert re.search(message, str(error)), error

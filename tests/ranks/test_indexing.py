@@ -257,8 +257,8 @@ WRITTEN = {
     "filled between, plain": case(
         filled(((..., slice(1, -1), slice(None)), lambda x: x), make=lambda x: torch.ones(2, 3, x.shape[2] + 2, 5).double()), X
     ),
-    "filled under a view": case(filled_under_a_view, X, fallback="__setitem__"),
-    "filled, memory of numpy": case(filled_numpy, X, fallback="__setitem__"),
+    "filled under a view": case(filled_under_a_view, X),
+    "filled, memory of numpy": case(filled_numpy, X),
     "increased": case(increased, X, heights=(7, 2), fallback="__getitem__"),
     "changed views": case(changed_views, X, heights=(7, 2)),
     "moved view": case(moved_view, X, heights=(8, 4, 2)),
