@@ -124,7 +124,13 @@ def convert(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @rule(torch.Tensor.is_contiguous)
 def is_contiguous(func: Any, x: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
-    return memory_of(x).is_contiguous(memory_format=memory_format)
+    """The rows of a contiguous tensor are a slice of it, which has gaps, or were made for themselves."""
+    if not memory_of(x).is_contiguous(memory_format=memory_format):
+        return False
+    if x.local.is_contiguous(memory_format=memory_format):
+        return True
+    strides = torch.empty(x.shape, device="meta").to(memory_format=memory_format).stride()
+    return all(n == 1 or own == step for n, own, step in zip(x.shape, x.local.stride(), strides))
 
 
 @rule(*named("contiguous"))
