@@ -49,6 +49,13 @@ class _Conversion:
     before: dict[str, Any] = field(default_factory=dict)
     thread: _Thread = field(default_factory=_Thread)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DistPatchError(
+            "a converted model can be neither copied (copy.deepcopy) nor pickled: its entry points are tied to this "
+            "model and its group. Copy it before it is converted, or after distpatch.restore_model; its state dict "
+            "can be saved at any time."
+        )
+
 
 def convert_model(
     model: M,
@@ -88,10 +95,10 @@ def convert_model(
     wrappers = {
         name: _entry(getattr(model, name), name, state) for name in ENTRY_POINTS if callable(getattr(model, name, None))
     }
+    model.__dict__[_STATE] = state
     for name, wrapper in wrappers.items():
         state.before[name] = model.__dict__.get(name, _ABSENT)
         model.__dict__[name] = wrapper
-    model.__dict__[_STATE] = state
     return model
 
 

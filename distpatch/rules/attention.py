@@ -17,7 +17,7 @@ from distpatch.rules.contraction import contract
 from distpatch.rules.fallback import fallback
 from distpatch.rules.matmul import batched
 from distpatch.rules.reduction import autocast, precise
-from distpatch.rules.registry import everything, needs_grad, on_some_rows, redistribute, rule, spread, wrap
+from distpatch.rules.registry import check_group, everything, needs_grad, on_some_rows, redistribute, rule, spread, wrap
 from distpatch.stencil import ceil_div
 from distpatch.tensor import PatchTensor, whole
 
@@ -213,6 +213,8 @@ def _all_keys(key: Tensor, value: Tensor, lead: PatchTensor, func: Any) -> tuple
     ):
         key, value = (everything(t, func) if isinstance(t, PatchTensor) else spread(t, lead) for t in (key, value))
         return key, value
+    check_group(key, lead, func)
+    check_group(value, lead, func)
     value = redistribute(value, key.rows, func)
     both = everything(wrap(torch.cat([key.local, value.local], -1), key), func)
     return both.narrow(-1, 0, key.shape[-1]), both.narrow(-1, key.shape[-1], value.shape[-1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distpatch import collectives
-from distpatch.rules.registry import everything, redistribute, spread, sum_ranks, wrap
+from distpatch.rules.registry import check_group, everything, redistribute, spread, sum_ranks, wrap
 from distpatch.tensor import PatchTensor, whole
 
 Labels = Sequence[Hashable]
@@ -30,6 +30,8 @@ def contract(
     lead, label = found
 
     def to_rows(tensor: Tensor, own: Labels) -> Tensor:
+        if isinstance(tensor, PatchTensor):
+            check_group(tensor, lead, func)
         at = own.index(label) if label in own else None
         if at is None or tensor.shape[at] != lead.rows.size:
             return everything(tensor, func) if isinstance(tensor, PatchTensor) else spread(tensor, lead)

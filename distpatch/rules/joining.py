@@ -18,7 +18,18 @@ from torch import Tensor
 from distpatch.collectives import memory_format
 from distpatch.layout import Bounds, RowLayout, even_bounds, padded
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import fetch, named, normalize_dims, op_name, placed, redistribute, rule, spread, wrap
+from distpatch.rules.registry import (
+    check_group,
+    fetch,
+    named,
+    normalize_dims,
+    op_name,
+    placed,
+    redistribute,
+    rule,
+    spread,
+    wrap,
+)
 from distpatch.rules.reshape import sizes_of
 from distpatch.tensor import PatchTensor
 
@@ -41,11 +52,10 @@ def assembled(
     for index, tensor in enumerate(tensors):
         needs = padded([[(a, b) for k, a, b in share if k == index] for share in shares])
         if isinstance(tensor, PatchTensor):
-            if tensor.rows.dim != dim:
-                layout = RowLayout(dim, even_bounds(tensor.shape[dim], comm.size))
-                pieces.append(iter(fetch(redistribute(tensor, layout, func), needs, func)))
-            else:
-                pieces.append(iter(fetch(tensor, needs, func)))
+            check_group(tensor, lead, func)
+            turned = tensor.rows.dim != dim
+            layout = RowLayout(dim, even_bounds(tensor.shape[dim], comm.size)) if turned else tensor.rows
+            pieces.append(iter(fetch(redistribute(tensor, layout, func), needs, func)))
         else:
             plain = spread(tensor, lead)
             pieces.append(iter([plain.narrow(dim, a, b - a) for a, b in needs[comm.rank]]))
@@ -101,6 +111,7 @@ def _rows_like(tensor: Tensor, lead: PatchTensor, func: Any) -> Tensor:
             f"{op_name(func)}: sizes of tensors must match, got {tuple(tensor.shape)} beside {tuple(lead.shape)}"
         )
     if isinstance(tensor, PatchTensor):
+        check_group(tensor, lead, func)
         return redistribute(tensor, lead.rows, func).local
     lo, hi = lead.rows.interval(lead.region.comm.rank)
     return spread(tensor, lead).narrow(lead.rows.dim, lo, hi - lo)

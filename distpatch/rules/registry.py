@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch import collectives
+from distpatch.errors import LayoutError
 from distpatch.exchange import fetch_rows
 from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_stencil
 from distpatch.patch_conv import Slab
@@ -264,11 +265,21 @@ def rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
     return spread(whole(tensor), lead)
 
 
+def check_group(tensor: PatchTensor, lead: PatchTensor, func: Any) -> None:
+    """Two tensors that meet are sharded over the same ranks."""
+    if tensor.region is not lead.region and tensor.region.comm is not lead.region.comm:
+        raise LayoutError(
+            f"{op_name(func)}: {tensor!r} and {lead!r} are sharded over different groups. Gather one of them "
+            "(distpatch.gather) and shard it over the other's group."
+        )
+
+
 def own_rows(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
     """This rank's rows of an operand as tall as the lead: sliced where it is plain, else redistributed."""
     if tensor.ndim < -dim or tensor.shape[dim] != lead.rows.size:
         raise RuntimeError(f"{op_name(func)}: a tensor of shape {tuple(tensor.shape)} does not fit {tuple(lead.shape)}")
     if isinstance(tensor, PatchTensor):
+        check_group(tensor, lead, func)
         return redistribute(tensor, lead.rows.with_dim(tensor.ndim + dim), func).local
     lo, hi = lead.rows.interval(lead.region.comm.rank)
     return spread(tensor, lead).narrow(dim, lo, hi - lo)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import distpatch
-from distpatch import LayoutError
+from distpatch import DistPatchError, LayoutError
 from tests.models import on_ranks, tiny_kl
 from tests.oracle import assert_same, random_tensor
 from tests.threads import run_ranks
@@ -158,6 +160,16 @@ class Nested(nn.Module):
         latents = self.encode(batch["image"])["latents"]
         image, note = self.decode(latents, scale=2.0)
         return [image, note, batch["label"], sharded, isinstance(image, distpatch.PatchTensor)]
+
+
+def test_copies_and_pickles_of_a_converted_model_are_refused() -> None:
+    model = distpatch.convert_model(tiny_kl(channels=SMALL), splits=2)
+    for attempt in (copy.deepcopy, pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
+        with pytest.raises(DistPatchError, match="can be neither copied"):
+            attempt(model)
+    torch.save(model.state_dict(), io.BytesIO())
+    copied = copy.deepcopy(distpatch.restore_model(model))
+    assert_same(decoded(copied), decoded(model), 0.0, "copied")
 
 
 def test_tiling_is_refused() -> None:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 import distpatch
@@ -15,6 +16,30 @@ from tests.oracle import H, case, random_tensor
 from tests.threads import run_ranks
 
 X = random_tensor((2, 3, 7, 5))
+
+
+def test_tensors_of_different_groups_do_not_meet() -> None:
+    """Also where the bounds are the same: the ranks of the other group stand in another order."""
+
+    def body(rank: int) -> None:
+        turned = dist.new_group([1, 0], sort_ranks=False)
+        x = random_tensor((2, 3, 6, 5))
+        one, other = distpatch.shard(x, dist.group.WORLD), distpatch.shard(x, turned)
+        for meet in (
+            lambda: one + other,
+            lambda: one.add_(other),
+            lambda: torch.where(one > 0, one, other),
+            lambda: torch.cat([one, other], 1),
+            lambda: torch.cat([one, other], 2),
+            lambda: one @ other.mT,
+            lambda: torch.einsum("bchw,bchv->bwv", one, other),
+            lambda: F.scaled_dot_product_attention(one, other, other),
+        ):
+            with pytest.raises(LayoutError, match="different groups"):
+                meet()
+        assert torch.equal(distpatch.gather(one), distpatch.gather(other))
+
+    run_ranks(2, body)
 
 
 def test_what_it_says_of_itself() -> None:
