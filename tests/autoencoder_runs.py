@@ -23,18 +23,19 @@ Runs = dict[tuple[str, int], list[Tensor]]  # results by call and height
 class OwnProcess(TorchFunctionMode):
     """What a thread lacks that a process has: a random generator of its own, for noise that models inject.
 
-    It also keeps in fp64 what a model casts to fp32 whatever its dtype, so that no difference can hide in it.
+    ``precise``: what a model of fp64 casts to fp32 is kept in fp64, so that no difference can hide in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, precise: bool) -> None:
         super().__init__()
+        self.precise = precise
         self.generator = torch.Generator().manual_seed(11)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in {torch.randn, torch.rand} and kwargs.get("generator") is None:
             kwargs = {**kwargs, "generator": self.generator}
-        if func in {torch.Tensor.float, torch.Tensor.to} and args[0].dtype == torch.float64:
+        if self.precise and func in {torch.Tensor.float, torch.Tensor.to} and args[0].dtype == torch.float64:
             asked = [*args[1:], *kwargs.values()]
             if func is torch.Tensor.float or any(a is torch.float32 for a in asked):
                 return args[0]
@@ -43,7 +44,7 @@ class OwnProcess(TorchFunctionMode):
 
 def result_of(model: nn.Module, name: str, call: str, rows: int, dtype: torch.dtype | None = None) -> list[Tensor]:
     entry = AUTOENCODERS[name]
-    with torch.no_grad(), OwnProcess():
+    with torch.no_grad(), OwnProcess(precise=(dtype or entry.dtype) == torch.float64):
         return list(tensors_in(entry.calls[call](model, entry.input(call, rows, dtype))))
 
 

@@ -167,8 +167,8 @@ AUTOENCODERS: dict[str, Autoencoder] = {
     "AutoencoderKLTemporalDecoder": Autoencoder(
         "AutoencoderKLTemporalDecoder",
         {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2},
-        (3, 6),
-        (4, 3),
+        (3, 16),
+        (4, 8),
         2,
         calls={
             "encode": _encode,
@@ -291,8 +291,8 @@ AUTOENCODERS: dict[str, Autoencoder] = {
             "spatial_compression_ratio": 4,
             "sample_size": 16,
         },
-        (3, 8),
-        (4, 2),
+        (3, 32),
+        (4, 8),
         4,
     ),
     "AutoencoderKLHunyuanImageRefiner": Autoencoder(
@@ -303,12 +303,12 @@ AUTOENCODERS: dict[str, Autoencoder] = {
         "AutoencoderKLHunyuanVideo",
         {
             "latent_channels": 4,
-            "block_out_channels": (4, 4, 8, 8),
+            "block_out_channels": (8, 8, 8, 8),
             "layers_per_block": 1,
             "norm_num_groups": 2,
         },
-        (3, 5, 16),
-        (4, 2, 2),
+        (3, 5, 32),
+        (4, 2, 4),
         8,
     ),
     "AutoencoderKLCogVideoX": Autoencoder(
