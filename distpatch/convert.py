@@ -46,6 +46,7 @@ class _Conversion:
     region: Region
     dim: int
     output: str
+    tiled: bool = False
     before: dict[str, Any] = field(default_factory=dict)
     thread: _Thread = field(default_factory=_Thread)
 
@@ -66,6 +67,7 @@ def convert_model(
     dim: int = -2,
     output: str = "gather",
     fallback: str = "warn",
+    tiled: bool = False,
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -78,7 +80,8 @@ def convert_model(
     each rank's rows are convolved in, one after the other (``sequential``) or folded into the batch;
     "auto" chooses. ``output``: "gather" (plain, on every rank), "shard" (a PatchTensor) or "rank0" (plain
     on the group's rank 0, None elsewhere). ``fallback``: what an operation without a sharded rule does:
-    "warn" (gather, and say so once), "allow" or "error".
+    "warn" (gather, and say so once), "allow" or "error". ``tiled``: allow a model that is set to work in tiles
+    (``use_tiling``): each tile is then cut out of the sharded image, as on one device, with its seams.
 
     The converted model, or an entry point of it, can be compiled with ``torch.compile(..., fullgraph=True)``;
     each shape of the arguments has a graph of its own, in which the ranks meet as in a plain call.
@@ -87,11 +90,13 @@ def convert_model(
     is missing, is no member, or has other weights or options, ``ValueError`` for an option out of range.
     """
     _check_options(model, splits, dim, output, fallback)
+    if problem := _tiles(model, tiled):
+        raise LayoutError(problem)
     comm = communicator(group)
     if comm.size > 1 and not isinstance(comm, Pretended):
         comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
     region = Region(comm, splits, sequential, fallback, buffers=frozenset(map(id, model.buffers())))
-    state = _Conversion(region, dim, output)
+    state = _Conversion(region, dim, output, tiled)
     wrappers = {
         name: _entry(getattr(model, name), name, state) for name in ENTRY_POINTS if callable(getattr(model, name, None))
     }
@@ -125,8 +130,6 @@ def _check_options(model: nn.Module, splits: int | str, dim: int, output: str, f
         raise ValueError(f'splits is a number of at least 1, or "auto"; got {splits!r}')
     if not isinstance(dim, int):
         raise ValueError(f"dim is a number, got {dim!r}")
-    if problem := _tiled(model):
-        raise LayoutError(problem)
     for name, value, choices in (
         ("output", output, ("gather", "shard", "rank0")),
         ("fallback", fallback, ("warn", "allow", "error")),
@@ -135,13 +138,14 @@ def _check_options(model: nn.Module, splits: int | str, dim: int, output: str, f
             raise ValueError(f"{name} is one of {choices}; got {value!r}")
 
 
-def _tiled(model: Any) -> str | None:
-    """Why a model that is set to cut its input into tiles cannot be sharded, or None."""
-    if not getattr(model, "use_tiling", False):
+def _tiles(model: Any, allowed: bool) -> str | None:
+    """Why a model that is set to cut its input into tiles is not sharded, or None."""
+    if allowed or not getattr(model, "use_tiling", False):
         return None
     return (
-        f"{type(model).__name__} is set to work in tiles, which are not exact and would each be sharded on their "
-        "own. The ranks share the memory in place of tiles: call disable_tiling() on the model."
+        f"{type(model).__name__} is set to work in tiles, which are not exact, and of which only some ranks would have "
+        "rows. The ranks take the place of tiles: call disable_tiling() on the model, or pass tiled=True where it "
+        "cannot do without them."
     )
 
 
@@ -190,7 +194,7 @@ def _compiled(call: Callable[..., Any], name: str, state: _Conversion, args: Any
     region = state.region
     model = getattr(call, "__self__", None)
     what = f"{type(model).__name__}.{name}"
-    problem = _tiled(model) or _problem(what, args, kwargs, state)
+    problem = _tiles(model, state.tiled) or _problem(what, args, kwargs, state)
     if problem:
         raise LayoutError(problem)
     meet(region.comm.name, what, _signature(args, kwargs))
@@ -205,7 +209,7 @@ def _compiled(call: Callable[..., Any], name: str, state: _Conversion, args: Any
 def _inside(state: _Conversion, model: Any, what: str, args: Any, kwargs: Any) -> Iterator[None]:
     """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait."""
     comm = state.region.comm
-    problem = _tiled(model) or _problem(what, args, kwargs, state)
+    problem = _tiles(model, state.tiled) or _problem(what, args, kwargs, state)
     comm.enter(what, problem or _signature(args, kwargs))
     if problem:
         raise LayoutError(problem)

@@ -88,7 +88,9 @@ def compare(
     expected = run_all(copy.deepcopy(model), name, cases, dtype)
 
     def body(rank: int) -> tuple[Runs, int]:
-        converted = distpatch.convert_model(copy.deepcopy(model), dist.group.WORLD, fallback="error")
+        converted = distpatch.convert_model(
+            copy.deepcopy(model), dist.group.WORLD, fallback="error", tiled=getattr(model, "use_tiling", False)
+        )
         with distpatch.trace() as t:
             return run_all(converted, name, cases, dtype), len(t.fallbacks)
 

@@ -183,6 +183,8 @@ def test_tiling_is_refused() -> None:
     model.enable_tiling()
     with pytest.raises(LayoutError, match="tiles"):
         decoded(model)
+    distpatch.convert_model(distpatch.restore_model(model), splits=2, tiled=True)
+    decoded(model)
 
 
 def test_nested_calls_and_containers() -> None:
