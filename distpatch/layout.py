@@ -49,6 +49,11 @@ class RowLayout:
     def world_size(self) -> int:
         return len(self.bounds) - 1
 
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """How many rows each rank owns."""
+        return tuple(hi - lo for lo, hi in pairwise(self.bounds))
+
     def interval(self, rank: int) -> Interval:
         return self.bounds[rank], self.bounds[rank + 1]
 
@@ -94,6 +99,10 @@ class BlockLayout(RowLayout):
     @property
     def world_size(self) -> int:
         return len(self.inner) - 1
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        return tuple(self.blocks * (hi - lo) for lo, hi in pairwise(self.inner))
 
     @property
     def opened(self) -> RowLayout:

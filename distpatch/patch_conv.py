@@ -120,7 +120,7 @@ def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> 
 def _copied(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:
     """Own rows and halo put together, which is a copy: of a part at a time, where there are many."""
     own = slab.own[2]
-    parts = 1 if torch.is_grad_enabled() else ceil_div(own.numel() * own.element_size(), PATCH_BYTES)
+    parts = 1 if _is_recorded() else ceil_div(own.numel() * own.element_size(), PATCH_BYTES)
     patch_rows = ceil_div(hi - lo, min(max(parts, 1), MOST_PARTS))
     return in_patches(lambda a, b: conv(slab.rows(*stencil.need(a, b)), 0), (lo, hi), patch_rows, slab.dim)
 
@@ -149,6 +149,11 @@ def _collect(results: Iterable[Tensor], dim: int, lo: int, hi: int, patch_rows: 
     return whole
 
 
+def _is_recorded() -> bool:
+    """Whether each patch is kept, for a backward pass or in a compiled graph."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def choose_patch_rows(splits: int | str, rows: int, local: Tensor, weight: Tensor, out_numel: int) -> int:
     """Output rows a patch: what ``splits`` asks for, and never more elements than kernels can index.
 
@@ -159,7 +164,7 @@ def choose_patch_rows(splits: int | str, rows: int, local: Tensor, weight: Tenso
     fewest = ceil_div(largest, INDEX_LIMIT - 1) if largest else 1
     if isinstance(splits, int):
         fewest = max(fewest, splits)
-    elif local.device.type == "cpu" and local.is_contiguous() and not torch.is_grad_enabled():
+    elif local.device.type == "cpu" and local.is_contiguous() and not _is_recorded():
         size = local.element_size()
         patch = max(PATCH_BYTES, PATCH_PER_WEIGHT * weight.numel() * size)
         patches = size * (local.numel() + out_numel) // patch

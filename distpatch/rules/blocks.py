@@ -38,6 +38,7 @@ ANY_ORDER = set(
         *"matmul bmm __matmul__ embedding requires_grad_ retain_grad register_hook backward new_zeros".split(),
         *"new_ones new_empty new_full new_tensor scaled_dot_product_attention __hash__ __len__ __repr__".split(),
         *"element_size get_device ndimension is_signed result_type glu normalize".split(),
+        *"group_norm batch_norm instance_norm".split(),
     )
 )
 

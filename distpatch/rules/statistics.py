@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.collectives import memory_format, merge_moments, spread, stack_ranks, sum_partials
 from distpatch.layout import RowLayout
@@ -35,9 +35,10 @@ def moments(local: Tensor, dims: tuple[int, ...], along: int, exact: bool = Fals
     rows_bytes = local.numel() // max(local.shape[along], 1) * local.element_size()
     chunk_bytes = CHUNK_BYTES.get(local.device.type, CHUNK_BYTES_ELSEWHERE)
     grads = needs_grad(local)
-    chunk_rows = local.shape[along] if grads else chunk_bytes // max(rows_bytes, 1)
+    whole = grads or torch.compiler.is_compiling()  # a compiler makes its own chunks
+    chunks = local.split(local.shape[along] if whole else max(chunk_bytes // max(rows_bytes, 1), 1), along)
     counts, means, m2s = [], [], []
-    for chunk in local.split(max(chunk_rows, 1), along):
+    for chunk in chunks[:1] if isinstance(local, FakeTensor) else chunks:  # of fake ones only the sizes are asked
         count = math.prod(chunk.shape[d] for d in dims)
         middle = chunk.detach().sum(dims, keepdim=True, dtype=precise) / max(count, 1)
         centred = chunk - middle
@@ -58,7 +59,7 @@ def merge_ranks(
     layout: RowLayout, a_row: int, mean: Tensor, m2: Tensor, name: str, op: str
 ) -> tuple[int, Tensor, Tensor]:
     """The moments of all ranks' rows, in one collective; each row has ``a_row`` samples."""
-    counts = [a_row * (hi - lo) for lo, hi in pairwise(layout.bounds)]
+    counts = [a_row * height for height in layout.heights]
     if len(counts) == 1:
         return counts[0], mean, m2
     ranks = stack_ranks(torch.stack([mean, m2]), name, op)

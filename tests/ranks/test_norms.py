@@ -102,7 +102,15 @@ def penalty(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def norm_of_frames(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """The tokens of all frames of a clip; the rows stay the rows."""
+    result = F.group_norm(x.flatten(2), 4, w, b).unflatten(2, x.shape[2:])
+    assert not isinstance(x, distpatch.PatchTensor) or x.shape[-2] == 1 or result.rows == x.rows
+    return result
+
+
 CASES = {
+    "group_norm of frames": case(norm_of_frames, (2, 8, 3, H, 5), (8,), (8,), p2p=0),
     "group_norm of torch": case(lambda x, w: torch.group_norm(x, 2, w), X, (8,), **FEW),
     "group_norm, weights alone": case(lambda x, w, b: F.group_norm(x.detach(), 4, w, b), X, (8,), (8,)),
     "group_norm of one pixel": case(lambda x: F.group_norm(x, 2), (2, 4, H, 1)),

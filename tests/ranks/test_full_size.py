@@ -1,0 +1,49 @@
+"""Autoencoders of their real size, on fake tensors: the same rules, no fallback, and a rank's share of the activations.
+
+Ranks that do not exist, one at an edge and one in the middle, are run on their own: what they would be sent has
+a known shape.
+"""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import distpatch
+from distpatch.group import Pretended
+from distpatch.memory import LivePeak
+
+# Default constructor arguments; latents of 720 × 1280 in 21 frames, 512² and 256² in 9, 2048², 1024².
+LATENTS = {
+    "AutoencoderKLWan": (1, 16, 6, 90, 160),
+    "AutoencoderKLHunyuanVideo": (1, 16, 3, 64, 64),
+    "AutoencoderKLCogVideoX": (1, 16, 3, 32, 32),
+    "AutoencoderDC": (1, 32, 64, 64),
+    "AutoencoderKLFlux2": (1, 32, 128, 128),
+}
+
+
+def peak_bytes(name: str, group: Pretended | None = None) -> int:
+    with FakeTensorMode(), torch.no_grad():
+        model = getattr(diffusers, name)().eval()
+        latents = torch.empty(LATENTS[name])
+        if group is not None:
+            distpatch.convert_model(model, group, output="shard", fallback="error")
+        with LivePeak() as live:
+            clip = model.decode(latents).sample
+        if group is not None:
+            assert isinstance(clip, distpatch.PatchTensor)
+            assert clip.local.numel() * group.size <= 1.2 * clip.numel()
+    return live.peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LATENTS)
+def test_share_of_a_rank(name: str) -> None:
+    alone = peak_bytes(name)
+    assert alone > 1 << 30  # it is the real size
+    for rank, size in ((0, 2), (3, 8)):
+        share = peak_bytes(name, Pretended(rank, size)) / alone
+        assert share <= 1.1 / size, f"{share * size:.3f} times an even share on rank {rank} of {size}"
