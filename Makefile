@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 CHAINS ?= 2000
+WORKERS ?= 2
 
 .PHONY: demo test fuzz lint bench coverage clean autoencoders
 
@@ -16,7 +17,7 @@ demo: $(VENV)/installed  ## encode and decode a photograph across two processes
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) torchrun_examples/decode_vae.py
 
 test: $(VENV)/installed  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 fuzz: $(VENV)/installed  ## random chains of operations, other ones each time (CHAINS=2000)
 	CHAINS=$(CHAINS) $(BIN)/python -m pytest -s --timeout 0 --hypothesis-profile fuzz tests/ranks/test_fuzz.py -k random_chain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -27,17 +28,37 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    from tests import chains, oracle
+    from tests import oracle
 
-    terminalreporter.write_line(f"oracle: {oracle.compared} sharded runs compared with the unsharded one")
+    found = _found()
+    terminalreporter.write_line(f"oracle: {found['compared']} sharded runs compared with the unsharded one")
     for header, lines in oracle.notes.items():
-        for line in (header, *lines):
+        for line in (header, *sorted(lines)):
             terminalreporter.write_line(line)
-    if chains.count.compared:
-        terminalreporter.write_line(f"random chains: {chains.count}")
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     from tests import threads
 
     threads.close_kept()
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput.update(_found())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker of pytest-xdist has counted is counted here."""
+    from tests import oracle
+
+    found = getattr(node, "workeroutput", {})
+    oracle.compared += found.get("compared", 0)
+    for header, lines in found.get("notes", {}).items():
+        oracle.notes.setdefault(header, []).extend(lines)
+
+
+def _found() -> dict[str, Any]:
+    from tests import chains, oracle
+
+    if chains.count.compared:
+        oracle.notes["random chains:"] = [str(chains.count)]
+    return {"compared": oracle.compared, "notes": oracle.notes}

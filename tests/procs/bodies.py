@@ -85,4 +85,5 @@ def dies_between_calls(rank: int, victim: int) -> str:
 
 
 def raises(rank: int) -> None:
+    dist.barrier()  # the other rank may still be connecting
     raise ValueError(f"rank {rank}")
