@@ -47,3 +47,25 @@ def test_share_of_a_rank(name: str) -> None:
     for rank, size in ((0, 2), (3, 8)):
         share = peak_bytes(name, Pretended(rank, size)) / alone
         assert share <= 1.1 / size, f"{share * size:.3f} times an even share on rank {rank} of {size}"
+
+
+@pytest.mark.slow
+def test_unet_of_sdxl() -> None:
+    """The U-Net of SDXL for a picture of 1024²: nothing is gathered but keys and values."""
+    with FakeTensorMode(), torch.no_grad():
+        unet = diffusers.UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        ).eval()
+        distpatch.convert_model(unet, Pretended(1, 4), output="shard", fallback="error")
+        added = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
+        out = unet(torch.empty(2, 4, 128, 128), 3, torch.empty(2, 77, 2048), added_cond_kwargs=added).sample
+        assert isinstance(out, distpatch.PatchTensor) and out.local.shape == (2, 4, 32, 128)

@@ -88,3 +88,43 @@ def test_memory_of_a_rank(world: int, most: float, tmp_path: Path) -> None:
     alone = write(model)
     for peak_bytes in run_ranks(world, on_ranks(model, write, output="shard")):
         assert peak_bytes <= most * alone, f"{peak_bytes / alone:.3f} of one device"
+
+
+class Remembers(nn.Module):
+    """Joins each clip to the last frame of the one before, as causal convolutions with a cache do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, 3, (2, 3, 3), padding=(0, 1, 1)).double()
+        self.cache: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = x if self.cache is None else torch.cat([self.cache, x], 2)
+        self.cache = x[:, :, -1:].clone()
+        return self.conv(joined)
+
+
+def test_a_cache_from_another_layout() -> None:
+    """Of other bounds: redistributed. Of another height, or another group: an error that says so, on every rank."""
+    model, first, second = Remembers(), random_tensor((1, 2, 3, 8, 5)), random_tensor((1, 2, 2, 8, 5), seed=1)
+    alone = copy.deepcopy(model)
+    with torch.no_grad():
+        alone(first)
+        expected = alone(second)
+
+    @torch.no_grad()
+    def body(model: Any, rank: int) -> None:
+        group = dist.group.WORLD
+        model(distpatch.shard(first, group, bounds=(0, 7, 8)))
+        assert_same(model(second), expected, 1e-12, "other bounds")
+        with pytest.raises(RuntimeError, match=r"sizes of tensors must match, got \(1, 2, 2, 6, 5\)"):
+            model(second[..., :6, :])
+        turned = distpatch.shard(first, dist.new_group([1, 0], sort_ranks=False))
+        model.cache = turned[:, :, -1:]
+        with pytest.raises(distpatch.LayoutError, match="different groups"):
+            model(second)
+        model.cache = None
+        model(first)
+        assert_same(model(second), expected, 1e-12, "afterwards")
+
+    run_ranks(2, on_ranks(model, body))
