@@ -12,7 +12,6 @@ cotangent. Rows of a shard are one rank's own. So, forward and backward:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch._library.effects import EffectType
 
 from distpatch.exchange import fetch_rows
+from distpatch.formats import in_memory_order, memory_format
 from distpatch.group import Communicator, attempt, communicator_of
 from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
 
@@ -303,35 +303,3 @@ def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int,
     union = middle + ((mean - middle) * (weight / max(total, 1))).sum(0)
     spread_between = ((mean - union).square() * weight).sum(0)
     return total, union, m2.sum(0) + spread_between
-
-
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """``channels_last`` (2-D or 3-D) where torch's kernels see it (``suggest_memory_format``), else contiguous.
-
-    By strides alone: of one row, or none, the sizes do not tell, and all ranks must agree. A model that runs in
-    another format than on one device has another speed and other rounding.
-    """
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    strides = tensor.stride()
-    if last is None or not 0 < strides[1] <= (strides[-1] or strides[1]):
-        return torch.contiguous_format
-    least, empty = strides[1] * tensor.shape[1], tensor.numel() == 0
-    for d in (*range(tensor.ndim - 1, 1, -1), 0):  # torch gives some dims of an empty tensor no stride
-        if (strides[d] < least and (strides[d] or not empty)) or (d == 0 and least == strides[1]):
-            return torch.contiguous_format
-        least = max(least, strides[d] * tensor.shape[d])
-    return last
-
-
-def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """The dims as they stand in memory, innermost first."""
-    if memory_format(tensor) is not torch.contiguous_format:
-        return (1, *range(tensor.ndim - 1, 1, -1), 0)
-    return tuple(sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d) or math.inf, -d)))
-
-
-def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """The same tensor, dense, its dims in memory in this order, innermost first."""
-    # No view: autograd lets nobody write to one that was made in a function of its own.
-    dense = torch.empty_permuted(tensor.shape, tuple(order)[::-1], dtype=tensor.dtype, device=tensor.device)
-    return dense.copy_(tensor)

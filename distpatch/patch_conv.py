@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from distpatch.collectives import memory_format
+from distpatch.formats import memory_format
 from distpatch.stencil import Interval, WindowStencil, ceil_div
 
 # A CPU convolves a large contiguous tensor faster in patches that stay in its cache, as long as the

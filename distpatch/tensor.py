@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch import collectives
+from distpatch import collectives, formats
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
@@ -237,7 +237,7 @@ def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     comm = region.comm
     result = PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
     if has_tiny_shards(layout) and not torch.compiler.is_compiling():
-        result.order = collectives.memory_order(tensor)
+        result.order = formats.memory_order(tensor)
     return result
 
 

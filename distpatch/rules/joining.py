@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.collectives import memory_format
+from distpatch.formats import memory_format
 from distpatch.layout import Bounds, RowLayout, even_bounds, padded
 from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import (

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.collectives import memory_order
 from distpatch.errors import UnsupportedOpError
+from distpatch.formats import memory_order
 from distpatch.rules.registry import named, op_name, own_rows, rule, wrap
 from distpatch.rules.views import copied, is_sure, memory_of
 from distpatch.tensor import PatchTensor, whole

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.collectives import memory_format
 from distpatch.errors import UnsupportedOpError
+from distpatch.formats import memory_format
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
 from distpatch.rules.registry import R, along_rows, named, on_some_rows, op_name, rule, spread, wrap

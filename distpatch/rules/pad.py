@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.collectives import memory_format
 from distpatch.errors import LayoutError
+from distpatch.formats import memory_format
 from distpatch.layout import EMPTY, RowLayout
 from distpatch.rules.registry import crop, fetch, named, rule, wrap
 from distpatch.stencil import Interval

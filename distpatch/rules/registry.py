@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch import collectives
+from distpatch import collectives, formats
 from distpatch.errors import LayoutError
 from distpatch.exchange import fetch_rows
 from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_stencil
@@ -221,7 +221,7 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
 
 def placed(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """Rows that came from elsewhere, in memory as those of ``x``."""
-    result = wrap(collectives.in_memory_order(local, x.order or collectives.memory_order(x.local)), x, layout)
+    result = wrap(formats.in_memory_order(local, x.order or formats.memory_order(x.local)), x, layout)
     if x.order is not None:
         result.order = x.order
     return result

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.collectives import memory_format
+from distpatch.formats import memory_format
 from distpatch.rules.registry import over_rows
 from distpatch.stencil import AreaStencil, FilterStencil, float32
 from distpatch.tensor import PatchTensor

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.collectives import memory_order
+from distpatch.formats import memory_order
 from distpatch.layout import RowLayout, even_bounds, has_tiny_shards
 from distpatch.rules.fallback import fallback
 from distpatch.rules.joining import assembled

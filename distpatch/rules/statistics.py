@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from distpatch.collectives import memory_format, merge_moments, spread, stack_ranks, sum_partials
+from distpatch.collectives import merge_moments, spread, stack_ranks, sum_partials
+from distpatch.formats import memory_format
 from distpatch.layout import RowLayout
 from distpatch.rules.registry import needs_grad
 
