@@ -130,6 +130,10 @@ def memory_of(x: PatchTensor) -> Tensor:
         for d in outer:
             strides[d] = strides[d] // size * (size * x.cut + 1)
         strides[row] *= x.cut
+    for d in range(x.ndim):
+        if d != row and x.shape[d] > 1 and x.local.stride(d) == 0:  # expanded
+            strides = [step // x.shape[d] if step > strides[d] else step for step in strides]
+            strides[d] = 0
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta")
 
 

@@ -170,6 +170,11 @@ CASES = {
         (Input((8, 6, 1, 8), 3, (0, 8), last=True),),
         ("x = F.pad(x, (1, -1, -1, 2), 'replicate')", "x = x.clone(); x.flatten().mul_(-1.5)"),
     ),
+    "written to what was expanded, one row a rank": Chain(
+        3,
+        (Input((1, 6, 1), 1, (0, 4, 5, 6)), Input((2, 2, 6, 1))),
+        ("x = x * 1; y = x.expand_as(t1).reshape(-1); y.add_(y.mean()); z = y",),
+    ),
 }
 
 
