@@ -12,10 +12,10 @@ from torch import Tensor
 from distpatch.errors import LayoutError
 from distpatch.layout import RowLayout, plan_stencil
 from distpatch.patch_conv import choose_patch_rows, convolve
-from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import along_rows, halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
 from distpatch.stencil import WindowStencil
 from distpatch.tensor import PatchTensor, whole
+from distpatch.tree import map_tensors
 
 Sizes = int | Sequence[int]
 
@@ -32,9 +32,9 @@ def convolution(
     groups: int = 1,
 ) -> Any:
     spatial = weight.ndim - 2
-    weight = whole(weight)  # a model may make one of what it is given: x.new_ones(1, 1, 3, 3)
+    weight, bias = map_tensors(whole, (weight, bias))  # a model may make one of an image: x.new_ones(1, 1, 3, 3)
     if not isinstance(input, PatchTensor):
-        return fallback(func, input, weight, bias, stride, padding, dilation, groups)
+        return func(input, weight, bias, stride, padding, dilation, groups)
     if input.ndim == spatial + 1:  # unbatched
         batch = cast(PatchTensor, input.unsqueeze(0))
         return convolution(func, batch, weight, bias, stride, padding, dilation, groups).squeeze(0)

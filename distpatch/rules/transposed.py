@@ -12,10 +12,10 @@ from torch import Tensor
 from distpatch.errors import LayoutError
 from distpatch.layout import RowLayout, plan_stencil
 from distpatch.patch_conv import Slab, choose_patch_rows, in_patches
-from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import along_rows, halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
 from distpatch.stencil import TransposedStencil
 from distpatch.tensor import PatchTensor, whole
+from distpatch.tree import map_tensors
 
 Sizes = int | Sequence[int]
 Write = Callable[[Tensor, int, int], Tensor]  # (rows, rows to cut off at both ends, rows to add below)
@@ -35,9 +35,9 @@ def transposed_convolution(
 ) -> Any:
     how = (stride, padding, output_padding, groups, dilation)
     spatial = weight.ndim - 2
-    weight = whole(weight)
+    weight, bias = map_tensors(whole, (weight, bias))
     if not isinstance(input, PatchTensor):
-        return fallback(func, input, weight, bias, *how)
+        return func(input, weight, bias, *how)
     if input.ndim == spatial + 1:  # unbatched
         return transposed_convolution(func, cast(PatchTensor, input.unsqueeze(0)), weight, bias, *how).squeeze(0)
     input = along_rows(input, func)

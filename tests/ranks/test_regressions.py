@@ -175,6 +175,11 @@ CASES = {
         (Input((1, 6, 1), 1, (0, 4, 5, 6)), Input((2, 2, 6, 1))),
         ("x = x * 1; y = x.expand_as(t1).reshape(-1); y.add_(y.mean()); z = y",),
     ),
+    "a plain input, a sharded kernel": Chain(
+        2,
+        (Input((8, 4, 1), 1, (0, 0, 4)), Input((8, 1, 1), 2, (0, 1, 1)), Input((2, 1, 1), 0, (0, 1, 2)), Input((2,))),
+        ("x = torch.linalg.vector_norm(x, 3, (1, 2), True)", "x = F.conv1d(x, t2, t3, 1, (1,), (2,), 1)"),
+    ),
 }
 
 
