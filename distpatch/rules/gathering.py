@@ -29,19 +29,17 @@ def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out:
 def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False, out: Any = None) -> Any:
     """The index may have fewer rows than the input: it is then taken from the first of them."""
     at = dim % input.ndim
-    row = next(t for t in (index, input) if isinstance(t, PatchTensor)).rows.dim
-    if at == row and out is None and isinstance(input, PatchTensor) and not isinstance(index, PatchTensor):
-        return picked(input, index, func)
-    if at == row and out is None and not isinstance(input, PatchTensor) and isinstance(index, PatchTensor):
-        return wrap(func(spread(input, index), at, index.local), index)
-    if (
-        at == row
-        and isinstance(input, PatchTensor)
-        and isinstance(index, PatchTensor)
-        and input.rows.size
-        and out is None
-    ):
-        return _passed_by(func, input, index)
+    row = next(t for t in (input, index) if isinstance(t, PatchTensor)).rows.dim
+    if isinstance(index, PatchTensor) and index.rows.dim != row:
+        index = redistribute(index, RowLayout(row, even_bounds(index.shape[row], index.region.comm.size)), func)
+    if at == row and out is None:
+        if not isinstance(input, PatchTensor):
+            assert isinstance(index, PatchTensor)
+            return wrap(func(spread(input, index), at, index.local), index)
+        if not isinstance(index, PatchTensor):
+            return picked(input, index, func)
+        if input.rows.size:
+            return _passed_by(func, input, index)
     if at == row or out is not None or index.shape[row] > input.shape[row]:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
     input = slice_dim(input, row, slice(0, index.shape[row]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,20 +19,22 @@ from distpatch.rules.statistics import Norm, normalize
 from distpatch.tensor import PatchTensor, whole
 from distpatch.tree import map_tensors
 
+_RUNNING = ("running_mean", "running_var")
+
 
 def norm_rule(*funcs: Any) -> Callable[[R], R]:
-    """A rule for a sharded input and replicated parameters: sharded ones are gathered, statistics refused."""
+    """A rule for a sharded input. Sharded parameters are gathered; running statistics stay, as they are written to."""
 
     def register(handler: R) -> R:
         def checked(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(t, PatchTensor) for t in (*args, *kwargs.values())):
-                running = args[:2] if op_name(func) in {"batch_norm", "instance_norm"} else ()
-                running = (*running, *(kwargs.get(name) for name in ("running_mean", "running_var")))
-                if any(isinstance(t, PatchTensor) for t in running):
-                    raise UnsupportedOpError(f"{op_name(func)} takes replicated running statistics; given: {running}")
-                args, kwargs = map_tensors(whole, args), map_tensors(whole, kwargs)
-            rule = handler if isinstance(input, PatchTensor) else _plain
-            return rule(func, input, *args, **kwargs)
+            first = 2 if op_name(func) in {"batch_norm", "instance_norm"} else 0
+            running = [*args[:first], *(kwargs.get(name) for name in _RUNNING)]
+            args = (*args[:first], *map_tensors(whole, args[first:]))
+            kwargs = {key: value if key in _RUNNING else map_tensors(whole, value) for key, value in kwargs.items()}
+            if isinstance(input, PatchTensor):
+                return handler(func, input, *args, **kwargs)
+            _refuse_sharded(func, running)
+            return func(input, *args, **kwargs)
 
         rule(*funcs)(checked)
         return handler
@@ -40,13 +42,16 @@ def norm_rule(*funcs: Any) -> Callable[[R], R]:
     return register
 
 
-def _plain(func: Any, *args: Any, **kwargs: Any) -> Any:
-    return func(*args, **kwargs)
+def _refuse_sharded(func: Any, running: Sequence[Tensor | None]) -> None:
+    if any(isinstance(t, PatchTensor) for t in running):
+        raise UnsupportedOpError(
+            f"{op_name(func)} would write to gathered copies of the running statistics {running}: gather them first"
+        )
 
 
 def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """Where no statistic crosses rows: on the local ones, with the other tensors replicated."""
-    args, kwargs = map_tensors(lambda t: spread(t, input), (args, kwargs))
+    args, kwargs = map_tensors(lambda t: spread(whole(t), input), (args, kwargs))
     return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, input.rows.dim), input)
 
 
@@ -99,6 +104,7 @@ def batch_norm(
 ) -> Any:
     input = along_rows(input, func)
     if input.rows.dim == 1:
+        _refuse_sharded(func, (running_mean, running_var))
         return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         return _fixed(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
@@ -125,6 +131,7 @@ def instance_norm(
     input = along_rows(input, func)
     stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
+        _refuse_sharded(func, (running_mean, running_var))
         return fallback(func, input, *stats)
     if not use_input_stats or input.rows.dim == 0:
         return _fixed(func, input, *stats)

@@ -325,7 +325,7 @@ def test_writes_that_no_name_tells_of_are_refused(inference: bool) -> None:
             with pytest.raises(UnsupportedOpError, match="embedding would write"):
                 F.embedding(torch.tensor([1, 2]), table, max_norm=0.1)
             with pytest.raises(UnsupportedOpError, match="running"):
-                F.batch_norm(x, mean, mean, training=True)
+                F.batch_norm(distpatch.gather(x), mean, mean, training=True)
             with pytest.raises(UnsupportedOpError, match="native_batch_norm would write"):
                 torch.native_batch_norm(x, None, None, mean, mean, True, 0.1, 1e-5)
 
@@ -344,7 +344,7 @@ def test_kinds() -> None:
     """What the table says of a few whose kind is known."""
     known = {
         "sharded": [torch.relu, F.gelu, torch.Tensor.add_, F.max_pool2d, torch.Tensor.shape.__get__],
-        "partial": [F.conv2d, torch.where, torch.Tensor.__getitem__, torch.var],
+        "partial": [F.interpolate, torch.where, torch.Tensor.__getitem__, torch.var],
         "fallback": [torch.renorm, torch.histc, torch.linalg.svd],
         "refused": [torch.Tensor.renorm_, torch.Tensor.data_ptr, torch.Tensor.numpy, torch.Tensor.itemsize.__set__],
     }

@@ -180,6 +180,23 @@ CASES = {
         (Input((8, 4, 1), 1, (0, 0, 4)), Input((8, 1, 1), 2, (0, 1, 1)), Input((2, 1, 1), 0, (0, 1, 2)), Input((2,))),
         ("x = torch.linalg.vector_norm(x, 3, (1, 2), True)", "x = F.conv1d(x, t2, t3, 1, (1,), (2,), 1)"),
     ),
+    "sharded statistics of a norm, given": Chain(
+        4,
+        (Input((6, 1, 1, 8, 8), 3, (0, 3, 3, 6, 8)), Input((1,), 0, (0, 1, 1, 1, 1)), Input((1,))),
+        ("x = F.batch_norm(x, t1.detach(), t2.detach().exp(), None, None)",),
+    ),
+    "sharded statistics of a norm, kept": Chain(
+        2,
+        (Input((2, 3, 6, 5), 2, (0, 4, 6)), Input((3,), 0, (0, 1, 3)), Input((3,))),
+        (
+            "m = t1.detach().clone(); v = t2.detach().exp(); x = F.batch_norm(x, m, v, None, None, True) + m.view(3, 1, 1)",
+        ),
+    ),
+    "gathered by numbers that are sharded along another dim": Chain(
+        2,
+        (Input((2, 8, 10), 1, (0, 6, 8)), Input((2, 8, 10), 2, (0, 9, 10))),
+        ("x = x.take_along_dim(t1.argsort(2), 2)", "x = x + x.gather(1, t1.argsort(1))"),
+    ),
 }
 
 
