@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, on_some_rows, over_rows, per_dim, rule, wrap
+from distpatch.rules.registry import named, needs_grad, on_some_rows, over_rows, per_dim, rule, wrap
 from distpatch.rules.resample import FILTERS, enlarged, filtered, precise
 from distpatch.stencil import FilterStencil, NearestStencil
 from distpatch.tensor import PatchTensor
@@ -44,12 +44,11 @@ def interpolate(
         return getattr(F, f"adaptive_avg_pool{spatial}d")(input, sizes)
     factors = None if recompute_scale_factor else factors
     resize = Resize(func, axis, sizes, factors, mode, align_corners, antialias)
-    if nearest:
-        return _nearest(input, resize)
-    if factors is not None and any(1 < n == m and f != 1 for n, m, f in zip(shape, sizes, factors)):
-        # 7 rows by 1.1 are 7 rows: a copy, or resized by 1.1, as kernel, device and direction have it.
+    # 7 rows by 1.1 are 7 rows: a copy, or resized by 1.1, as kernel, device and direction have it.
+    unclear = factors is not None and any(1 < n == m and f != 1 for n, m, f in zip(shape, sizes, factors))
+    if unclear and (not nearest or (mode == "nearest" and spatial != 2 and needs_grad(input.local))):
         return fallback(func, input, size, scale_factor, *how)
-    return _smooth(input, resize)
+    return (_nearest if nearest else _smooth)(input, resize)
 
 
 @dataclass(frozen=True)

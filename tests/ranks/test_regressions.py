@@ -197,6 +197,11 @@ CASES = {
         (Input((2, 8, 10), 1, (0, 6, 8)), Input((2, 8, 10), 2, (0, 9, 10))),
         ("x = x.take_along_dim(t1.argsort(2), 2)", "x = x + x.gather(1, t1.argsort(1))"),
     ),
+    "resized to the same size by a factor": Chain(
+        3,
+        (Input((8, 1, 2, 2), 3, (0, 1, 2, 2)),),
+        ("x = x.unflatten(-3, (1, -1))", "x = F.interpolate(x, scale_factor=(1.0, 1.3, 1.3), mode='nearest')"),
+    ),
 }
 
 
