@@ -485,7 +485,7 @@ AUTOENCODERS: dict[str, Autoencoder] = {
     ),
     "AutoencoderKLKVAEVideo": Autoencoder(
         "AutoencoderKLKVAEVideo",
-        {"ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 2},
+        {"ch": 64, "ch_mult": (1, 1, 1), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 2},
         (3, 5, 8),
         (4, 3, 2),
         4,
