@@ -293,6 +293,9 @@ def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int,
     squares, so as exact as the samples' own moments. Returns (count, mean (...), m2 (...)).
     """
     total = sum(counts)
+    if counts and min(counts) == max(counts):
+        union = mean[0] + (mean - mean[0]).mean(0)  # around one of them: means that are equal stay so
+        return total, union, m2.sum(0) + (mean - union).square().sum(0) * counts[0]
     weight = mean.new_full((len(counts), *[1] * (mean.ndim - 1)), counts[0] if counts else 0)
     for index, count in enumerate(counts):
         if count != counts[0]:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.errors import LayoutError
-from distpatch.layout import RowLayout, plan_stencil
+from distpatch.layout import plan_stencil
 from distpatch.patch_conv import choose_patch_rows, convolve
 from distpatch.rules.registry import along_rows, halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
 from distpatch.stencil import WindowStencil
 from distpatch.tensor import PatchTensor, whole
-from distpatch.tree import map_tensors
 
 Sizes = int | Sequence[int]
 
@@ -32,7 +31,8 @@ def convolution(
     groups: int = 1,
 ) -> Any:
     spatial = weight.ndim - 2
-    weight, bias = map_tensors(whole, (weight, bias))  # a model may make one of an image: x.new_ones(1, 1, 3, 3)
+    weight = whole(weight)  # a model may make one of an image: x.new_ones(1, 1, 3, 3)
+    bias = None if bias is None else whole(bias)
     if not isinstance(input, PatchTensor):
         return func(input, weight, bias, stride, padding, dilation, groups)
     if input.ndim == spatial + 1:  # unbatched
@@ -68,7 +68,7 @@ def convolution(
     patch_rows = choose_patch_rows(region.splits, hi - lo, input.local, weight, out_numel)
     slab = halo(input, plan.needs, func)
     result = convolve(conv, slab, windows[axis], (lo, hi), patch_rows, region.sequential)
-    return wrap(result, input, RowLayout(input.rows.dim, plan.out))
+    return wrap(result, input, input.rows.with_bounds(plan.out))
 
 
 def _paddings(

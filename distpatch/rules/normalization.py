@@ -16,7 +16,7 @@ from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
 from distpatch.rules.registry import R, along_rows, named, on_some_rows, op_name, rule, spread, wrap
 from distpatch.rules.statistics import Norm, normalize
-from distpatch.tensor import PatchTensor, whole
+from distpatch.tensor import PatchTensor, RowCopy, whole
 from distpatch.tree import map_tensors
 
 _RUNNING = ("running_mean", "running_var")
@@ -27,14 +27,18 @@ def norm_rule(*funcs: Any) -> Callable[[R], R]:
 
     def register(handler: R) -> R:
         def checked(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-            first = 2 if op_name(func) in {"batch_norm", "instance_norm"} else 0
-            running = [*args[:first], *(kwargs.get(name) for name in _RUNNING)]
-            args = (*args[:first], *map_tensors(whole, args[first:]))
-            kwargs = {key: value if key in _RUNNING else map_tensors(whole, value) for key, value in kwargs.items()}
-            if isinstance(input, PatchTensor):
-                return handler(func, input, *args, **kwargs)
-            _refuse_sharded(func, running)
-            return func(input, *args, **kwargs)
+            if any(isinstance(t, (PatchTensor, RowCopy)) for t in (*args, *kwargs.values())):
+                first = 2 if op_name(func) in {"batch_norm", "instance_norm"} else 0
+                if not isinstance(input, PatchTensor):
+                    _refuse_sharded(func, [*args[:first], *(kwargs.get(name) for name in _RUNNING)])
+                    first = 0
+                args = (*args[:first], *map_tensors(whole, args[first:]))
+                kwargs = {key: t if key in _RUNNING else map_tensors(whole, t) for key, t in kwargs.items()}
+            return (
+                handler(func, input, *args, **kwargs)
+                if isinstance(input, PatchTensor)
+                else func(input, *args, **kwargs)
+            )
 
         rule(*funcs)(checked)
         return handler

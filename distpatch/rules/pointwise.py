@@ -23,7 +23,7 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
         if type(arg) is PatchTensor:
             if lead is None:
                 lead = arg
-            elif arg.rows != lead.rows or arg.ndim != lead.ndim or arg.region is not lead.region:
+            elif arg.rows != lead.rows or arg.ndim != lead.ndim or arg.region.comm is not lead.region.comm:
                 break
             locals_.append(arg.local)
         elif isinstance(arg, (Tensor, list, tuple)):

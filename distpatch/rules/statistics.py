@@ -6,6 +6,7 @@ Never E[x²] - E[x]²: centred moments are merged by Chan's formula (``collectiv
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ def moments(local: Tensor, dims: tuple[int, ...], along: int, exact: bool = Fals
     chunk_bytes = CHUNK_BYTES.get(local.device.type, CHUNK_BYTES_ELSEWHERE)
     grads = needs_grad(local)
     whole = grads or torch.compiler.is_compiling()  # a compiler makes its own chunks
-    chunks = local.split(local.shape[along] if whole else max(chunk_bytes // max(rows_bytes, 1), 1), along)
+    chunks = _chunks(local, local.shape[along] if whole else chunk_bytes // max(rows_bytes, 1), along)
     counts, means, m2s = [], [], []
     for chunk in chunks[:1] if isinstance(local, FakeTensor) else chunks:  # of fake ones only the sizes are asked
         count = math.prod(chunk.shape[d] for d in dims)
@@ -54,6 +55,10 @@ def moments(local: Tensor, dims: tuple[int, ...], along: int, exact: bool = Fals
     if len(counts) == 1:
         return counts[0], means[0], m2s[0]
     return merge_moments(counts, torch.stack(means), torch.stack(m2s))
+
+
+def _chunks(local: Tensor, rows: int, along: int) -> Sequence[Tensor]:
+    return (local,) if rows >= local.shape[along] else local.split(max(rows, 1), along)
 
 
 def merge_ranks(
@@ -89,7 +94,7 @@ class Norm:
         """Mean and (biased) variance that a channel of a sample has, (B, C) or (1, C), replicated, in fp64."""
         channels, row = local.shape[1], self.rows.dim
         count, mean, m2 = moments(local, tuple(range(2, local.ndim)), max(row, 2), exact=self.groups in {0, channels})
-        mean, m2 = (self._members(t.flatten(1)) for t in (mean, m2))
+        mean, m2 = self._members(mean), self._members(m2)
         count, mean, m2 = merge_moments([count] * len(mean), mean, m2)
         count, mean, m2 = merge_ranks(self.rows, self._a_row(local), mean, m2, self.name, self.op)
         return self._everyone(mean, channels), self._everyone(m2 / max(count, 1), channels)
@@ -109,8 +114,8 @@ class Norm:
         return self._everyone(self._members(per_channel).sum(0), per_channel.shape[1])
 
     def _members(self, t: Tensor) -> Tensor:
-        """(B, C) with those that share a statistic stacked along dim 0: (K, B, groups), or (B, C) itself."""
-        return t.unflatten(1, (self.groups, -1)).movedim(2, 0) if self.groups else t
+        """(B, C, 1, ...) with those that share a statistic stacked along dim 0: (K, B, groups), or (B, C)."""
+        return t.reshape(len(t), self.groups, -1).movedim(2, 0) if self.groups else t.flatten(1)
 
     def _everyone(self, t: Tensor, channels: int) -> Tensor:
         return t.repeat_interleave(channels // self.groups, 1) if self.groups else t.unsqueeze(0)
@@ -156,7 +161,7 @@ def _centred(local: Tensor, middle: Tensor, scale: Tensor, shift: Tensor, along:
     middle, scale, shift = (t.view(*t.shape, *[1] * (local.ndim - 2)) for t in (middle, scale, shift))
     out = torch.empty_like(local)
     chunk_rows = CHUNK_BYTES["cpu"] * local.shape[along] // (local.numel() * local.element_size())
-    for rows, result in zip(local.split(max(chunk_rows, 1), along), out.split(max(chunk_rows, 1), along)):
+    for rows, result in zip(_chunks(local, chunk_rows, along), _chunks(out, chunk_rows, along)):
         torch.sub(rows, middle, out=result)
         result.mul_(scale).add_(shift)
     return out

@@ -15,7 +15,6 @@ from distpatch.patch_conv import Slab, choose_patch_rows, in_patches
 from distpatch.rules.registry import along_rows, halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
 from distpatch.stencil import TransposedStencil
 from distpatch.tensor import PatchTensor, whole
-from distpatch.tree import map_tensors
 
 Sizes = int | Sequence[int]
 Write = Callable[[Tensor, int, int], Tensor]  # (rows, rows to cut off at both ends, rows to add below)
@@ -35,7 +34,7 @@ def transposed_convolution(
 ) -> Any:
     how = (stride, padding, output_padding, groups, dilation)
     spatial = weight.ndim - 2
-    weight, bias = map_tensors(whole, (weight, bias))
+    weight, bias = whole(weight), None if bias is None else whole(bias)
     if not isinstance(input, PatchTensor):
         return func(input, weight, bias, *how)
     if input.ndim == spatial + 1:  # unbatched
