@@ -30,8 +30,9 @@ def norm_rule(*funcs: Any) -> Callable[[R], R]:
             if any(isinstance(t, (PatchTensor, RowCopy)) for t in (*args, *kwargs.values())):
                 first = 2 if op_name(func) in {"batch_norm", "instance_norm"} else 0
                 if not isinstance(input, PatchTensor):
-                    _refuse_sharded(func, [*args[:first], *(kwargs.get(name) for name in _RUNNING)])
-                    first = 0
+                    if first and _writes(func, args, kwargs):
+                        _refuse_sharded(func, [*args[:2], *(kwargs.get(name) for name in _RUNNING)])
+                    args, kwargs = map_tensors(whole, args), map_tensors(whole, kwargs)
                 args = (*args[:first], *map_tensors(whole, args[first:]))
                 kwargs = {key: t if key in _RUNNING else map_tensors(whole, t) for key, t in kwargs.items()}
             return (
@@ -44,6 +45,12 @@ def norm_rule(*funcs: Any) -> Callable[[R], R]:
         return handler
 
     return register
+
+
+def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a batch or instance norm writes to its running statistics."""
+    default = op_name(func) == "instance_norm"
+    return bool(args[4] if len(args) > 4 else kwargs.get("training", kwargs.get("use_input_stats", default)))
 
 
 def _refuse_sharded(func: Any, running: Sequence[Tensor | None]) -> None:
@@ -108,7 +115,8 @@ def batch_norm(
 ) -> Any:
     input = along_rows(input, func)
     if input.rows.dim == 1:
-        _refuse_sharded(func, (running_mean, running_var))
+        if training:
+            _refuse_sharded(func, (running_mean, running_var))
         return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         return _fixed(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
@@ -135,7 +143,8 @@ def instance_norm(
     input = along_rows(input, func)
     stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
-        _refuse_sharded(func, (running_mean, running_var))
+        if use_input_stats:
+            _refuse_sharded(func, (running_mean, running_var))
         return fallback(func, input, *stats)
     if not use_input_stats or input.rows.dim == 0:
         return _fixed(func, input, *stats)

@@ -185,6 +185,15 @@ CASES = {
         (Input((6, 1, 1, 8, 8), 3, (0, 3, 3, 6, 8)), Input((1,), 0, (0, 1, 1, 1, 1)), Input((1,))),
         ("x = F.batch_norm(x, t1.detach(), t2.detach().exp(), None, None)",),
     ),
+    "sharded statistics of a plain tensor's norm": Chain(
+        4,
+        (Input((5,), 0, (0, 0, 0, 1, 5)), Input((1,)), Input((1,), 0, (0, 1, 1, 1, 1))),
+        (
+            "x = einops.reduce(x, 'a ... -> ...', 'max')",
+            "x = x.reshape(1, 1)",
+            "x = F.batch_norm(x, t1.detach(), t2.detach().exp())",
+        ),
+    ),
     "sharded statistics of a norm, kept": Chain(
         2,
         (Input((2, 3, 6, 5), 2, (0, 4, 6)), Input((3,), 0, (0, 1, 3)), Input((3,))),
