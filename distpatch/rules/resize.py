@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpatch.formats import in_memory_order, memory_order
 from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import named, needs_grad, on_some_rows, over_rows, per_dim, rule, wrap
 from distpatch.rules.resample import FILTERS, enlarged, filtered, precise
@@ -77,7 +78,8 @@ class Resize:
         factors = self.factors and [*self.factors[:axis], times, *self.factors[axis + 1 :]]
         given = (None, factors) if factors else (size, None)
         if self.antialias and size[-1] == 1:  # torch 2.13 resizes a column wrongly on a CPU, but a row rightly
-            return self.func(part.mT, *(n and n[::-1] for n in given), *how).mT
+            turned = self.func(part.mT, *(n and n[::-1] for n in given), *how).mT
+            return in_memory_order(turned, memory_order(part))
         return self.func(part, *given, *how)
 
 

@@ -194,6 +194,14 @@ CASES = {
             "x = F.batch_norm(x, t1.detach(), t2.detach().exp())",
         ),
     ),
+    "written to a picture that a rank has one column of": Chain(
+        4,
+        (Input((3, 3, 2, 6), 3, (0, 2, 4, 5, 6)),),
+        (
+            "x = F.interpolate(x, size=(6, 6), mode='bilinear', align_corners=True, antialias=True)",
+            "x = x * 1; y = x.narrow(0, 0, 2).flatten(); y.mul_(2); z = y",
+        ),
+    ),
     "sharded statistics of a norm, kept": Chain(
         2,
         (Input((2, 3, 6, 5), 2, (0, 4, 6)), Input((3,), 0, (0, 1, 3)), Input((3,))),
