@@ -27,24 +27,24 @@ def norm_rule(*funcs: Any) -> Callable[[R], R]:
 
     def register(handler: R) -> R:
         def checked(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            sharded = isinstance(input, PatchTensor)
             if any(isinstance(t, (PatchTensor, RowCopy)) for t in (*args, *kwargs.values())):
-                first = 2 if op_name(func) in {"batch_norm", "instance_norm"} else 0
-                if not isinstance(input, PatchTensor):
-                    if first and _writes(func, args, kwargs):
-                        _refuse_sharded(func, [*args[:2], *(kwargs.get(name) for name in _RUNNING)])
-                    args, kwargs = map_tensors(whole, args), map_tensors(whole, kwargs)
-                args = (*args[:first], *map_tensors(whole, args[first:]))
-                kwargs = {key: t if key in _RUNNING else map_tensors(whole, t) for key, t in kwargs.items()}
-            return (
-                handler(func, input, *args, **kwargs)
-                if isinstance(input, PatchTensor)
-                else func(input, *args, **kwargs)
-            )
+                running = 2 if op_name(func) in {"batch_norm", "instance_norm"} else 0
+                if not sharded and running and _writes(func, args, kwargs):
+                    _refuse_sharded(func, [*args[:2], *(kwargs.get(name) for name in _RUNNING)])
+                kept, names = (running, _RUNNING) if sharded else (0, ())
+                args = (*args[:kept], *map_tensors(whole, args[kept:]))
+                kwargs = {key: t if key in names else map_tensors(whole, t) for key, t in kwargs.items()}
+            return (handler if sharded else _plain)(func, input, *args, **kwargs)
 
         rule(*funcs)(checked)
         return handler
 
     return register
+
+
+def _plain(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
 
 
 def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -26,9 +26,9 @@ def pad(
     at = 2 * (input.ndim - 1 - input.rows.dim)
     above, below = pads[at : at + 2]
     if mode == "circular" or (above <= 0 and below <= 0):
-        input = crop(input, max(-above, 0), input.rows.size - max(-below, 0))
-        above, below = max(above, 0), max(below, 0)
-    cut = max(-above, 0), max(-below, 0)  # in the end: a negative pad may cut into the padding of the other edge
+        input, cut = crop(input, max(-above, 0), input.rows.size - max(-below, 0)), (0, 0)
+    else:  # in the end: a negative pad may cut into the padding of the other edge
+        cut = max(-above, 0), max(-below, 0)
     above, below = max(above, 0), max(below, 0)
     if not _have_edges(input.rows, above, below, mode):
         input, above, below = _pad_rows(input, above, below, mode, func), 0, 0
