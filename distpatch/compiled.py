@@ -48,15 +48,15 @@ def enter(tensor: Tensor, dim: int, region: Region) -> PatchTensor:
 _THIS_PROCESS = secrets.token_hex(8)
 
 
-def _enter(tensor: Tensor, dim: int, name: str, splits: str, sequential: bool, fallback: str, process: str) -> Tensor:
-    region = Region(communicator_of(name), int(splits) if splits.isdigit() else splits, sequential, fallback)
+def _enter(tensor: Tensor, dim: int, name: str, splits: str, *options: Any) -> Tensor:
+    region = Region(communicator_of(name), int(splits) if splits.isdigit() else splits, *options[:-1])
     sizes = [operator.index(n) for n in tensor.shape]  # layouts are constants: no size is a symbol
     return enter(tensor if isinstance(tensor, PatchTensor) else tensor.view(sizes), dim, region)
 
 
 def enter_compiled(tensor: Tensor, dim: int, region: Region) -> Tensor:
-    options = str(region.splits), region.sequential, region.fallback
-    return torch.ops.distpatch.enter(tensor, dim, region.comm.name, *options, _THIS_PROCESS)
+    splits, *options = region.options
+    return torch.ops.distpatch.enter(tensor, dim, region.comm.name, str(splits), *options, _THIS_PROCESS)
 
 
 def _gather(tensor: Tensor, op: str) -> Tensor:
@@ -67,7 +67,8 @@ def _gather(tensor: Tensor, op: str) -> Tensor:
 _library = torch.library.Library("distpatch", "FRAGMENT")
 for _schema, _function in (
     (
-        "enter(Tensor x, int dim, str name, str splits, bool sequential, str fallback, str process) -> Tensor",
+        "enter(Tensor x, int dim, str name, str splits, bool sequential, str fallback, int min_numel, "
+        "int? workspace_bytes, str process) -> Tensor",
         _enter,
     ),
     ("gather(Tensor x, str op) -> Tensor", _gather),

@@ -68,6 +68,9 @@ def convert_model(
     output: str = "gather",
     fallback: str = "warn",
     tiled: bool = False,
+    min_numel: int = 0,
+    workspace_bytes: int | None = None,
+    lazy: bool = True,
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -77,8 +80,11 @@ def convert_model(
     state dict stay; ``restore_model`` undoes it. Every rank of the group calls this, with the same model.
 
     ``group``: a ProcessGroup, a 1-D DeviceMesh, or None for this device alone. ``splits``: patches that
-    each rank's rows are convolved in, one after the other (``sequential``) or folded into the batch;
-    "auto" chooses. ``output``: "gather" (plain, on every rank), "shard" (a PatchTensor) or "rank0" (plain
+    each rank's rows are convolved in, one after the other (``sequential``) or folded into the batch, where its
+    rows of the input have at least ``min_numel`` elements; "auto": as few as keep the input and output of each
+    call together under ``workspace_bytes`` (by default 8 MiB on CPUs, which is also faster; else 256 MiB). With
+    ``lazy`` (and without gradients) norms, activations, resizes and the like are computed for a patch at a
+    time, when a convolution reads them, and never exist as a whole. ``output``: "gather" (plain, on every rank), "shard" (a PatchTensor) or "rank0" (plain
     on the group's rank 0, None elsewhere). ``fallback``: what an operation without a sharded rule does:
     "warn" (gather, and say so once), "allow" or "error". ``tiled``: allow a model that is set to work in tiles
     (``use_tiling``): each tile is then cut out of the sharded image, as on one device, with its seams.
@@ -90,12 +96,23 @@ def convert_model(
     is missing, is no member, or has other weights or options, ``ValueError`` for an option out of range.
     """
     _check_options(model, splits, dim, output, fallback)
+    if min_numel < 0 or (workspace_bytes is not None and workspace_bytes < 1):
+        raise ValueError(f"min_numel and workspace_bytes are positive; got {min_numel} and {workspace_bytes}")
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
     comm = communicator(group)
     if comm.size > 1 and not isinstance(comm, Pretended):
         comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
-    region = Region(comm, splits, sequential, fallback, buffers=frozenset(map(id, model.buffers())))
+    region = Region(
+        comm,
+        splits,
+        sequential,
+        fallback,
+        min_numel,
+        workspace_bytes,
+        lazy,
+        buffers=frozenset(map(id, model.buffers())),
+    )
     state = _Conversion(region, dim, output, tiled)
     wrappers = {
         name: _entry(getattr(model, name), name, state) for name in ENTRY_POINTS if callable(getattr(model, name, None))

@@ -205,6 +205,40 @@ def needs_in_order(inner: Bounds, blocks: int, bounds: Bounds) -> Needs:
 
 
 @dataclass(frozen=True)
+class EdgePlan:
+    """An exchange of which only the rows that move are there: they are numbered anew.
+
+    ``strips[rank]``: the local rows that the rank gives away, in ascending order; ``bounds`` and ``needs``: as if
+    these were all.
+    """
+
+    strips: tuple[tuple[Interval, ...], ...]
+    bounds: Bounds
+    needs: Needs
+
+
+@lru_cache(maxsize=4096)
+def plan_edges(bounds: Bounds, needs: Needs) -> EdgePlan:
+    """The exchange of ``needs``, none of which is of the rank's own rows, without the rows that stay."""
+    moving: list[list[int]] = []
+    for lo, hi in sorted({interval for intervals in needs for interval in intervals if interval != EMPTY}):
+        if moving and lo <= moving[-1][1]:
+            moving[-1][1] = max(moving[-1][1], hi)
+        else:
+            moving.append([lo, hi])
+
+    def number(row: int) -> int:
+        return sum(min(max(row - lo, 0), hi - lo) for lo, hi in moving)
+
+    strips = tuple(
+        tuple((max(lo, a) - a, min(hi, b) - a) for lo, hi in moving if max(lo, a) < min(hi, b))
+        for a, b in pairwise(bounds)
+    )
+    renumbered = tuple(tuple((number(lo), number(hi)) for lo, hi in intervals) for intervals in needs)
+    return EdgePlan(strips, tuple(map(number, bounds)), renumbered)
+
+
+@dataclass(frozen=True)
 class Part:
     """Rows ``start:stop`` of one of the asked intervals, counted from that interval's first row."""
 

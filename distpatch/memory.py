@@ -98,8 +98,10 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def _plain_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors with memory of their own: of a wrapper subclass, those that it holds."""
-    if isinstance(value, Tensor) and isinstance(getattr(value, "local", None), Tensor):  # a PatchTensor
+    if isinstance(value, Tensor) and "local" in getattr(value, "__dict__", ()):  # a PatchTensor
         yield from _plain_tensors(value.local)  # type: ignore[attr-defined]
+    elif isinstance(value, Tensor) and "recipe" in getattr(value, "__dict__", ()):  # one that has no rows yet
+        return
     elif is_traceable_wrapper_subclass(value):
         for name in value.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(value, name))

@@ -6,22 +6,25 @@ into one output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from distpatch.formats import memory_format
+from distpatch.lazy import Part, Recipe, Walk
 from distpatch.stencil import Interval, WindowStencil, ceil_div
 
-# A CPU convolves a large contiguous tensor faster in patches that stay in its cache, as long as the
-# weights, which are packed anew at every call, stay a small part of them and there are many patches.
-# channels_last gains nothing (nothing is re-ordered), nor does a GPU.
-PATCH_BYTES = 8 << 20
+# What one call may have as input and output together, with splits="auto". A CPU convolves a large tensor faster
+# in patches that stay in its cache, as long as the weights stay a small part of them.
+WORKSPACE_BYTES = {"cpu": 8 << 20}
+WORKSPACE_BYTES_ELSEWHERE = 256 << 20
 PATCH_PER_WEIGHT = 8
-FEWEST_PATCHES = 8
+PART_BYTES = 8 << 20
 MOST_PARTS = 8  # in which rows and halo are put together where a convolution needs them in one piece
 INDEX_LIMIT = 2**31  # elements of an input or output that kernels with 32-bit indices can address
 
@@ -32,33 +35,38 @@ Conv = Callable[[Tensor, int], Tensor]  # (rows, zero rows of padding above and 
 class Slab:
     """The rows of an image of ``size`` rows that one rank can read; beyond the image they are ``fill``.
 
-    ``pieces``: (first global row, tensor) in ascending order; ``local`` of them is the rank's own.
+    ``pieces``: (first global row, tensor) in ascending order; ``local`` of them is the rank's own, which may be
+    a ``Recipe``: then ``rows`` is told how to ``take`` some.
     """
 
-    pieces: tuple[tuple[int, Tensor], ...]
+    pieces: tuple[tuple[int, Any], ...]
     local: int
     dim: int
     size: int
     fill: float = 0.0
 
     @property
-    def own(self) -> tuple[int, int, Tensor]:
+    def own(self) -> tuple[int, int, Any]:
         first, tensor = self.pieces[self.local]
         return first, first + tensor.shape[self.dim], tensor
 
-    def rows(self, lo: int, hi: int) -> Tensor:
+    def rows(self, lo: int, hi: int, take: Callable[[int, int], Tensor] | None = None) -> Tensor:
         """Rows [lo, hi): a view where the rank's own suffice, else a copy of just these rows."""
         start, stop, own = self.own
+        if take is None:
+            take = partial(_narrow, own, self.dim)
         if start <= lo and hi <= stop:
-            return own.narrow(self.dim, lo - start, hi - lo)
+            return take(lo - start, hi - start)
         parts = [self._padding(min(hi, 0) - lo)]
-        for first, piece in self.pieces:
+        for index, (first, piece) in enumerate(self.pieces):
             a, b = max(lo - first, 0), min(hi - first, piece.shape[self.dim])
             if a < b:
-                parts.append(piece.narrow(self.dim, a, b - a))
+                parts.append(take(a, b) if index == self.local else piece.narrow(self.dim, a, b - a))
         parts.append(self._padding(hi - max(lo, self.size)))
         parts = [part for part in parts if part.shape[self.dim] > 0]
         assert sum(part.shape[self.dim] for part in parts) == hi - lo, f"rows {lo}:{hi} were not all fetched"
+        if isinstance(own, Recipe):
+            return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
         # Rows of padding alone would leave the autograd graph, and the halo's backward is collective.
         return torch.cat([own.narrow(self.dim, 0, 0), *parts], self.dim)
 
@@ -70,8 +78,43 @@ class Slab:
         own = self.own[2]
         shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
         return torch.full(shape, self.fill, dtype=own.dtype, device=own.device).contiguous(
-            memory_format=memory_format(own)
+            memory_format=own.format if isinstance(own, Recipe) else memory_format(own)
         )
+
+
+def _narrow(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
+    return rows.narrow(dim, lo, hi - lo)
+
+
+def window(
+    conv: Conv,
+    slab: Slab,
+    stencil: WindowStencil,
+    out: Interval,
+    shape: Sequence[int],
+    format: torch.memory_format,
+    patch_rows: int,
+) -> Recipe:
+    """Output rows ``out`` of a convolution, to be computed when they are asked for; theirs are shape and format."""
+    (start, stop, source), dim = slab.own, slab.dim
+    assert isinstance(source, Recipe)
+    key = object()
+
+    def compute(walk: Walk, lo: int, hi: int) -> Part:
+        def read(a: int, b: int) -> Tensor:
+            return slab.rows(a, b, lambda i, j: walk.rows(source, i, j)[0])
+
+        a, b = stencil.need(out[0] + lo, out[0] + hi)
+        if source.value is not None and walk.spare is None:
+            return conv(read(a, b), 0), True
+        follow = stencil.need(out[0] + hi, out[0] + hi + 1)[0]
+        return conv(walk.window(key, a, b, follow, dim, read), 0), True
+
+    # What a row reads above itself is carried, if it was read: rows that end above their place are not.
+    aligned = stencil.stride == 1 and out == (start, stop) and stencil.before < stencil.span
+    return Recipe(
+        source, dim, [source], compute, shape, format=format, aligned=aligned, heavy=True, patch_rows=patch_rows
+    )
 
 
 def convolve(
@@ -120,7 +163,7 @@ def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> 
 def _copied(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:
     """Own rows and halo put together, which is a copy: of a part at a time, where there are many."""
     own = slab.own[2]
-    parts = 1 if _is_recorded() else ceil_div(own.numel() * own.element_size(), PATCH_BYTES)
+    parts = 1 if _is_recorded() else ceil_div(own.numel() * own.element_size(), PART_BYTES)
     patch_rows = ceil_div(hi - lo, min(max(parts, 1), MOST_PARTS))
     return in_patches(lambda a, b: conv(slab.rows(*stencil.need(a, b)), 0), (lo, hi), patch_rows, slab.dim)
 
@@ -154,20 +197,31 @@ def _is_recorded() -> bool:
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
-def choose_patch_rows(splits: int | str, rows: int, local: Tensor, weight: Tensor, out_numel: int) -> int:
+def choose_patch_rows(
+    splits: int | str,
+    rows: int,
+    local: Tensor | Recipe,
+    weight: Tensor,
+    out_numel: int,
+    min_numel: int = 0,
+    workspace_bytes: int | None = None,
+) -> int:
     """Output rows a patch: what ``splits`` asks for, and never more elements than kernels can index.
 
-    ``rows``: output rows of this rank; ``out_numel``: elements of its output. ``splits="auto"`` cuts where
-    it is faster: large contiguous tensors on a CPU, without gradients.
+    ``rows``: output rows of this rank; ``out_numel``: elements of its output; a number of splits holds from
+    ``min_numel`` elements of the input on. ``splits="auto"``: the fewest patches of which each, input and output
+    together, has at most ``workspace_bytes``, but not so small that the weights, which are packed anew at
+    every call, weigh in; without gradients.
     """
-    largest = max(local.numel(), out_numel)
+    numel, size = local.shape.numel(), local.dtype.itemsize
+    largest = max(numel, out_numel)
     fewest = ceil_div(largest, INDEX_LIMIT - 1) if largest else 1
     if isinstance(splits, int):
-        fewest = max(fewest, splits)
-    elif local.device.type == "cpu" and local.is_contiguous() and not _is_recorded():
-        size = local.element_size()
-        patch = max(PATCH_BYTES, PATCH_PER_WEIGHT * weight.numel() * size)
-        patches = size * (local.numel() + out_numel) // patch
-        if patches >= FEWEST_PATCHES:
-            fewest = max(fewest, patches)
+        fewest = max(fewest, splits if numel >= min_numel else 1)
+    elif not _is_recorded():
+        budget = workspace_bytes or WORKSPACE_BYTES.get(local.device.type, WORKSPACE_BYTES_ELSEWHERE)
+        patch = max(budget, PATCH_PER_WEIGHT * weight.numel() * size)
+        total = size * (numel + out_numel)
+        if 3 * patch <= 2 * total:
+            fewest = max(fewest, ceil_div(total, patch))
     return max(ceil_div(rows, fewest), 1)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch import collectives, formats
+from distpatch import collectives, formats, lazy
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
 from distpatch.layout import EMPTY, BlockLayout, RowLayout, even_bounds, has_tiny_shards
+from distpatch.lazy import Recipe
 from distpatch.tree import map_tensors
 
 Rule = Callable[..., Any]
@@ -24,7 +25,8 @@ Rule = Callable[..., Any]
 class Region:
     """Who takes part in a sharded computation, and how each rank computes its rows.
 
-    ``replicas``: the model's parameters by id, each with the stand-in that meets rows in this call, so
+    ``splits``, ``sequential``, ``min_numel``, ``workspace_bytes``: how convolutions are cut (``convert_model``);
+    ``lazy``: whether rows may be computed later (lazy.py). ``replicas``: the model's parameters by id, each with the stand-in that meets rows in this call, so
     that all their gradients are summed over ranks together. ``buffers``: ids of the model's buffers,
     which stay plain tensors whatever is written to them.
     """
@@ -33,6 +35,9 @@ class Region:
     splits: int | str = 1
     sequential: bool = True
     fallback: str = "warn"
+    min_numel: int = 0
+    workspace_bytes: int | None = None
+    lazy: bool = False
     warned: set[str] = field(default_factory=set)
     replicas: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     buffers: frozenset[int] = frozenset()
@@ -44,8 +49,11 @@ class Region:
 
     def alike(self, other: Region) -> bool:
         """Whether what was compiled for one serves the other."""
-        mine, yours = ((r.comm, r.splits, r.sequential, r.fallback) for r in (self, other))
-        return mine == yours
+        return self.comm is other.comm and self.options == other.options
+
+    @property
+    def options(self) -> tuple[int | str, bool, str, int, int | None]:
+        return self.splits, self.sequential, self.fallback, self.min_numel, self.workspace_bytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         return self
@@ -54,11 +62,12 @@ class Region:
 class RuleTable(dict[Any, Rule]):
     """Rules by torch function. A function without a rule gets ``fallback`` (rules/fallback.py).
 
-    ``on_blocks``: a call on a ``BlockTensor`` (rules/blocks.py); ``through``: on a copy of rows
+    ``before_writing`` sees to rows that wait for others to be computed (rules/views.py). ``on_blocks``: a call on a ``BlockTensor`` (rules/blocks.py); ``through``: on a copy of rows
     (rules/views.py).
     """
 
     fallback: Rule
+    before_writing: Rule
     on_blocks: Rule
     through: Rule
 
@@ -72,6 +81,22 @@ RULES = RuleTable()
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
 
+class _Rows:
+    """``PatchTensor.local``: rows that are not there yet are computed when they are first asked for.
+
+    An attribute of the instance hides it, once there is one.
+    """
+
+    def __get__(self, x: PatchTensor | None, cls: Any = None) -> Any:
+        if x is None:
+            return self
+        recipe = x.__dict__["recipe"]
+        if recipe.value is None:
+            recipe.materialize()
+        x.local = recipe.value
+        return recipe.value
+
+
 class PatchTensor(torch.Tensor):
     """A tensor sharded by rows over the ranks of a group.
 
@@ -81,22 +106,27 @@ class PatchTensor(torch.Tensor):
     in the table of rules.
     """
 
-    local: Tensor
+    local: Tensor = _Rows()  # type: ignore[assignment]
     rows: RowLayout
     region: Region
+    recipe: Recipe
     cut: int = 0  # of a view of some rows, each how many-th one it took: the others stand between them in memory
     order: tuple[int, ...] | None = None  # dims as they stand in memory, innermost first, where strides do not tell
     _shape: torch.Size
 
     @staticmethod
-    def __new__(cls, local: Tensor, rows: RowLayout, region: Region) -> PatchTensor:
+    def __new__(cls, local: Tensor | Recipe, rows: RowLayout, region: Region) -> PatchTensor:
         if type(rows) is BlockLayout and cls is PatchTensor:
             cls = BlockTensor
         size = list(local.shape)
         size[rows.dim] = rows.size
         shape = torch.Size(size)
         self: PatchTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
-        self.local = local
+        if isinstance(local, Recipe):
+            self.recipe = local
+            lazy.own(local, self)
+        else:
+            self.local = local
         self.rows = rows
         self.region = region
         self._shape = shape
@@ -104,13 +134,35 @@ class PatchTensor(torch.Tensor):
 
     # Plain properties: through __torch_function__ each read would cost a rule (models read shapes a lot).
     shape = property(lambda self: self._shape)  # type: ignore[assignment]
-    dtype = property(lambda self: self.local.dtype)  # type: ignore[assignment]
-    device = property(lambda self: self.local.device)  # type: ignore[assignment]
+    dtype = property(lambda self: self.known.dtype)  # type: ignore[assignment]
+    device = property(lambda self: self.known.device)  # type: ignore[assignment]
     ndim = property(lambda self: len(self._shape))  # type: ignore[assignment]
     group = property(lambda self: self.region.comm.group)
 
+    @property
+    def known(self) -> Tensor | Recipe:
+        """This rank's rows, or what is known of them before they are computed."""
+        held: dict[str, Any] = self.__dict__
+        return held["local"] if "local" in held else held["recipe"]
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rows are not computed yet."""
+        return "local" not in self.__dict__ and self.__dict__["recipe"].value is None
+
+    @property
+    def as_recipe(self) -> Recipe:
+        """What others are made of: the recipe of the rows, or the rows."""
+        held: dict[str, Any] = self.__dict__
+        recipe: Recipe | None = held.get("recipe")
+        if recipe is None or ("local" in held and recipe.value is not held["local"]):
+            recipe = self.recipe = Recipe.of(held["local"], self.rows.dim)
+        return recipe
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if lazy.anything_waits():
+            RULES.before_writing(func, args, kwargs or {})
         if kwargs:
             if not _NUMPY_NAMES.keys().isdisjoint(kwargs) and func in RULES:
                 kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}
@@ -192,6 +244,8 @@ class BlockTensor(PatchTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if lazy.anything_waits():
+            RULES.before_writing(func, args, kwargs or {})
         return RULES.on_blocks(func, args, kwargs or {})
 
 

@@ -22,7 +22,15 @@ settings.load_profile("suite")
 WARNINGS = ["error", "ignore::DeprecationWarning", "ignore::FutureWarning:(torch|diffusers|transformers).*"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--forced", action="store_true", help="lazy rows of any size, three patches (tests/forced.py)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    from tests import forced
+
+    if config.getoption("--forced"):
+        forced.apply()
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 

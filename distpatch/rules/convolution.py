@@ -6,13 +6,28 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.errors import LayoutError
+from distpatch.formats import memory_format
 from distpatch.layout import plan_stencil
-from distpatch.patch_conv import choose_patch_rows, convolve
-from distpatch.rules.registry import along_rows, halo, in_compute_dtype, named, op_name, per_dim, rule, spread, wrap
+from distpatch.lazy import Recipe, unchanged
+from distpatch.patch_conv import choose_patch_rows, convolve, window
+from distpatch.rules.registry import (
+    along_rows,
+    halo,
+    in_compute_dtype,
+    may_wait,
+    named,
+    op_name,
+    per_dim,
+    rule,
+    settled,
+    spread,
+    wrap,
+)
 from distpatch.stencil import WindowStencil
 from distpatch.tensor import PatchTensor, whole
 
@@ -49,6 +64,7 @@ def convolution(
     extra = [0 if d == axis else after[d] - before[d] for d in range(spatial)]
     if any(extra):  # padding="same" with an even kernel: one more on the far side
         input = cast(PatchTensor, F.pad(input, [n for more in reversed(extra) for n in (0, more)]))
+        after = tuple(after[d] - more for d, more in enumerate(extra))
     windows = [WindowStencil(*numbers) for numbers in zip(kernel, strides, before, after, dilations, strict=True)]
     plan, rank = plan_stencil(input.rows.bounds, windows[axis]), input.region.comm.rank
     lo, hi = plan.out[rank : rank + 2]
@@ -59,16 +75,40 @@ def convolution(
             f"{tuple(kernel)} with padding {padding} and dilation {dilation}"
         )
 
+    region = input.region
+    outer = [input.shape[0], weight.shape[0], *sizes]
+    outer[input.rows.dim] = hi - lo
+    patch_rows = choose_patch_rows(
+        region.splits, hi - lo, input.known, weight, math.prod(outer), region.min_numel, region.workspace_bytes
+    )
+    waits = patch_rows < hi - lo and region.sequential and _may_wait(input, weight, bias, groups, math.prod(outer))
+    if waits:  # once computed, what was convolved may be gone or changed: these are its weights now
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+
+    check = unchanged(op_name(func), weight, bias) if waits else None
+
     def conv(rows: Tensor, row_padding: int) -> Tensor:
+        if check is not None:
+            check()
         pads = [row_padding if d == axis else pad for d, pad in enumerate(before)]
         return func(rows, weight, bias, strides, pads, dilations, groups)
 
-    region = input.region
-    out_numel = input.shape[0] * weight.shape[0] * math.prod(sizes) // max(sizes[axis], 1) * (hi - lo)
-    patch_rows = choose_patch_rows(region.splits, hi - lo, input.local, weight, out_numel)
-    slab = halo(input, plan.needs, func)
-    result = convolve(conv, slab, windows[axis], (lo, hi), patch_rows, region.sequential)
+    result: Tensor | Recipe
+    slab = halo(settled(input) if waits else input, plan.needs, func, wait=waits)
+    if waits:
+        format = memory_format(weight)  # of the result, if it is not the input's
+        format = input.as_recipe.format if format is torch.contiguous_format else format
+        result = window(conv, slab, windows[axis], (lo, hi), outer, format, patch_rows)
+    else:
+        result = convolve(conv, slab, windows[axis], (lo, hi), patch_rows, region.sequential)
     return wrap(result, input, input.rows.with_bounds(plan.out))
+
+
+def _may_wait(input: PatchTensor, weight: Tensor, bias: Tensor | None, groups: int, out_numel: int) -> bool:
+    """Whether a convolution may be computed later: nothing can be wrong with it then."""
+    channels = weight.shape[1] * groups == input.shape[1] and weight.shape[0] % groups == 0
+    fits = channels and all(t is None or (t.dtype, t.device) == (input.dtype, input.device) for t in (weight, bias))
+    return fits and may_wait(input, out_numel * weight.element_size())
 
 
 def _paddings(

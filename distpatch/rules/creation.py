@@ -121,7 +121,7 @@ def dropout(
 ) -> Any:
     """Nothing in evaluation; in training the mask of a single device, found by dropping from ones."""
     if not kwargs.get("train", training) or p == 0:
-        return pointwise(func, input, p, False, *([inplace] if inplace else []))
+        return input if input.waits else pointwise(func, input, p, False, *([inplace] if inplace else []))
     with torch.no_grad():
         keep = _own(func(_whole_like(input).fill_(1), p, True) != 0, input)
     return _drop(input, keep, p, inplace or op_name(func).endswith("_"))
@@ -133,7 +133,7 @@ def channel_dropout(
 ) -> Any:
     """A channel of a sample is dropped as a whole. A sample alone has no batch dim."""
     if not kwargs.get("train", training) or p == 0:
-        return pointwise(func, input, p, False, *([inplace] if inplace else []))
+        return input if input.waits else pointwise(func, input, p, False, *([inplace] if inplace else []))
     alone = (op_name(func), input.ndim) in {("dropout1d", 2), ("dropout3d", 4)}
     shape = [n if d < 2 - alone else 1 for d, n in enumerate(input.shape)]
     with torch.no_grad():

@@ -17,16 +17,19 @@ from torch import Tensor
 
 from distpatch.formats import memory_format
 from distpatch.layout import Bounds, RowLayout, even_bounds, padded
+from distpatch.lazy import put_off
 from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import (
     check_group,
     fetch,
+    may_wait,
     named,
     normalize_dims,
     op_name,
     placed,
     redistribute,
     rule,
+    settled,
     spread,
     wrap,
 )
@@ -92,7 +95,26 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, *, out: Any = None) 
     at = dim % lead.ndim
     if at == lead.rows.dim:
         return assembled(func, tensors, [(k, 0, t.shape[at]) for k, t in enumerate(tensors)])
+    if (later := _cat_later(func, tensors, lead, at)) is not None:
+        return later
     return wrap(func([_rows_like(t, lead, func) for t in tensors], at), lead)
+
+
+def _cat_later(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int) -> PatchTensor | None:
+    """When it is asked for, where all are of the same kind and rows; else None."""
+    size_bytes = sum(t.known.shape.numel() * t.dtype.itemsize for t in tensors if isinstance(t, PatchTensor))
+    recipes = []
+    for t in tensors:
+        if not isinstance(t, PatchTensor) or t.rows != lead.rows or t.dtype != lead.dtype or not may_wait(t, size_bytes):
+            return None
+        if t.region.comm is not lead.region.comm or t.ndim != lead.ndim:
+            return None
+        recipes.append(settled(t).as_recipe)
+    sizes = [[n for d, n in enumerate(t.shape) if d != at] for t in tensors]
+    if any(own != sizes[0] for own in sizes):
+        return None
+    shape = [sum(t.shape[at] for t in tensors) if d == at else n for d, n in enumerate(recipes[0].shape)]
+    return wrap(put_off(recipes[0], recipes, lambda parts, mine: func(parts, at), shape=shape), lead)
 
 
 @rule(*named("stack"))

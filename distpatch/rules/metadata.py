@@ -10,7 +10,8 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.formats import memory_order
-from distpatch.rules.registry import named, op_name, own_rows, rule, wrap
+from distpatch.lazy import put_off
+from distpatch.rules.registry import may_wait, named, op_name, own_rows, rule, wrap
 from distpatch.rules.views import copied, is_sure, memory_of
 from distpatch.tensor import PatchTensor, whole
 from distpatch.tree import tensors_in
@@ -114,12 +115,33 @@ def deep_copy(func: Any, x: PatchTensor, memo: dict[int, Any]) -> PatchTensor:
 @rule(*named("to", "type_as"))
 def convert(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Only the dtype and device of another tensor matter, never its rows."""
-    args = tuple(a.local if isinstance(a, PatchTensor) else a for a in args)
-    kwargs = {k: a.local if isinstance(a, PatchTensor) else a for k, a in kwargs.items()}
+    args = tuple(_kind(a) if isinstance(a, PatchTensor) else a for a in args)
+    kwargs = {k: _kind(a) if isinstance(a, PatchTensor) else a for k, a in kwargs.items()}
     if not isinstance(x, PatchTensor):
         return func(x, *args, **kwargs)
+    if may_wait(x) and (later := _cast_later(func, x, args, kwargs)) is not None:
+        return later
     result = func(x.local, *args, **kwargs)
     return x if result is x.local else wrap(result, x)
+
+
+def _kind(x: PatchTensor) -> Tensor:
+    """A tensor of its dtype and device."""
+    return x.recipe.sample() if x.waits else x.local
+
+
+def _cast_later(func: Any, x: PatchTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PatchTensor | None:
+    """In another dtype alone, when it is asked for; None where something else is asked for."""
+    recipe = x.as_recipe
+    sample = recipe.sample()
+    result = func(sample, *args, **kwargs)
+    if result is sample:
+        return x
+    if result.device != sample.device or result.dtype == sample.dtype or not result.dtype.is_floating_point:
+        return None
+    if kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format:
+        return None
+    return wrap(put_off(recipe, [recipe], lambda parts, mine: parts[0].to(result.dtype), dtype=result.dtype), x)
 
 
 @rule(torch.Tensor.is_contiguous)
@@ -136,6 +158,8 @@ def is_contiguous(func: Any, x: PatchTensor, memory_format: torch.memory_format 
 @rule(*named("contiguous"))
 def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """The tensor itself where it is so on one device, else a copy."""
+    if input.waits and input.recipe.format is memory_format:
+        return input
     local = func(input.local, memory_format=memory_format)
     if local is input.local and is_sure(input):
         return input

@@ -14,8 +14,8 @@ from distpatch.errors import UnsupportedOpError
 from distpatch.formats import memory_format
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
-from distpatch.rules.registry import R, along_rows, named, on_some_rows, op_name, rule, spread, wrap
-from distpatch.rules.statistics import Norm, normalize
+from distpatch.rules.registry import R, along_rows, may_wait, named, on_some_rows, op_name, rule, settled, spread, wrap
+from distpatch.rules.statistics import Norm, normalize, put_off_norm
 from distpatch.tensor import PatchTensor, RowCopy, whole
 from distpatch.tree import map_tensors
 
@@ -82,6 +82,17 @@ def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
     return Norm(groups, eps, input.rows, input.region.comm.name, op_name(func))
 
 
+def _normalized(
+    input: PatchTensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
+) -> tuple[PatchTensor, Tensor, Tensor]:
+    """The rows by their own statistics, when they are asked for; and these, mean and variance, now."""
+    if may_wait(input) and input.rows.dim >= 2:
+        out, mean, var = put_off_norm(settled(input).as_recipe, weight, bias, norm)
+    else:
+        out, mean, var = normalize(input.local, weight, bias, norm)
+    return wrap(out, input), mean, var
+
+
 @norm_rule(*named("group_norm"))
 def group_norm(
     func: Any,
@@ -98,7 +109,7 @@ def group_norm(
     if input.rows.dim == 1 or input.shape[1] % num_groups:
         return fallback(func, input, num_groups, weight, bias, eps, *cudnn)
     input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
-    return wrap(normalize(input.local, weight, bias, _norm(func, input, num_groups, eps))[0], input)
+    return _normalized(input, weight, bias, _norm(func, input, num_groups, eps))[0]
 
 
 @norm_rule(F.batch_norm)
@@ -150,9 +161,9 @@ def instance_norm(
         return _fixed(func, input, *stats)
     F._verify_spatial_size(list(input.shape))  # type: ignore[attr-defined]
     norm = _norm(func, input, input.shape[1], eps)
-    out, mean, var = normalize(input.local, weight, bias, norm)
-    _keep_running(running_mean, running_var, mean, var, norm.count(input.local), momentum)
-    return wrap(out, input)
+    out, mean, var = _normalized(input, weight, bias, norm)
+    _keep_running(running_mean, running_var, mean, var, norm.count(input.known), momentum)
+    return out
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from torch import Tensor
 from distpatch.errors import LayoutError
 from distpatch.formats import memory_format
 from distpatch.layout import EMPTY, RowLayout
-from distpatch.rules.registry import crop, fetch, named, rule, wrap
+from distpatch.lazy import Recipe, put_off_from
+from distpatch.rules.registry import crop, fetch, may_wait, named, rule, settled, wrap
 from distpatch.stencil import Interval
 from distpatch.tensor import PatchTensor
 
@@ -35,8 +36,33 @@ def pad(
     bounds = (0, *(b + above for b in input.rows.bounds[1:-1]), input.rows.size + above + below)
     rank, last = input.region.comm.rank, input.rows.world_size - 1
     pads[at : at + 2] = above if rank == 0 else 0, below if rank == last else 0
-    result = wrap(_pad_local(input.local, pads[: len(pad)], mode, value), input, input.rows.with_bounds(bounds))
+    pads = pads[: len(pad)]
+    if mode in {"constant", "replicate"} and not any(cut) and min(pads) >= 0 and may_wait(input):
+        return wrap(_pad_later(settled(input).as_recipe, pads, mode, value), input, input.rows.with_bounds(bounds))
+    result = wrap(_pad_local(input.local, pads, mode, value), input, input.rows.with_bounds(bounds))
     return crop(result, cut[0], result.rows.size - cut[1]) if any(cut) else result
+
+
+def _pad_later(rows: Recipe, pads: Sequence[int], mode: str, value: float | None) -> Recipe:
+    """When it is asked for: at the first and last rows of the result, rows of padding."""
+    at = 2 * (rows.ndim - 1 - rows.dim)
+    above, below = pads[at : at + 2] if len(pads) > at else (0, 0)
+    shape = [n + sum(pads[2 * (rows.ndim - 1 - d) :][:2]) for d, n in enumerate(rows.shape)]
+    last = max(rows.rows - 1, 0)
+
+    def need(lo: int, hi: int) -> Interval:
+        """One row at least: padding may be made of it."""
+        return min(max(lo - above, 0), last), min(max(hi - above, 1), rows.rows)
+
+    def pad_part(part: Tensor, lo: int, hi: int) -> Tensor:
+        start, stop = need(lo, hi)
+        own = list(pads)
+        if above or below:
+            own[at : at + 2] = max(start + above - lo, 0), max(hi - above - stop, 0)
+        result = F.pad(part, own, mode, value)
+        return result.narrow(rows.dim, lo - (start + above - own[at]), hi - lo) if above or below else result
+
+    return put_off_from(rows, need, pad_part, shape)
 
 
 def _have_edges(rows: RowLayout, above: int, below: int, mode: str) -> bool:

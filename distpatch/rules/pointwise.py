@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback
+from distpatch.rules.later import put_off_pointwise
 from distpatch.rules.registry import named, op_name, rows_of, rule, spread, wrap
 from distpatch.rules.views import mutates, written_tensors
 from distpatch.tensor import RULES, PatchTensor, whole
@@ -18,21 +19,22 @@ from distpatch.tree import map_tensors, tensors_in
 def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     """The rule of every element-wise function; broadcasting follows the global shapes."""
     lead: PatchTensor | None = None
-    locals_ = []
     for arg in args:
         if type(arg) is PatchTensor:
             if lead is None:
                 lead = arg
             elif arg.rows != lead.rows or arg.ndim != lead.ndim or arg.region.comm is not lead.region.comm:
                 break
-            locals_.append(arg.local)
         elif isinstance(arg, (Tensor, list, tuple)):
             break
-        else:
-            locals_.append(arg)
     else:
         if lead is not None and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
+            if lead.region.lazy and (later := put_off_pointwise(func, args, kwargs)) is not None:
+                return later
+            locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]
             return _wrap(func(*locals_, **kwargs), lead, lead.rows.dim - lead.ndim)
+    if lead is not None and lead.region.lazy and (later := put_off_pointwise(func, args, kwargs)) is not None:
+        return later
     return _broadcast(func, args, kwargs)
 
 

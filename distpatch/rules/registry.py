@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch import collectives, formats
+from distpatch import collectives, formats, lazy
 from distpatch.errors import LayoutError
 from distpatch.exchange import fetch_rows
-from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_stencil
+from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_edges, plan_stencil
+from distpatch.lazy import Recipe
 from distpatch.patch_conv import Slab
 from distpatch.stencil import Interval
 from distpatch.tensor import RULES, PatchTensor, Rule, shard_in, whole
@@ -88,13 +89,37 @@ def op_name(func: Any) -> str:
     return f"{owner.__name__}.{name}" if inspect.isgetsetdescriptor(owner) else name
 
 
-def wrap(local: Tensor, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
+def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """A PatchTensor of the same region; of the same layout where none is given."""
     result = PatchTensor(local, layout or like.rows, like.region)
-    if (like.cut or like.order) and shares_memory(local, like.local):
+    if (like.cut or like.order) and isinstance(local, Tensor) and shares_memory(local, like.local):
         result.cut = like.cut
         result.order = like.order if local.ndim == like.ndim else None
     return result
+
+
+def may_wait(x: PatchTensor, size_bytes: int | None = None) -> bool:
+    """Whether what is made of ``x``, of so many bytes on this rank, may be computed when it is asked for."""
+    known = x.known
+    return (
+        x.region.lazy
+        and type(x) is PatchTensor
+        and not torch.is_grad_enabled()
+        and known.dtype.is_floating_point
+        and x.order is None
+        and not x.cut
+        and 0 < known.shape.numel()
+        and lazy.LEAST_BYTES <= (known.shape.numel() * known.dtype.itemsize if size_bytes is None else size_bytes)
+        and not torch.is_autocast_enabled(known.device.type)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def settled(x: PatchTensor) -> PatchTensor:
+    """Rows that are dear to compute, or keep more alive than they are, are computed at their next consumer."""
+    if x.waits and (x.recipe.heavy or x.recipe.consumers or x.recipe.held_bytes > x.recipe.size_bytes):
+        x.local  # noqa: B018
+    return x
 
 
 def shares_memory(local: Tensor, other: Tensor) -> bool:
@@ -144,11 +169,27 @@ def everything(x: PatchTensor, func: Any) -> Tensor:
     return fetch(x, (((0, x.rows.size),),) * x.rows.world_size, func)[0]
 
 
-def halo(x: PatchTensor, needs: Needs, func: Any, fill: float = 0.0) -> Slab:
-    """This rank's rows with the rows that it needs above and below them; beyond the image, ``fill``."""
+def fetch_edges(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
+    """As ``fetch`` of rows that are all other ranks' own; of rows that wait, only those are computed."""
+    plan, dim, recipe = plan_edges(x.rows.bounds, needs), x.rows.dim, x.as_recipe
+    strips = [recipe.evaluate(lo, hi) for lo, hi in plan.strips[x.region.comm.rank]]
+    edges = torch.cat(strips, dim) if strips else recipe.sample()
+    return fetch_rows(edges, dim, plan.bounds, plan.needs, x.region.comm.name, op_name(func), True)
+
+
+def halo(x: PatchTensor, needs: Needs, func: Any, fill: float = 0.0, wait: bool = False) -> Slab:
+    """This rank's rows with the rows that it needs above and below them; beyond the image, ``fill``.
+
+    ``wait``: without computing the rank's own, if they wait (inference only).
+    """
     dim, rank = x.rows.dim, x.region.comm.rank
-    above, below = fetch(x, needs, func, channels_last=True)
-    own = collectives.tie(x.local, above, below)
+    own: Any
+    if wait:
+        above, below = fetch_edges(x, needs, func) if x.waits else fetch(x, needs, func, channels_last=True)
+        own = x.as_recipe
+    else:
+        above, below = fetch(x, needs, func, channels_last=True)
+        own = collectives.tie(x.local, above, below)
     (top, _), (bottom, _) = needs[rank]
     pieces = ((top, above), (x.rows.bounds[rank], own), (bottom, below))
     return Slab(pieces, 1, dim, x.rows.size, fill)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.formats import in_memory_order, memory_order
+from distpatch.lazy import Recipe, put_off_from
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, needs_grad, on_some_rows, over_rows, per_dim, rule, wrap
+from distpatch.rules.registry import may_wait, named, needs_grad, on_some_rows, over_rows, per_dim, rule, settled, wrap
 from distpatch.rules.resample import FILTERS, enlarged, filtered, precise
-from distpatch.stencil import FilterStencil, NearestStencil
+from distpatch.stencil import FilterStencil, NearestStencil, ceil_div
 from distpatch.tensor import PatchTensor
 
 
@@ -96,7 +97,19 @@ def _nearest(x: PatchTensor, resize: Resize) -> PatchTensor:
     times = stencil.repeats or 1
     source = x if stencil.repeats else over_rows(pick, x, stencil, resize.func)
     layout = source.rows.with_bounds(tuple(times * bound for bound in source.rows.bounds))
+    if may_wait(source):
+        return wrap(_nearest_later(settled(source).as_recipe, resize, times), x, layout)
     return wrap(on_some_rows(lambda part: resize(part, times), source.local, x.rows.dim), x, layout)
+
+
+def _nearest_later(rows: Recipe, resize: Resize, times: int) -> Recipe:
+    shape = [*rows.shape[:2], *resize.sizes]
+    shape[rows.dim] = rows.rows * times
+
+    def enlarge(part: Tensor, lo: int, hi: int) -> Tensor:
+        return resize(part, times).narrow(rows.dim, lo % times, hi - lo)
+
+    return put_off_from(rows, lambda lo, hi: (lo // times, ceil_div(hi, times)), enlarge, shape)
 
 
 def _smooth(x: PatchTensor, resize: Resize) -> PatchTensor:

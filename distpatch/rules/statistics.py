@@ -6,7 +6,7 @@ Never E[x²] - E[x]²: centred moments are merged by Chan's formula (``collectiv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from distpatch.collectives import merge_moments, spread, stack_ranks, sum_partials
 from distpatch.formats import memory_format
 from distpatch.layout import RowLayout
+from distpatch.lazy import Recipe, put_off
 from distpatch.rules.registry import needs_grad
 
 # Rows are read twice, for the mean and around it: on a CPU from a cache of this size.
@@ -25,7 +26,7 @@ CHUNK_BYTES = {"cpu": 512 << 10}
 CHUNK_BYTES_ELSEWHERE = 64 << 20
 
 
-def moments(local: Tensor, dims: tuple[int, ...], along: int, exact: bool = False) -> tuple[int, Tensor, Tensor]:
+def moments(local: Tensor | Recipe, dims: tuple[int, ...], along: int, exact: bool = False) -> tuple[int, Tensor, Tensor]:
     """Count, mean and centred second moment over ``dims``, which stay as dims of size 1, in fp64.
 
     Taken around a rounded mean, in fp32 or better, and corrected: where the mean is a thousand deviations
@@ -34,9 +35,11 @@ def moments(local: Tensor, dims: tuple[int, ...], along: int, exact: bool = Fals
     """
     precise = torch.promote_types(local.dtype, torch.float32)
     double = torch.float64 if local.device.type != "mps" else precise  # which has none
-    rows_bytes = local.numel() // max(local.shape[along], 1) * local.element_size()
+    rows_bytes = local.shape.numel() // max(local.shape[along], 1) * local.dtype.itemsize
     chunk_bytes = CHUNK_BYTES.get(local.device.type, CHUNK_BYTES_ELSEWHERE)
-    grads = needs_grad(local)
+    if isinstance(local, Recipe) and local.value is not None:
+        local = local.value
+    grads = isinstance(local, Tensor) and needs_grad(local)
     whole = grads or torch.compiler.is_compiling()  # a compiler makes its own chunks
     chunks = _chunks(local, local.shape[along] if whole else chunk_bytes // max(rows_bytes, 1), along)
     counts, means, m2s = [], [], []
@@ -57,7 +60,10 @@ def moments(local: Tensor, dims: tuple[int, ...], along: int, exact: bool = Fals
     return merge_moments(counts, torch.stack(means), torch.stack(m2s))
 
 
-def _chunks(local: Tensor, rows: int, along: int) -> Sequence[Tensor]:
+def _chunks(local: Tensor | Recipe, rows: int, along: int) -> Any:
+    if isinstance(local, Recipe):
+        size, rows = local.rows, max(rows, 1)
+        return (local.evaluate(lo, min(lo + rows, size)) for lo in range(0, size, rows))
     return (local,) if rows >= local.shape[along] else local.split(max(rows, 1), along)
 
 
@@ -90,7 +96,7 @@ class Norm:
         if self.eps < 0:  # here, since idle ranks would not notice
             raise ValueError(f"{self.op}: eps must not be negative, but is {self.eps}")
 
-    def statistics(self, local: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, local: Tensor | Recipe) -> tuple[Tensor, Tensor]:
         """Mean and (biased) variance that a channel of a sample has, (B, C) or (1, C), replicated, in fp64."""
         channels, row = local.shape[1], self.rows.dim
         count, mean, m2 = moments(local, tuple(range(2, local.ndim)), max(row, 2), exact=self.groups in {0, channels})
@@ -99,11 +105,11 @@ class Norm:
         count, mean, m2 = merge_ranks(self.rows, self._a_row(local), mean, m2, self.name, self.op)
         return self._everyone(mean, channels), self._everyone(m2 / max(count, 1), channels)
 
-    def count(self, local: Tensor) -> int:
+    def count(self, local: Tensor | Recipe) -> int:
         """Samples of one statistic, on all ranks together."""
         return self._a_row(local) * self.rows.size
 
-    def _a_row(self, local: Tensor) -> int:
+    def _a_row(self, local: Tensor | Recipe) -> int:
         others = [n for d, n in enumerate(local.shape) if d not in (1, self.rows.dim) and (d or not self.groups)]
         return math.prod(others) * (local.shape[1] // self.groups if self.groups else 1)
 
@@ -121,6 +127,18 @@ class Norm:
         return t.repeat_interleave(channels // self.groups, 1) if self.groups else t.unsqueeze(0)
 
 
+def put_off_norm(rows: Recipe, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Recipe, Tensor, Tensor]:
+    """As ``normalize``: the statistics now, the rows when they are asked for."""
+    mean, var = norm.statistics(rows)
+    weight, bias = (t if t is None else t.detach() for t in (weight, bias))
+    scale = scaling(rows, mean, var, weight, bias, norm.eps)
+
+    def step(parts: list[Tensor], mine: list[bool]) -> Tensor:
+        return scale(parts[0], parts[0] if mine[0] else None)
+
+    return put_off(rows, [rows], step), mean, var
+
+
 def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """``(local - mean) / sqrt(var + eps) * weight + bias``; and the mean and var, without gradients.
 
@@ -136,35 +154,53 @@ def _scaled(local: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bia
     local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
     if local.numel() == 0:
         return torch.empty_like(local)
-    precise, eps = torch.promote_types(local.dtype, torch.float32), norm.eps
+    scale = scaling(local, mean, var, weight, bias, norm.eps)
+    if local.device.type != "cpu":
+        return scale(local, None)
+    along, out = max(norm.rows.dim, 2), torch.empty_like(local)
+    chunk_rows = CHUNK_BYTES["cpu"] * local.shape[along] // (local.numel() * local.element_size())
+    for rows, result in zip(_chunks(local, chunk_rows, along), _chunks(out, chunk_rows, along)):
+        scale(rows, result)
+    return out
+
+
+Scaling = Callable[[Tensor, "Tensor | None"], Tensor]  # (rows, where to write) -> the rows, scaled
+
+
+def scaling(
+    like: Tensor | Recipe, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Scaling:
+    """``(rows - mean) / sqrt(var + eps) * weight + bias`` of any rows of a tensor like this one.
+
+    On a CPU in this order: torch's kernel has ``rows * scale + shift``, which far from 0 rounds twice what cancels.
+    """
+    precise = torch.promote_types(like.dtype, torch.float32)
     scale = (var + eps).rsqrt() * (1 if weight is None else weight)
     middle = mean.to(precise)
     shift = (middle - mean) * scale + (0 if bias is None else bias)  # with what rounding took from the mean
-    if local.device.type == "cpu" and local.dtype == precise:
-        return _centred(local, middle, scale.to(precise), shift.to(precise), max(norm.rows.dim, 2))
+    if like.device.type == "cpu" and like.dtype == precise:
+        shape = [*middle.shape, *[1] * (like.ndim - 2)]
+        centre, by, to = (t.to(precise).view(shape) for t in (middle, scale, shift))
+
+        def centred(rows: Tensor, out: Tensor | None) -> Tensor:
+            result = torch.sub(rows, centre, out=out)
+            return result.mul_(by).add_(to)
+
+        return centred
     mean, var, bias = middle, var.to(precise), shift.to(precise)
     weight = None if weight is None else weight.to(precise)
-    # Batch norm in evaluation is this formula, in one pass, computed in fp32 for half precision.
-    if len(mean) == 1:
-        return F.batch_norm(local, mean[0], var[0], weight, bias[0], eps=eps)
-    out = torch.empty_like(local)
-    for sample, rows in enumerate(local.split(1)):
-        out[sample] = F.batch_norm(rows, mean[sample], var[sample], weight, bias[sample], eps=eps)[0]
-    return out
 
+    def normalized(rows: Tensor, out: Tensor | None) -> Tensor:
+        """Batch norm in evaluation is this formula, in one pass, computed in fp32 for half precision."""
+        if len(mean) == 1:
+            result = F.batch_norm(rows, mean[0], var[0], weight, bias[0], eps=eps)
+            return result if out is None else out.copy_(result)
+        result = torch.empty_like(rows) if out is None else out
+        for sample, part in enumerate(rows.split(1)):
+            result[sample] = F.batch_norm(part, mean[sample], var[sample], weight, bias[sample], eps=eps)[0]
+        return result
 
-def _centred(local: Tensor, middle: Tensor, scale: Tensor, shift: Tensor, along: int) -> Tensor:
-    """``(local - middle) * scale + shift``, where torch's kernel for CPUs has ``local * scale + shift``.
-
-    Far from 0 that rounds twice what cancels. Each chunk is in the cache for all three steps.
-    """
-    middle, scale, shift = (t.view(*t.shape, *[1] * (local.ndim - 2)) for t in (middle, scale, shift))
-    out = torch.empty_like(local)
-    chunk_rows = CHUNK_BYTES["cpu"] * local.shape[along] // (local.numel() * local.element_size())
-    for rows, result in zip(_chunks(local, chunk_rows, along), _chunks(out, chunk_rows, along)):
-        torch.sub(rows, middle, out=result)
-        result.mul_(scale).add_(shift)
-    return out
+    return normalized
 
 
 class _Normalize(torch.autograd.Function):

@@ -66,7 +66,9 @@ def transposed_convolution(
 
     channels = weight.shape[1] * groups
     out_numel = input.shape[0] * channels * math.prod(sizes) // sizes[axis] * (hi - lo)
-    patch_rows = choose_patch_rows(region.splits, hi - lo, input.local, weight, out_numel)
+    patch_rows = choose_patch_rows(
+        region.splits, hi - lo, input.known, weight, out_numel, region.min_numel, region.workspace_bytes
+    )
     slab = halo(input, plan.needs, func)
     result = in_patches(lambda a, b: written(write, slab, windows[axis], a, b), out, patch_rows, slab.dim)
     return wrap(result, input, RowLayout(slab.dim, plan.out))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from distpatch import lazy
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.registry import named, op_name
 from distpatch.tensor import RULES, PatchCopy, PatchTensor, RowCopy
@@ -74,6 +75,16 @@ def _schema(func: Any) -> Any:
 def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[PatchTensor]:
     """The sharded tensors that a call writes to."""
     return [t for t in tensors_in(mutates(func, args, kwargs)) if isinstance(t, PatchTensor)]
+
+
+def before_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compute what waits for rows that the call will write to."""
+    for x in written_tensors(func, args, kwargs):
+        if x.waits:
+            x.recipe = lazy.alone(x.recipe)
+            lazy.own(x.recipe, x)
+        else:
+            lazy.settle(x.local)
 
 
 @dataclass(eq=False)
@@ -207,4 +218,5 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.plain if isinstance(tensor, (PatchCopy, RowCopy)) else tensor
 
 
+RULES.before_writing = before_writing
 RULES.through = through

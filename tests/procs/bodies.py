@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
+from tests import forced as _forced  # noqa: F401  where the suite runs so
 from tests.models import tiny_kl
 from tests.oracle import random_tensor
 

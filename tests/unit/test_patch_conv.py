@@ -81,12 +81,20 @@ def test_never_more_elements_than_an_index_can_count() -> None:
     assert choose_patch_rows(1, 64, large, weight, 8) == 64 // 3 + 1
 
 
-def test_automatic_splits_only_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large contiguous tensors, without gradients; small ones and heavy weights stay whole."""
-    monkeypatch.setattr(patch_conv, "PATCH_BYTES", 1 << 10)
+def test_automatic_splits_only_where_they_pay() -> None:
+    """As many as keep a call's input and output in the budget, not more; without gradients, and no light patches."""
     x, weight = torch.zeros(1, 8, 64, 16), torch.zeros(1, 8, 1, 1)
+
+    def rows(of: Tensor, weight: Tensor, budget: int) -> int:
+        return choose_patch_rows("auto", 64, of, weight, of.numel(), workspace_bytes=budget)
+
     with torch.no_grad():
-        assert choose_patch_rows("auto", 64, x, weight, x.numel()) < 8
-        assert choose_patch_rows("auto", 64, x, torch.zeros(64, 8, 9, 9), x.numel()) == 64
-        assert choose_patch_rows("auto", 4, x[:, :, :1], weight, 64) == 4
-    assert choose_patch_rows("auto", 64, x, weight, x.numel()) == 64
+        assert rows(x, weight, x.nbytes) == 32  # input and output: two of these
+        assert rows(x, weight, x.nbytes // 2) == 16
+        assert rows(x, weight, x.nbytes // 2 - 1) == 13
+        assert rows(x, weight, 2 * x.nbytes) == 64
+        assert rows(x, weight, 3 * x.nbytes // 2) == 64  # a rest of a third is not worth a call
+        assert rows(x, torch.zeros(64, 8, 9, 9), 1) == 64
+        assert choose_patch_rows(4, 64, x, weight, x.numel(), min_numel=x.numel()) == 16
+        assert choose_patch_rows(4, 64, x, weight, x.numel(), min_numel=x.numel() + 1) == 64
+    assert rows(x, weight, 1) == 64

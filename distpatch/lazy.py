@@ -1,0 +1,382 @@
+"""Rows that are not computed before they are asked for (inference only).
+
+A ``Recipe`` stands for this rank's rows of a tensor that does not exist yet: a function from an interval of
+rows to a tensor, over other recipes or over rows that exist. A ``Walk`` evaluates one from its first row to its
+last, some rows at a time, so that what stands between is never there as a whole. What a window (a convolution)
+reads again is carried from patch to patch; so a result may be written over rows that nobody else holds.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.errors import DistPatchError
+from distpatch.formats import memory_format
+from distpatch.stencil import Interval, ceil_div
+
+Part = tuple[Tensor, bool]  # rows, and whether who gets them may write to them
+Compute = Callable[["Walk", int, int], Part]
+
+LEAST_BYTES = 1 << 20  # of a result: below that, putting it off costs more than it saves
+CHUNK_BYTES = {"cpu": 1 << 20}  # evaluated at a time where no window says how many rows: what stays in a cache
+CHUNK_BYTES_ELSEWHERE = 256 << 20
+MOST_STEPS = 32  # of one recipe; longer ones are computed
+MOST_HELD = 3  # times its own size that a recipe may keep alive
+
+
+class Recipe:
+    """Rows (..., rows, ...) of one rank, to be computed; or, as ``value``, computed.
+
+    ``compute(walk, lo, hi)`` gives its local rows [lo, hi). ``aligned``: row i is made of rows i of its parents, or
+    of rows that a window has not passed yet. ``heavy``: not to be computed twice. ``patch_rows``: how many at a
+    time, where that matters.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "aligned",
+        "compute",
+        "consumers",
+        "device",
+        "dim",
+        "dtype",
+        "format",
+        "heavy",
+        "owner",
+        "parents",
+        "patch_rows",
+        "shape",
+        "steps",
+        "value",
+    )
+
+    def __init__(
+        self,
+        like: Tensor | Recipe,
+        dim: int,
+        parents: Sequence[Recipe] = (),
+        compute: Compute | None = None,
+        shape: Sequence[int] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        format: torch.memory_format | None = None,
+        aligned: bool = True,
+        heavy: bool = False,
+        patch_rows: int | None = None,
+    ) -> None:
+        self.dim = dim
+        self.shape = torch.Size(like.shape if shape is None else shape)
+        self.dtype = dtype or like.dtype
+        self.device = like.device
+        self.format = format or (like.format if isinstance(like, Recipe) else memory_format(like))
+        self.parents = tuple(parents)
+        self.compute = compute
+        self.aligned = aligned and all(parent.aligned for parent in parents)
+        self.heavy = heavy or any(parent.heavy and parent.value is None for parent in parents)
+        self.steps = 1 + max((parent.steps for parent in parents), default=0)
+        if patch_rows is None:
+            of_parents = [
+                max(self.rows * parent.patch_rows // max(parent.rows, 1), 1) for parent in parents if parent.patch_rows
+            ]
+            patch_rows = min(of_parents, default=None)
+        self.patch_rows = patch_rows
+        self.value: Tensor | None = None
+        self.owner: Callable[[], Any] = _nobody
+        self.consumers = 0  # recipes that read it, and convolutions
+        for parent in self.parents:
+            parent.consumers += 1
+
+    @classmethod
+    def of(cls, rows: Tensor, dim: int) -> Recipe:
+        """Rows that exist."""
+        leaf = cls(rows, dim)
+        leaf.value, leaf.steps = rows, 0
+        return leaf
+
+    @property
+    def rows(self) -> int:
+        return self.shape[self.dim]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def sample(self, rows: int = 0) -> Tensor:
+        """A tensor of its kind, of other values."""
+        shape = [rows if d == self.dim else n for d, n in enumerate(self.shape)]
+        return torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.format)
+
+    def leaves(self) -> list[Recipe]:
+        """The rows that exist, and that it is made of, each once."""
+        found: dict[Recipe, None] = {}
+        for node in self._nodes():
+            if node.value is not None:
+                found[node] = None
+        return list(found)
+
+    def _nodes(self) -> Iterator[Recipe]:
+        """It and all that it is made of, each once."""
+        seen, waiting = {self}, [self]
+        while waiting:
+            node = waiting.pop()
+            yield node
+            if node.value is None:
+                fresh = [parent for parent in node.parents if parent not in seen]
+                seen.update(fresh)
+                waiting += fresh
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it keeps alive."""
+        return sum(leaf.size_bytes for leaf in self.leaves())
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a tensor still stands for it: one that was written to has another recipe."""
+        owner = self.owner()
+        return owner is not None and owner.__dict__.get("recipe") is self
+
+    def evaluate(self, lo: int, hi: int) -> Tensor:
+        """Some of the rows."""
+        with _plainly(self.device):
+            return Walk().rows(self, lo, hi)[0]
+
+    def materialize(self) -> Tensor:
+        """All rows, computed once; what they were made of is let go."""
+        if self.value is None:
+            with _plainly(self.device):
+                self.value = self._collect()
+            self.parents, self.compute, self.steps, self.heavy, self.aligned = (), None, 0, False, True
+            self.patch_rows = None
+            _pending.recipes.discard(self)
+        return self.value
+
+    def _collect(self) -> Tensor:
+        rows, dim = self.rows, self.dim
+        spare = next((leaf for leaf in self.leaves() if self._may_overwrite(leaf)), None) if self.aligned else None
+        step = self.patch_rows or self._chunk_rows()
+        walk = Walk(spare if all(node.consumers < 2 for node in self._nodes()) else None)
+        if spare is None and step >= rows:
+            part, fresh = walk.rows(self, 0, rows)
+            return part if fresh else part.clone()
+        result = None if spare is None else spare.value
+        for lo in range(0, rows, step):
+            hi = min(lo + step, rows)
+            part, _ = walk.rows(self, lo, hi)
+            walk.forget()
+            if result is None:
+                result = torch.empty(self.shape, dtype=part.dtype, device=part.device, memory_format=memory_format(part))
+            place = result.narrow(dim, lo, hi - lo)
+            if part.data_ptr() != place.data_ptr() or part.stride() != place.stride():
+                place.copy_(part)
+            del part
+        assert result is not None
+        return result
+
+    def _chunk_rows(self) -> int:
+        chunk_bytes = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES_ELSEWHERE)
+        return max(chunk_bytes * self.rows // max(self.size_bytes, 1), 1)
+
+    def _may_overwrite(self, leaf: Recipe) -> bool:
+        """Whether the result may take the place of rows that are read for it alone."""
+        rows = leaf.value
+        assert rows is not None
+        if (rows.shape, rows.dtype, leaf.format) != (self.shape, self.dtype, self.format):
+            return False
+        del rows
+        return _held_by(leaf) and not any(
+            other is not self and leaf in other.leaves() for other in _waiting()
+        )
+
+
+class Walk:
+    """One evaluation, from above to below. ``spare``: rows that may be written to while they are read."""
+
+    def __init__(self, spare: Recipe | None = None) -> None:
+        self.spare = spare
+        self._known: dict[tuple[Recipe, int, int], Tensor] = {}
+        self._carried: dict[Any, tuple[int, Tensor]] = {}
+
+    def rows(self, recipe: Recipe, lo: int, hi: int) -> Part:
+        if recipe.value is not None:
+            return recipe.value.narrow(recipe.dim, lo, hi - lo), recipe is self.spare
+        known = self._known.get((recipe, lo, hi))
+        if known is not None:
+            return known, False
+        assert recipe.compute is not None
+        part, mine = recipe.compute(self, lo, hi)
+        if recipe.consumers > 1:  # perhaps of this very recipe
+            self._known[recipe, lo, hi] = part
+            mine = False
+        return part, mine
+
+    def forget(self) -> None:
+        """What several steps of one patch share."""
+        self._known.clear()
+
+    def window(self, key: Any, start: int, stop: int, follow: int, dim: int, read: Callable[[int, int], Tensor]) -> Tensor:
+        """Rows [start, stop) by ``read``, of which those from ``follow`` on are kept for the next time."""
+        first, carried = self._carried.pop(key, (0, None))
+        if carried is not None and first <= start <= first + carried.shape[dim] <= stop:
+            last = first + carried.shape[dim]
+            parts = [carried.narrow(dim, start - first, last - start)]
+            if last < stop:
+                parts.append(read(last, stop))
+            rows = torch.cat(parts, dim)
+        else:
+            rows = read(start, stop)
+        if start <= follow < stop:
+            self._carried[key] = follow, rows.narrow(dim, follow - start, stop - follow).clone()
+        return rows
+
+
+class _Pending(threading.local):
+    def __init__(self) -> None:
+        self.recipes: weakref.WeakSet[Recipe] = weakref.WeakSet()
+
+
+_pending = _Pending()
+
+
+def _nobody() -> None:
+    return None
+
+
+def own(recipe: Recipe, owner: Any) -> None:
+    """Note whose rows a recipe stands for."""
+    recipe.owner = weakref.ref(owner)
+    if recipe.value is None:
+        _pending.recipes.add(recipe)
+
+
+def _waiting() -> list[Recipe]:
+    """The recipes of tensors that are alive, and not computed yet."""
+    return [recipe for recipe in list(_pending.recipes) if recipe.value is None and recipe.is_wanted]
+
+
+def anything_waits() -> bool:
+    return bool(_pending.recipes.data)  # of the set itself: this is asked at every call
+
+
+def settle(rows: Tensor) -> None:
+    """Compute what is to be made of these rows, before they are written to."""
+    memory = rows.untyped_storage()._cdata
+    for recipe in _waiting():
+        if any(leaf.value is not None and leaf.value.untyped_storage()._cdata == memory for leaf in recipe.leaves()):
+            owner = recipe.owner()
+            if owner is not None:
+                owner.local  # noqa: B018  computes them
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """The same, for a tensor that will be written to: what others make of it stays as it is."""
+    if not recipe.consumers:
+        return recipe
+    other = Recipe(recipe, recipe.dim, recipe.parents, recipe.compute, aligned=recipe.aligned, heavy=recipe.heavy)
+    other.patch_rows = recipe.patch_rows
+    return other
+
+
+class _plainly:
+    """No gradients, and each step in the dtype it was put off with."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.contexts: list[Any] = [torch.no_grad()] if torch.is_grad_enabled() else []
+        if torch.is_autocast_enabled(device.type):
+            self.contexts.append(torch.autocast(device.type, enabled=False))
+
+    def __enter__(self) -> None:
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+
+
+def _holders(leaf: Recipe) -> tuple[int, int]:
+    value = leaf.value
+    assert value is not None
+    return sys.getrefcount(value), torch._C._storage_Use_Count(value.untyped_storage()._cdata)
+
+
+def _held_by(leaf: Recipe) -> bool:
+    """Whether a leaf alone holds its rows, and all of their memory."""
+    value = leaf.value
+    assert value is not None
+    storage = value.untyped_storage()
+    if value.numel() * value.element_size() != storage.nbytes() or not value.is_contiguous(memory_format=leaf.format):
+        return False
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # nobody may write to it
+    del value, storage
+    return _holders(leaf) == _ALONE
+
+
+_ALONE = _holders(Recipe.of(torch.empty(1), 0))
+
+
+def put_off(
+    like: Recipe,
+    parents: Sequence[Recipe],
+    step: Callable[[list[Tensor], list[bool]], Tensor],
+    *,
+    shape: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    dim: int | None = None,
+) -> Recipe:
+    """What ``step(parts, mine)`` makes of the same rows of all parents; it may write to the parts that are its own."""
+
+    def compute(walk: Walk, lo: int, hi: int) -> Part:
+        parts, mine = [], []
+        for parent in parents:
+            rows, own = walk.rows(parent, lo, hi)
+            parts.append(rows)
+            mine.append(own)
+        result = step(parts, mine)
+        return result, all(own or not _same(result, rows) for rows, own in zip(parts, mine))
+
+    return Recipe(like, like.dim if dim is None else dim, parents, compute, shape, dtype=dtype)
+
+
+def put_off_from(
+    parent: Recipe, need: Callable[[int, int], Interval], step: Callable[[Tensor, int, int], Tensor], shape: Sequence[int]
+) -> Recipe:
+    """Rows [lo, hi) as ``step(rows, lo, hi)`` makes them of rows ``need(lo, hi)`` of the parent."""
+
+    def compute(walk: Walk, lo: int, hi: int) -> Part:
+        rows, own = walk.rows(parent, *need(lo, hi))
+        result = step(rows, lo, hi)
+        return result, own or not _same(result, rows)
+
+    return Recipe(parent, parent.dim, [parent], compute, shape, aligned=False)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def unchanged(op: str, *tensors: Tensor | None) -> Callable[[], None]:
+    """A check, for when the rows are computed, that what they are computed with was not written to since."""
+    tracked = [t for t in tensors if t is not None and not t.is_inference()]
+    versions = [t._version for t in tracked]
+
+    def check() -> None:
+        if [t._version for t in tracked] != versions:
+            raise DistPatchError(
+                f"{op}: a weight was written to after the call and before its result was asked for. Convert the model "
+                "with lazy=False, or read the result (x.local) before the weight changes."
+            )
+
+    return check
