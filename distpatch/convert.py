@@ -84,10 +84,11 @@ def convert_model(
     rows of the input have at least ``min_numel`` elements; "auto": as few as keep the input and output of each
     call together under ``workspace_bytes`` (by default 8 MiB on CPUs, which is also faster; else 256 MiB). With
     ``lazy`` (and without gradients) norms, activations, resizes and the like are computed for a patch at a
-    time, when a convolution reads them, and never exist as a whole. ``output``: "gather" (plain, on every rank), "shard" (a PatchTensor) or "rank0" (plain
-    on the group's rank 0, None elsewhere). ``fallback``: what an operation without a sharded rule does:
-    "warn" (gather, and say so once), "allow" or "error". ``tiled``: allow a model that is set to work in tiles
-    (``use_tiling``): each tile is then cut out of the sharded image, as on one device, with its seams.
+    time, when a convolution reads them, and never exist as a whole. ``output``: "gather" (plain, on every
+    rank), "shard" (a PatchTensor) or "rank0" (plain on the group's rank 0, None elsewhere). ``fallback``: what
+    an operation without a sharded rule does: "warn" (gather, and say so once), "allow" or "error". ``tiled``:
+    allow a model that is set to work in tiles (``use_tiling``): each tile is then cut out of the sharded image,
+    as on one device, with its seams.
 
     The converted model, or an entry point of it, can be compiled with ``torch.compile(..., fullgraph=True)``;
     each shape of the arguments has a graph of its own, in which the ranks meet as in a plain call.

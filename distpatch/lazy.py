@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from distpatch.errors import DistPatchError
 from distpatch.formats import memory_format
-from distpatch.stencil import Interval, ceil_div
+from distpatch.stencil import Interval
 
 Part = tuple[Tensor, bool]  # rows, and whether who gets them may write to them
 Compute = Callable[["Walk", int, int], Part]
@@ -56,6 +57,20 @@ class Recipe:
         "steps",
         "value",
     )
+    aligned: bool
+    compute: Compute | None
+    consumers: int
+    device: torch.device
+    dim: int
+    dtype: torch.dtype
+    format: torch.memory_format
+    heavy: bool
+    owner: Callable[[], Any]
+    parents: tuple[Recipe, ...]
+    patch_rows: int | None
+    shape: torch.Size
+    steps: int
+    value: Tensor | None
 
     def __init__(
         self,
@@ -87,8 +102,8 @@ class Recipe:
             ]
             patch_rows = min(of_parents, default=None)
         self.patch_rows = patch_rows
-        self.value: Tensor | None = None
-        self.owner: Callable[[], Any] = _nobody
+        self.value = None
+        self.owner = _nobody
         self.consumers = 0  # recipes that read it, and convolutions
         for parent in self.parents:
             parent.consumers += 1
@@ -176,7 +191,9 @@ class Recipe:
             part, _ = walk.rows(self, lo, hi)
             walk.forget()
             if result is None:
-                result = torch.empty(self.shape, dtype=part.dtype, device=part.device, memory_format=memory_format(part))
+                result = torch.empty(
+                    self.shape, dtype=part.dtype, device=part.device, memory_format=memory_format(part)
+                )
             place = result.narrow(dim, lo, hi - lo)
             if part.data_ptr() != place.data_ptr() or part.stride() != place.stride():
                 place.copy_(part)
@@ -195,9 +212,7 @@ class Recipe:
         if (rows.shape, rows.dtype, leaf.format) != (self.shape, self.dtype, self.format):
             return False
         del rows
-        return _held_by(leaf) and not any(
-            other is not self and leaf in other.leaves() for other in _waiting()
-        )
+        return _held_by(leaf) and not any(other is not self and leaf in other.leaves() for other in _waiting())
 
 
 class Walk:
@@ -225,7 +240,9 @@ class Walk:
         """What several steps of one patch share."""
         self._known.clear()
 
-    def window(self, key: Any, start: int, stop: int, follow: int, dim: int, read: Callable[[int, int], Tensor]) -> Tensor:
+    def window(
+        self, key: Any, start: int, stop: int, follow: int, dim: int, read: Callable[[int, int], Tensor]
+    ) -> Tensor:
         """Rows [start, stop) by ``read``, of which those from ``follow`` on are kept for the next time."""
         first, carried = self._carried.pop(key, (0, None))
         if carried is not None and first <= start <= first + carried.shape[dim] <= stop:
@@ -266,7 +283,7 @@ def _waiting() -> list[Recipe]:
 
 
 def anything_waits() -> bool:
-    return bool(_pending.recipes.data)  # of the set itself: this is asked at every call
+    return len(_pending.recipes) > 0
 
 
 def settle(rows: Tensor) -> None:
@@ -288,21 +305,11 @@ def alone(recipe: Recipe) -> Recipe:
     return other
 
 
-class _plainly:
+@contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
     """No gradients, and each step in the dtype it was put off with."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.contexts: list[Any] = [torch.no_grad()] if torch.is_grad_enabled() else []
-        if torch.is_autocast_enabled(device.type):
-            self.contexts.append(torch.autocast(device.type, enabled=False))
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _holders(leaf: Recipe) -> tuple[int, int]:
@@ -351,7 +358,10 @@ def put_off(
 
 
 def put_off_from(
-    parent: Recipe, need: Callable[[int, int], Interval], step: Callable[[Tensor, int, int], Tensor], shape: Sequence[int]
+    parent: Recipe,
+    need: Callable[[int, int], Interval],
+    step: Callable[[Tensor, int, int], Tensor],
+    shape: Sequence[int],
 ) -> Recipe:
     """Rows [lo, hi) as ``step(rows, lo, hi)`` makes them of rows ``need(lo, hi)`` of the parent."""
 

@@ -197,6 +197,11 @@ def _is_recorded() -> bool:
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
+def fewest_calls(*numels: int) -> int:
+    """In how many parts kernels can index tensors of so many elements."""
+    return max(ceil_div(max(numels), INDEX_LIMIT - 1), 1)
+
+
 def choose_patch_rows(
     splits: int | str,
     rows: int,
@@ -214,8 +219,7 @@ def choose_patch_rows(
     every call, weigh in; without gradients.
     """
     numel, size = local.shape.numel(), local.dtype.itemsize
-    largest = max(numel, out_numel)
-    fewest = ceil_div(largest, INDEX_LIMIT - 1) if largest else 1
+    fewest = fewest_calls(numel, out_numel)
     if isinstance(splits, int):
         fewest = max(fewest, splits if numel >= min_numel else 1)
     elif not _is_recorded():

@@ -25,10 +25,11 @@ Rule = Callable[..., Any]
 class Region:
     """Who takes part in a sharded computation, and how each rank computes its rows.
 
-    ``splits``, ``sequential``, ``min_numel``, ``workspace_bytes``: how convolutions are cut (``convert_model``);
-    ``lazy``: whether rows may be computed later (lazy.py). ``replicas``: the model's parameters by id, each with the stand-in that meets rows in this call, so
-    that all their gradients are summed over ranks together. ``buffers``: ids of the model's buffers,
-    which stay plain tensors whatever is written to them.
+    ``splits``, ``sequential``, ``min_numel``, ``workspace_bytes``: how convolutions are cut
+    (``convert_model``); ``lazy``: whether rows may be computed later (lazy.py). ``replicas``: the model's
+    parameters by id, each with the stand-in that meets rows in this call, so that all their gradients are
+    summed over ranks together. ``buffers``: ids of the model's buffers, which stay plain tensors whatever is
+    written to them.
     """
 
     comm: Communicator
@@ -62,8 +63,8 @@ class Region:
 class RuleTable(dict[Any, Rule]):
     """Rules by torch function. A function without a rule gets ``fallback`` (rules/fallback.py).
 
-    ``before_writing`` sees to rows that wait for others to be computed (rules/views.py). ``on_blocks``: a call on a ``BlockTensor`` (rules/blocks.py); ``through``: on a copy of rows
-    (rules/views.py).
+    ``before_writing`` sees to it that what waits for rows is computed before they change, ``through`` to a call
+    on a copy of rows (rules/views.py), ``on_blocks`` to one on a ``BlockTensor`` (rules/blocks.py).
     """
 
     fallback: Rule

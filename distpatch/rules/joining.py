@@ -105,7 +105,12 @@ def _cat_later(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int)
     size_bytes = sum(t.known.shape.numel() * t.dtype.itemsize for t in tensors if isinstance(t, PatchTensor))
     recipes = []
     for t in tensors:
-        if not isinstance(t, PatchTensor) or t.rows != lead.rows or t.dtype != lead.dtype or not may_wait(t, size_bytes):
+        if (
+            not isinstance(t, PatchTensor)
+            or t.rows != lead.rows
+            or t.dtype != lead.dtype
+            or not may_wait(t, size_bytes)
+        ):
             return None
         if t.region.comm is not lead.region.comm or t.ndim != lead.ndim:
             return None

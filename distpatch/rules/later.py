@@ -21,7 +21,7 @@ _NAMES = frozenset(
     abs add addcdiv addcmul clamp clamp_max clamp_min clip cos div divide elu celu erf exp expm1 float double half
     bfloat16 gelu hardsigmoid hardswish hardtanh leaky_relu lerp log log1p logsigmoid maximum minimum mish mul
     multiply neg negative pow reciprocal relu relu6 rsqrt rsub selu sigmoid silu sin softplus softsign sqrt square
-    sub subtract tanh true_divide radd rmul truediv rtruediv
+    sub subtract tanh true_divide radd rmul truediv rdiv rtruediv
     """.split()
 )
 _SAME = {"radd": "add", "rmul": "mul", "truediv": "div", "true_divide": "div", "divide": "div"}
@@ -46,6 +46,11 @@ def put_off_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if in_place and not (args[0] is lead and lead.waits):
         return None
     if not may_wait(lead) or any(not _alike(x, lead) for x in sharded):
+        return None
+    if any(x.as_recipe.format is not lead.as_recipe.format for x in sharded):
+        return None
+    first = next(arg for arg in args if isinstance(arg, Tensor))  # it says how the result stands in memory
+    if first.shape != lead.shape and lead.as_recipe.format is not torch.contiguous_format:
         return None
     kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
     values: list[Any] = []
@@ -90,8 +95,11 @@ def _form(func: Any) -> tuple[Any, bool, Any, bool] | None:
 
 
 def _alike(x: PatchTensor, lead: PatchTensor) -> bool:
-    return type(x) is PatchTensor and x.rows == lead.rows and x.ndim == lead.ndim and (
-        x.region.comm is lead.region.comm and x.order is None and not x.cut
+    return (
+        type(x) is PatchTensor
+        and x.rows == lead.rows
+        and x.ndim == lead.ndim
+        and (x.region.comm is lead.region.comm and x.order is None and not x.cut)
     )
 
 

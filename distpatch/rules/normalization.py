@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.formats import memory_format
+from distpatch.lazy import Recipe
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast
 from distpatch.rules.registry import R, along_rows, may_wait, named, on_some_rows, op_name, rule, settled, spread, wrap
@@ -86,6 +87,7 @@ def _normalized(
     input: PatchTensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
 ) -> tuple[PatchTensor, Tensor, Tensor]:
     """The rows by their own statistics, when they are asked for; and these, mean and variance, now."""
+    out: Tensor | Recipe
     if may_wait(input) and input.rows.dim >= 2:
         out, mean, var = put_off_norm(settled(input).as_recipe, weight, bias, norm)
     else:

@@ -14,8 +14,9 @@ from distpatch.errors import LayoutError
 from distpatch.formats import memory_format
 from distpatch.layout import EMPTY, RowLayout
 from distpatch.lazy import Recipe, put_off_from
+from distpatch.patch_conv import fewest_calls
 from distpatch.rules.registry import crop, fetch, may_wait, named, rule, settled, wrap
-from distpatch.stencil import Interval
+from distpatch.stencil import Interval, ceil_div
 from distpatch.tensor import PatchTensor
 
 
@@ -39,7 +40,7 @@ def pad(
     pads = pads[: len(pad)]
     if mode in {"constant", "replicate"} and not any(cut) and min(pads) >= 0 and may_wait(input):
         return wrap(_pad_later(settled(input).as_recipe, pads, mode, value), input, input.rows.with_bounds(bounds))
-    result = wrap(_pad_local(input.local, pads, mode, value), input, input.rows.with_bounds(bounds))
+    result = wrap(_pad_local(input.local, pads, mode, value, at), input, input.rows.with_bounds(bounds))
     return crop(result, cut[0], result.rows.size - cut[1]) if any(cut) else result
 
 
@@ -73,8 +74,16 @@ def _have_edges(rows: RowLayout, above: int, below: int, mode: str) -> bool:
     return mode != "circular" and all(pad == 0 or (pad < own if mode == "reflect" else own > 0) for pad, own in held)
 
 
-def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | None) -> Tensor:
-    """Always a copy, and one. torch's non-constant modes refuse tensors without rows."""
+def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | None, at: int) -> Tensor:
+    """Always a copy, and one. torch's non-constant modes refuse tensors without rows, and index with 32 bits."""
+    dim, calls = local.ndim - 1 - at // 2, 1 if mode == "constant" else fewest_calls(local.numel())
+    if calls > 1:
+        parts = local.split(ceil_div(local.shape[dim], calls), dim)
+        edges = [[*pads] for _ in parts]
+        for k, own in enumerate(edges):
+            if len(own) > at:
+                own[at : at + 2] = own[at] if k == 0 else 0, own[at + 1] if k == len(parts) - 1 else 0
+        return torch.cat([F.pad(part, own, mode, value) for part, own in zip(parts, edges)], dim)
     if mode == "constant" or local.numel() > 0:
         return F.pad(local, pads, mode, value)
     return F.pad(F.pad(local, [max(p, 0) for p in pads]), [min(p, 0) for p in pads])

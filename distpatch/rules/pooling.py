@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distpatch.errors import LayoutError
 from distpatch.layout import plan_stencil
-from distpatch.patch_conv import convolve
+from distpatch.patch_conv import convolve, fewest_calls
 from distpatch.rules.registry import (
     everything,
     named,
@@ -26,7 +26,7 @@ from distpatch.rules.registry import (
     wrap,
 )
 from distpatch.rules.resample import precise
-from distpatch.stencil import TransposedStencil, WindowStencil
+from distpatch.stencil import TransposedStencil, WindowStencil, ceil_div
 from distpatch.tensor import PatchTensor, shard_in
 from distpatch.tree import map_tensors
 
@@ -73,7 +73,8 @@ def max_pool(
     if return_indices:
         return over_rows(pool_with_indices, input, windows[axis], func, lowest)
     slab, out, layout = slab_of(input, windows[axis], func, lowest)
-    return wrap(convolve(pool, slab, windows[axis], out, max(out[1] - out[0], 1), True), input, layout)
+    patch_rows = ceil_div(max(out[1] - out[0], 1), fewest_calls(input.local.numel()))
+    return wrap(convolve(pool, slab, windows[axis], out, patch_rows, True), input, layout)
 
 
 @rule(*named("avg_pool1d", "avg_pool2d", "avg_pool3d"))

@@ -21,8 +21,8 @@ from distpatch.errors import LayoutError
 from distpatch.exchange import fetch_rows
 from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_edges, plan_stencil
 from distpatch.lazy import Recipe
-from distpatch.patch_conv import Slab
-from distpatch.stencil import Interval
+from distpatch.patch_conv import Slab, fewest_calls
+from distpatch.stencil import Interval, ceil_div
 from distpatch.tensor import RULES, PatchTensor, Rule, shard_in, whole
 from distpatch.tree import map_tensors
 
@@ -108,8 +108,8 @@ def may_wait(x: PatchTensor, size_bytes: int | None = None) -> bool:
         and known.dtype.is_floating_point
         and x.order is None
         and not x.cut
-        and 0 < known.shape.numel()
-        and lazy.LEAST_BYTES <= (known.shape.numel() * known.dtype.itemsize if size_bytes is None else size_bytes)
+        and known.shape.numel() > 0
+        and (known.shape.numel() * known.dtype.itemsize if size_bytes is None else size_bytes) >= lazy.LEAST_BYTES
         and not torch.is_autocast_enabled(known.device.type)
         and not torch.compiler.is_compiling()
     )
@@ -208,21 +208,37 @@ def over_rows(
     stencil: Stencil,
     func: Any,
     fill: float = 0.0,
+    view: bool = False,
+    growth: int = 1,
 ) -> Any:
     """``compute(rows, start, lo, hi)``: output rows [lo, hi) of a stencil, from all the input rows that
     they read, the first of them ``start``. Returns what it returns, one tensor or several, sharded.
 
-    An idle rank computes the first output row of a blank image, and keeps none.
+    An idle rank computes the first output row of a blank image, and keeps none. More elements than kernels can
+    index are computed in parts, unless the result is a ``view``; ``growth``: how many times longer a row becomes.
     """
     slab, (lo, hi), layout = slab_of(x, stencil, func, fill)
     if lo < hi:
-        start, stop = stencil.need(lo, hi)
-        result = compute(slab.rows(start, stop), start, lo, hi)
+        own = x.local.shape[slab.dim]
+        largest = x.local.numel() * max(growth * (hi - lo), own) // max(own, 1)
+        step = hi - lo if view else ceil_div(hi - lo, fewest_calls(largest))
+        parts = []
+        for a in range(lo, hi, step):
+            start, stop = stencil.need(a, min(a + step, hi))
+            parts.append(compute(slab.rows(start, stop), start, a, min(a + step, hi)))
+        result = parts[0] if len(parts) == 1 else joined(parts, slab.dim)
     else:
         start, stop = stencil.need(0, 1)
         result = compute(slab.blank(stop - start), start, 0, 1)
         result = map_tensors(lambda t: t.narrow(slab.dim, 0, 0), result)
     return map_tensors(lambda t: wrap(t, x, layout), result)
+
+
+def joined(parts: Sequence[Any], dim: int) -> Any:
+    """Parts of a tensor, or of several, put together."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts), dim)
+    return type(parts[0])(joined(each, dim) for each in zip(*parts))
 
 
 def in_compute_dtype(x: PatchTensor) -> PatchTensor:

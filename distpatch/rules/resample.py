@@ -152,4 +152,4 @@ def enlarged(
     def crop(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
         return resize(rows).narrow(x.rows.dim, lo - start * times, hi - lo)
 
-    return over_rows(crop, x, stencil, func)
+    return over_rows(crop, x, stencil, func, growth=times)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distpatch.formats import in_memory_order, memory_order
 from distpatch.lazy import Recipe, put_off_from
+from distpatch.patch_conv import fewest_calls
 from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import may_wait, named, needs_grad, on_some_rows, over_rows, per_dim, rule, settled, wrap
 from distpatch.rules.resample import FILTERS, enlarged, filtered, precise
@@ -99,7 +100,11 @@ def _nearest(x: PatchTensor, resize: Resize) -> PatchTensor:
     layout = source.rows.with_bounds(tuple(times * bound for bound in source.rows.bounds))
     if may_wait(source):
         return wrap(_nearest_later(settled(source).as_recipe, resize, times), x, layout)
-    return wrap(on_some_rows(lambda part: resize(part, times), source.local, x.rows.dim), x, layout)
+    rows, dim = source.local, x.rows.dim
+    calls = fewest_calls(rows.shape[:2].numel() * math.prod(resize.sizes) // rows_out * rows.shape[dim] * times)
+    parts = rows.split(ceil_div(rows.shape[dim], calls), dim) if calls > 1 else (rows,)
+    results = [on_some_rows(lambda part: resize(part, times), part, dim) for part in parts]
+    return wrap(results[0] if len(results) == 1 else torch.cat(results, dim), x, layout)
 
 
 def _nearest_later(rows: Recipe, resize: Resize, times: int) -> Recipe:

@@ -6,7 +6,7 @@ Never E[x²] - E[x]²: centred moments are merged by Chan's formula (``collectiv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ CHUNK_BYTES = {"cpu": 512 << 10}
 CHUNK_BYTES_ELSEWHERE = 64 << 20
 
 
-def moments(local: Tensor | Recipe, dims: tuple[int, ...], along: int, exact: bool = False) -> tuple[int, Tensor, Tensor]:
+def moments(
+    local: Tensor | Recipe, dims: tuple[int, ...], along: int, exact: bool = False
+) -> tuple[int, Tensor, Tensor]:
     """Count, mean and centred second moment over ``dims``, which stay as dims of size 1, in fp64.
 
     Taken around a rounded mean, in fp32 or better, and corrected: where the mean is a thousand deviations

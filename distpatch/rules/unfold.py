@@ -110,7 +110,8 @@ def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, ste
         return wrap(input.local.unfold(at, size, step), input)
     stencil = WindowStencil(size, step)
     _check(func, input, [stencil.out_rows(input.rows.size)])
-    return copied(over_rows(lambda rows, start, lo, hi: rows.unfold(at, size, step), input, stencil, func), input, func)
+    windows = over_rows(lambda rows, start, lo, hi: rows.unfold(at, size, step), input, stencil, func, view=True)
+    return copied(windows, input, func)
 
 
 @rule(*named("pixel_shuffle"))

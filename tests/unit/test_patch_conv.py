@@ -11,7 +11,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distpatch import patch_conv
 from distpatch.layout import plan_stencil
 from distpatch.patch_conv import Slab, choose_patch_rows, convolve
 from distpatch.stencil import WindowStencil
