@@ -110,6 +110,7 @@ def may_wait(x: PatchTensor, size_bytes: int | None = None) -> bool:
         and not x.cut
         and known.shape.numel() > 0
         and (known.shape.numel() * known.dtype.itemsize if size_bytes is None else size_bytes) >= lazy.LEAST_BYTES
+        and known.device.type != "meta"
         and not torch.is_autocast_enabled(known.device.type)
         and not torch.compiler.is_compiling()
     )
