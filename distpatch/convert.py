@@ -19,6 +19,7 @@ from distpatch.collectives import gather_rows, spread_all
 from distpatch.compiled import enter, enter_compiled, meet
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.group import Group, Pretended, communicator
+from distpatch.known_faults import warn_of_known_faults
 from distpatch.rules.blocks import in_order
 from distpatch.tensor import PatchTensor, Region, on_rank0, whole
 from distpatch.tree import map_tensors, tensors_in
@@ -92,6 +93,7 @@ def convert_model(
     _check_options(model, splits, dim, output, fallback)
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
+    warn_of_known_faults(model)
     comm = communicator(group)
     if comm.size > 1 and not isinstance(comm, Pretended):
         comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
