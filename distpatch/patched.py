@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpatch import rules as _rules
+from distpatch.compiled import enter, enter_compiled
 from distpatch.errors import LayoutError
 from distpatch.group import ALONE
-from distpatch.layout import RowLayout
-from distpatch.rules.registry import per_dim, wrap
+from distpatch.rules.registry import per_dim
 from distpatch.tensor import PatchTensor, Region
 
 __all__ = [
@@ -68,11 +69,12 @@ def patch_conv2d(
 ) -> Tensor:
     """``F.conv2d`` with the output's height cut into ``splits`` patches, for less memory at once.
 
-    ``x``: (B, C, H, W) or (C, H, W), plain or a PatchTensor, whose rows on this rank are then cut. The other
-    arguments are those of ``F.conv2d``; ``padding_mode``: "zeros", "reflect", "replicate" or "circular",
-    as in ``nn.Conv2d``. ``splits``: how many patches (more than there are rows means one row each), or
-    "auto" as in ``convert_model``. ``sequential``: one patch after the other, else all in one call, folded
-    into the batch. Returns the values and gradients of the whole convolution, to rounding.
+    ``x``: (B, C, H, W) or (C, H, W), plain or a PatchTensor, whose rows on this rank are then cut (in a compiled
+    graph, as its own region says). ``padding_mode``: "zeros", "reflect", "replicate" or "circular", as in
+    ``nn.Conv2d``; the other arguments are those of ``F.conv2d``. ``splits``: how many patches (more than there
+    are rows means one row each), or "auto" as in ``convert_model``. ``sequential``: one patch after the other,
+    else all in one call, folded into the batch. Returns the values and gradients of the whole convolution, to
+    rounding.
 
     Raises ``ValueError`` for ``splits`` below 1 or an unknown ``padding_mode``, ``LayoutError`` where the
     image is smaller than the kernel or has the wrong number of dims.
@@ -212,7 +214,7 @@ def _convolve(
     rows = _as_rows(x, spatial, splits, sequential, func.__name__)
     if padding_mode != "zeros":
         kernel, dilations = weight.shape[2:], per_dim(dilation, spatial)
-        rows = cast(PatchTensor, F.pad(rows, _edges(padding, kernel, dilations), mode=padding_mode))
+        rows = F.pad(rows, _edges(padding, kernel, dilations), mode=padding_mode)
         padding = 0
     return _back(func(rows, weight, bias, stride, padding, dilation, groups), x)
 
@@ -233,28 +235,32 @@ def _edges(padding: Sizes | str, kernel: Sequence[int], dilations: Sequence[int]
     return [pad for pad in reversed(per_dim(padding, len(kernel))) for _ in range(2)]
 
 
-def _as_rows(x: Tensor, spatial: int, splits: Splits, sequential: bool, op: str) -> PatchTensor:
+def _as_rows(x: Tensor, spatial: int, splits: Splits, sequential: bool, op: str) -> Tensor:
     """The tensor as rows of this device alone; rows of a group's rank with these splits."""
     _check_splits(splits)
+    compiling = torch.compiler.is_dynamo_compiling()
     if isinstance(x, PatchTensor):
-        rows = wrap(x.local, x)
-        rows.region = replace(x.region, splits=splits, sequential=sequential)
-        return rows
+        return x if compiling else enter(x, 0, replace(x.region, splits=splits, sequential=sequential))
     if x.ndim not in (spatial + 1, spatial + 2):
         raise LayoutError(
             f"{op} in patches takes {spatial + 2} dims (B, C, ...), or {spatial + 1} without a batch; got a tensor of "
             f"shape {tuple(x.shape)}"
         )
+    region = Region(ALONE, splits, sequential)
     dim = x.ndim - min(spatial, 2)
-    return PatchTensor(x, RowLayout(dim, (0, x.shape[dim])), Region(ALONE, splits, sequential))
+    return enter_compiled(x, dim, region) if compiling else enter(x, dim, region)
 
 
-def _back(result: PatchTensor, x: Tensor) -> Tensor:
+def _back(result: Tensor, x: Tensor) -> Tensor:
     """What came of the rows, as the tensor that was given: plain, or of its own region."""
-    if not isinstance(x, PatchTensor):
-        return result.local
-    result.region = x.region
-    return result
+    compiling = torch.compiler.is_dynamo_compiling()
+    if isinstance(x, PatchTensor):
+        return result if compiling else enter(result, 0, x.region)
+    if compiling:
+        gathered: Tensor = torch.ops.distpatch.gather(result, "patch_conv")
+        return gathered
+    assert isinstance(result, PatchTensor)
+    return result.local
 
 
 def _check_splits(splits: Splits) -> None:

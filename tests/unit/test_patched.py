@@ -217,6 +217,16 @@ def test_in_a_converted_model_each_rank_cuts_its_own_rows() -> None:
         assert_same(value, right, 1e-12, "on ranks")
 
 
+def test_compiled() -> None:
+    """One graph, alone and in a converted model."""
+    layer = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+    x = random_tensor((1, 4, 13, 6), dtype=torch.float32)
+    for model in (PatchConv2d(3, True, layer), distpatch.convert_model(nn.Sequential(PatchConv2d(3, True, layer)))):
+        with torch.no_grad():
+            value = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        assert_same(value, layer(x), 1e-6, type(model).__name__)
+
+
 def refusals() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
     x, w, layer = torch.zeros(2, 4, 5, 6), torch.zeros(6, 4, 3, 3), nn.Conv2d(4, 6, 3)
 
