@@ -139,15 +139,23 @@ class Bench:
         timed = [result for result in self.results if result.contestant.timed and not result.failure]
         with ExitStack() as stack:
             crews = [self._crew(result.contestant, stack) for result in timed]
-            for crew in crews:
-                ask(crew, "time")  # the first pass is a warm-up
-                self.bar.advance(self.bar.task_ids[0])
-            for _ in range(rounds):
+            for number in range(1 + rounds):
                 for result, crew in zip(timed, crews, strict=True):
-                    result.seconds.append(max(answer["seconds"] for answer in ask(crew, "time")))
-                    self.bar.advance(self.bar.task_ids[0])
+                    self._time_one(result, crew, warm_up=number == 0)
         for result in timed:
-            result.ratios = [a / b for a, b in zip(result.seconds, timed[0].seconds, strict=True)]
+            result.ratios = [a / b for a, b in zip(result.seconds, timed[0].seconds)]
+
+    def _time_one(self, result: Result, crew: Crew, warm_up: bool) -> None:
+        self.bar.advance(self.bar.task_ids[0])
+        if result.failure:
+            return
+        try:
+            seconds = max(answer["seconds"] for answer in ask(crew, "time"))
+        except Failed as failed:
+            result.failure = f"when timed: {failed}"
+            return
+        if not warm_up:
+            result.seconds.append(seconds)
 
 
 def ask(crew: Crew, order: str, **details: Any) -> list[dict[str, Any]]:
@@ -172,7 +180,7 @@ def results_table(results: list[Result], memory_format: str) -> Table:
         table.add_column(heading, justify="right")
     for result in results:
         if result.failure:
-            table.add_row(result.contestant.name, f"failed: {result.failure.splitlines()[0][:200]}")
+            table.add_row(result.contestant.name, "failed")
             continue
         ratios = result.ratios
         table.add_row(
@@ -219,6 +227,9 @@ def main(
         for one, size in cells:
             measured = Bench(one, size, memory_format, [c for c in everyone if one in c.cases], bar).run(rounds)
             console.print(results_table(measured, memory_format))
+            for result in measured:
+                if result.failure:
+                    console.print(f"{result.contestant.name}: {result.failure}", markup=False, highlight=False)
             results += measured
             if json_file is not None:  # after each cell: what is done is kept
                 numbers = [asdict(result) for result in results]

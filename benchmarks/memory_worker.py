@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
@@ -193,9 +194,15 @@ def _guarded(order: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, An
         try:
             return order(**details)
         except Exception as error:
-            return {"failure": f"{type(error).__name__}: {error}"}
+            return _failure(error)
 
     return obey
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """What it said or, since a bare assert says nothing, the line that failed."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return {"failure": f"{type(error).__name__}: {str(error) or line}"}
 
 
 def can_be_lazy() -> bool:
@@ -216,7 +223,7 @@ def main(
         try:
             worker = Worker(CASES[case](kind, size, memory_format, ranks, options))
         except Exception as error:
-            failure = {"failure": f"{type(error).__name__}: {error}"}
+            failure = _failure(error)
             serve({name: lambda **_: failure for name in orders})
         else:
             serve({name: _guarded(getattr(worker, name)) for name in orders})

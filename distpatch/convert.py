@@ -282,6 +282,8 @@ def _leave(tensor: Tensor, state: _Conversion) -> Any:
         return whole_output if state.output == "gather" or state.region.comm.rank == 0 else None
     comm = tensor.region.comm
     if state.output == "gather":
+        if comm.size == 1:
+            return tensor.local  # all of it, and nobody else's: no copy
         return gather_rows(tensor.local, tensor.rows, comm.name, "output")
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)
