@@ -5,7 +5,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test fuzz lint bench coverage clean autoencoders
+.PHONY: demo test fuzz lint bench memory coverage clean autoencoders
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
 bench: $(VENV)/installed  ## the README's table
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/overhead.py
+
+memory: $(VENV)/installed  ## peak memory beside the peers', and docs/memory.png (about an hour)
+	mkdir -p out
+	$(BIN)/python benchmarks/memory.py --json out/memory.json --plot docs/memory.png
 
 autoencoders: $(VENV)/installed  ## every autoencoder of diffusers, converted, against one device
 	$(BIN)/python -m benchmarks.autoencoders

@@ -10,6 +10,15 @@ from distpatch.convert import convert_model, restore_model
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.group import warmup
 from distpatch.layout import RowLayout
+from distpatch.patched import (
+    PatchConv2d,
+    patch_conv1d,
+    patch_conv2d,
+    patch_conv3d,
+    patch_conv_transpose1d,
+    patch_conv_transpose2d,
+    patch_conv_transpose3d,
+)
 from distpatch.rules.own import register_pointwise
 from distpatch.rules.registry import register_rule
 from distpatch.save import save_image, save_video, to_memmap
@@ -21,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DistPatchError",
     "LayoutError",
+    "PatchConv2d",
     "PatchTensor",
     "RankError",
     "RowLayout",
@@ -28,6 +38,12 @@ __all__ = [
     "UnsupportedOpError",
     "convert_model",
     "gather",
+    "patch_conv1d",
+    "patch_conv2d",
+    "patch_conv3d",
+    "patch_conv_transpose1d",
+    "patch_conv_transpose2d",
+    "patch_conv_transpose3d",
     "register_pointwise",
     "register_rule",
     "restore_model",

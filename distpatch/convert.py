@@ -19,6 +19,7 @@ from distpatch.collectives import gather_rows, spread_all
 from distpatch.compiled import enter, enter_compiled, meet
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.group import Group, Pretended, communicator
+from distpatch.known_faults import warn_of_known_faults
 from distpatch.rules.blocks import in_order
 from distpatch.tensor import PatchTensor, Region, on_rank0, whole
 from distpatch.tree import map_tensors, tensors_in
@@ -101,6 +102,7 @@ def convert_model(
         raise ValueError(f"min_numel and workspace_bytes are positive; got {min_numel} and {workspace_bytes}")
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
+    warn_of_known_faults(model)
     comm = communicator(group)
     if comm.size > 1 and not isinstance(comm, Pretended):
         comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
@@ -298,6 +300,8 @@ def _leave(tensor: Tensor, state: _Conversion) -> Any:
         return whole_output if state.output == "gather" or state.region.comm.rank == 0 else None
     comm = tensor.region.comm
     if state.output == "gather":
+        if comm.size == 1:
+            return tensor.local  # all of it, and nobody else's: no copy
         return gather_rows(tensor.local, tensor.rows, comm.name, "output")
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)

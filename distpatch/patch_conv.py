@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from distpatch.formats import memory_format
@@ -65,10 +64,11 @@ class Slab:
         parts.append(self._padding(hi - max(lo, self.size)))
         parts = [part for part in parts if part.shape[self.dim] > 0]
         assert sum(part.shape[self.dim] for part in parts) == hi - lo, f"rows {lo}:{hi} were not all fetched"
-        if isinstance(own, Recipe):
+        if isinstance(own, Recipe) or max(lo, 0) < min(hi, self.size):
             return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
         # Rows of padding alone would leave the autograd graph, and the halo's backward is collective.
-        return torch.cat([own.narrow(self.dim, 0, 0), *parts], self.dim)
+        padding = torch.cat([own.narrow(self.dim, 0, 0), *parts], self.dim)  # whose format an empty part undoes
+        return padding.contiguous(memory_format=memory_format(own))
 
     def blank(self, rows: int) -> Tensor:
         """Rows of padding alone: what an idle rank computes on, to keep its place in the autograd graph."""
@@ -173,7 +173,7 @@ def _batched(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int, p
     starts = [min(a, hi - patch_rows) for a in range(lo, hi, patch_rows)]
     patches = [slab.rows(*stencil.need(a, a + patch_rows)) for a in starts]
     result = conv(torch.cat(patches, 0), 0)
-    *full, last = rearrange(result, "(n b) ... -> n b ...", n=len(starts)).unbind(0)
+    *full, last = result.chunk(len(starts))  # views with a batch's own strides, which tell the memory format
     fresh = hi - lo - patch_rows * len(full)
     last = last.narrow(slab.dim, patch_rows - fresh, fresh)
     return torch.cat([*full, last], slab.dim)

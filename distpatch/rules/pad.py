@@ -20,7 +20,7 @@ from distpatch.stencil import Interval, ceil_div
 from distpatch.tensor import PatchTensor
 
 
-@rule(*named("pad"))
+@rule(*named("pad"), torch._C._nn.pad)  # Dynamo sees what F.pad calls
 def pad(
     func: Any, input: PatchTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> PatchTensor:
