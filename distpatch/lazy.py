@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from distpatch.errors import DistPatchError
 from distpatch.formats import memory_format
 from distpatch.stencil import Interval
+from distpatch.trace import Recorder
 
 Part = tuple[Tensor, bool]  # rows, and whether who gets them may write to them
 Compute = Callable[["Walk", int, int], Part]
@@ -50,6 +52,7 @@ class Recipe:
         "dtype",
         "format",
         "heavy",
+        "op",
         "owner",
         "parents",
         "patch_rows",
@@ -65,6 +68,7 @@ class Recipe:
     dtype: torch.dtype
     format: torch.memory_format
     heavy: bool
+    op: str
     owner: Callable[[], Any]
     parents: tuple[Recipe, ...]
     patch_rows: int | None
@@ -80,12 +84,14 @@ class Recipe:
         compute: Compute | None = None,
         shape: Sequence[int] | None = None,
         *,
+        op: str = "",
         dtype: torch.dtype | None = None,
         format: torch.memory_format | None = None,
         aligned: bool = True,
         heavy: bool = False,
         patch_rows: int | None = None,
     ) -> None:
+        self.op = op
         self.dim = dim
         self.shape = torch.Size(like.shape if shape is None else shape)
         self.dtype = dtype or like.dtype
@@ -178,8 +184,18 @@ class Recipe:
         return self.value
 
     def _collect(self) -> Tensor:
-        rows, dim = self.rows, self.dim
         spare = next((leaf for leaf in self.leaves() if self._may_overwrite(leaf)), None) if self.aligned else None
+        steps = [node for node in self._nodes() if node.value is None]
+        Recorder.fused(" > ".join(node.op for node in reversed(steps)), sum(node.size_bytes for node in steps[1:]))
+        try:
+            return self._rows_by_patch(spare)
+        except BaseException:
+            if spare is not None:
+                self.compute = partial(_lost, self)
+            raise
+
+    def _rows_by_patch(self, spare: Recipe | None) -> Tensor:
+        rows, dim = self.rows, self.dim
         step = self.patch_rows or self._chunk_rows()
         walk = Walk(spare if all(node.consumers < 2 for node in self._nodes()) else None)
         if spare is None and step >= rows:
@@ -213,6 +229,13 @@ class Recipe:
             return False
         del rows
         return _held_by(leaf) and not any(other is not self and leaf in other.leaves() for other in _waiting())
+
+
+def _lost(recipe: Recipe, walk: Walk, lo: int, hi: int) -> Part:
+    raise DistPatchError(
+        f"{recipe.op}: computing these rows, of shape {tuple(recipe.shape)}, failed halfway, when a part of what they "
+        "are made of had been overwritten. Run the model again."
+    )
 
 
 class Walk:
@@ -300,9 +323,16 @@ def alone(recipe: Recipe) -> Recipe:
     """The same, for a tensor that will be written to: what others make of it stays as it is."""
     if not recipe.consumers:
         return recipe
-    other = Recipe(recipe, recipe.dim, recipe.parents, recipe.compute, aligned=recipe.aligned, heavy=recipe.heavy)
-    other.patch_rows = recipe.patch_rows
-    return other
+    return Recipe(
+        recipe,
+        recipe.dim,
+        recipe.parents,
+        recipe.compute,
+        op=recipe.op,
+        aligned=recipe.aligned,
+        heavy=recipe.heavy,
+        patch_rows=recipe.patch_rows,
+    )
 
 
 @contextmanager
@@ -335,13 +365,13 @@ _ALONE = _holders(Recipe.of(torch.empty(1), 0))
 
 
 def put_off(
+    op: str,
     like: Recipe,
     parents: Sequence[Recipe],
     step: Callable[[list[Tensor], list[bool]], Tensor],
     *,
     shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
-    dim: int | None = None,
 ) -> Recipe:
     """What ``step(parts, mine)`` makes of the same rows of all parents; it may write to the parts that are its own."""
 
@@ -354,10 +384,11 @@ def put_off(
         result = step(parts, mine)
         return result, all(own or not _same(result, rows) for rows, own in zip(parts, mine))
 
-    return Recipe(like, like.dim if dim is None else dim, parents, compute, shape, dtype=dtype)
+    return Recipe(like, like.dim, parents, compute, shape, op=op, dtype=dtype)
 
 
 def put_off_from(
+    op: str,
     parent: Recipe,
     need: Callable[[int, int], Interval],
     step: Callable[[Tensor, int, int], Tensor],
@@ -370,7 +401,7 @@ def put_off_from(
         result = step(rows, lo, hi)
         return result, own or not _same(result, rows)
 
-    return Recipe(parent, parent.dim, [parent], compute, shape, aligned=False)
+    return Recipe(parent, parent.dim, [parent], compute, shape, op=op, aligned=False)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -87,6 +87,7 @@ def _narrow(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
 
 
 def window(
+    op: str,
     conv: Conv,
     slab: Slab,
     stencil: WindowStencil,
@@ -113,7 +114,7 @@ def window(
     # What a row reads above itself is carried, if it was read: rows that end above their place are not.
     aligned = stencil.stride == 1 and out == (start, stop) and stencil.before < stencil.span
     return Recipe(
-        source, dim, [source], compute, shape, format=format, aligned=aligned, heavy=True, patch_rows=patch_rows
+        source, dim, [source], compute, shape, op=op, format=format, aligned=aligned, heavy=True, patch_rows=patch_rows
     )
 
 

@@ -34,12 +34,22 @@ class Fallback:
     bytes: int = 0
 
 
+@dataclass
+class Fused:
+    """Steps that were computed together, patch by patch; ``spared_bytes``: of what never existed as a whole."""
+
+    steps: str
+    count: int = 0
+    spared_bytes: int = 0
+
+
 @dataclass(eq=False)
 class Trace:
     """Everything recorded on this rank while the trace was open."""
 
     records: list[Record] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
+    fused: dict[str, Fused] = field(default_factory=dict)
 
     @property
     def sent_bytes(self) -> int:
@@ -63,6 +73,11 @@ class Trace:
         known.count += 1
         known.bytes += size_bytes
 
+    def add_fused(self, steps: str, spared_bytes: int) -> None:
+        known = self.fused.setdefault(steps, Fused(steps))
+        known.count += 1
+        known.spared_bytes += spared_bytes
+
     def table(self) -> str:
         """A text table: kind, op, calls, bytes and messages sent; then the fallbacks."""
         calls: Counter[tuple[str, str]] = Counter()
@@ -82,6 +97,8 @@ class Trace:
                 f"{'fallback':12} {fallback.op:32} {fallback.count:7} {fallback.bytes:14,} "
                 f"{'':9}  {fallback.shapes} at {fallback.where}"
             )
+        for fused in self.fused.values():
+            lines.append(f"{'fused':12} {fused.steps} ({fused.count} times, {fused.spared_bytes:,} bytes spared)")
         return "\n".join(lines)
 
 
@@ -110,6 +127,12 @@ class Recorder:
     def record(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
         for trace in self.active():
             trace.records.append(Record(kind, op, sent_bytes, messages))
+
+    @classmethod
+    def fused(cls, steps: str, spared_bytes: int) -> None:
+        """Of this thread, whichever the group: what is computed later sends nothing."""
+        for trace in cls.opened() or ():
+            trace.add_fused(steps, spared_bytes)
 
     def fallback(self, op: str, shapes: str, where: str, size_bytes: int) -> None:
         for trace in self.active():

@@ -98,7 +98,7 @@ def convolution(
     if waits:
         format = memory_format(weight)  # of the result, if it is not the input's
         format = input.as_recipe.format if format is torch.contiguous_format else format
-        result = window(conv, slab, windows[axis], (lo, hi), outer, format, patch_rows)
+        result = window(op_name(func), conv, slab, windows[axis], (lo, hi), outer, format, patch_rows)
     else:
         result = convolve(conv, slab, windows[axis], (lo, hi), patch_rows, region.sequential)
     return wrap(result, input, input.rows.with_bounds(plan.out))

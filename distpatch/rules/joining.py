@@ -119,7 +119,7 @@ def _cat_later(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int)
     if any(own != sizes[0] for own in sizes):
         return None
     shape = [sum(t.shape[at] for t in tensors) if d == at else n for d, n in enumerate(recipes[0].shape)]
-    return wrap(put_off(recipes[0], recipes, lambda parts, mine: func(parts, at), shape=shape), lead)
+    return wrap(put_off(op_name(func), recipes[0], recipes, lambda parts, mine: func(parts, at), shape=shape), lead)
 
 
 @rule(*named("stack"))

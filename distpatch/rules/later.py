@@ -137,7 +137,7 @@ def _recipe(
                     return out(*given, **kwargs, out=part)
         return func(*given, **kwargs)
 
-    recipe = put_off(lead.as_recipe, parents, step, shape=shape, dtype=sample.dtype)
+    recipe = put_off(op_name(func), lead.as_recipe, parents, step, shape=shape, dtype=sample.dtype)
     return recipe if recipe.held_bytes <= MOST_HELD * recipe.size_bytes else None
 
 

@@ -141,7 +141,9 @@ def _cast_later(func: Any, x: PatchTensor, args: tuple[Any, ...], kwargs: dict[s
         return None
     if kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format:
         return None
-    return wrap(put_off(recipe, [recipe], lambda parts, mine: parts[0].to(result.dtype), dtype=result.dtype), x)
+    return wrap(
+        put_off(op_name(func), recipe, [recipe], lambda parts, mine: parts[0].to(result.dtype), dtype=result.dtype), x
+    )
 
 
 @rule(torch.Tensor.is_contiguous)

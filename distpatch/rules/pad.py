@@ -63,7 +63,7 @@ def _pad_later(rows: Recipe, pads: Sequence[int], mode: str, value: float | None
         result = F.pad(part, own, mode, value)
         return result.narrow(rows.dim, lo - (start + above - own[at]), hi - lo) if above or below else result
 
-    return put_off_from(rows, need, pad_part, shape)
+    return put_off_from("pad", rows, need, pad_part, shape)
 
 
 def _have_edges(rows: RowLayout, above: int, below: int, mode: str) -> bool:

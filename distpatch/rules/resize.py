@@ -15,7 +15,18 @@ from distpatch.formats import in_memory_order, memory_order
 from distpatch.lazy import Recipe, put_off_from
 from distpatch.patch_conv import fewest_calls
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import may_wait, named, needs_grad, on_some_rows, over_rows, per_dim, rule, settled, wrap
+from distpatch.rules.registry import (
+    may_wait,
+    named,
+    needs_grad,
+    on_some_rows,
+    op_name,
+    over_rows,
+    per_dim,
+    rule,
+    settled,
+    wrap,
+)
 from distpatch.rules.resample import FILTERS, enlarged, filtered, precise
 from distpatch.stencil import FilterStencil, NearestStencil, ceil_div
 from distpatch.tensor import PatchTensor
@@ -114,7 +125,7 @@ def _nearest_later(rows: Recipe, resize: Resize, times: int) -> Recipe:
     def enlarge(part: Tensor, lo: int, hi: int) -> Tensor:
         return resize(part, times).narrow(rows.dim, lo % times, hi - lo)
 
-    return put_off_from(rows, lambda lo, hi: (lo // times, ceil_div(hi, times)), enlarge, shape)
+    return put_off_from(op_name(resize.func), rows, lambda lo, hi: (lo // times, ceil_div(hi, times)), enlarge, shape)
 
 
 def _smooth(x: PatchTensor, resize: Resize) -> PatchTensor:

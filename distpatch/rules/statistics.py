@@ -138,7 +138,7 @@ def put_off_norm(rows: Recipe, weight: Tensor | None, bias: Tensor | None, norm:
     def step(parts: list[Tensor], mine: list[bool]) -> Tensor:
         return scale(parts[0], parts[0] if mine[0] else None)
 
-    return put_off(rows, [rows], step), mean, var
+    return put_off(norm.op, rows, [rows], step), mean, var
 
 
 def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:

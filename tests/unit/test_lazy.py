@@ -306,3 +306,41 @@ def test_switched_off() -> None:
         torch.testing.assert_close(model(plain), right, rtol=1e-12, atol=1e-12)
         distpatch.restore_model(model)
     assert seen == [True, False]
+
+
+def test_the_trace_shows_what_was_fused() -> None:
+    _, x = image()
+    with distpatch.trace() as t:
+        y = conv(F.silu(norm(x)))
+        y.local  # noqa: B018
+    (fused,) = t.fused.values()
+    assert (fused.steps, fused.count, fused.spared_bytes) == ("group_norm > silu > conv2d", 1, 2 * y.local.nbytes)
+    assert "group_norm > silu > conv2d (1 times" in t.table()
+
+
+def test_failed_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been overwritten in part is not taken for what it was."""
+    _, x = image()
+    y = conv(x)
+    del x
+    calls = []
+
+    def fail_later(*args: object) -> Tensor:
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError
+        return original(*args)  # type: ignore[arg-type]
+
+    original = lazy.Walk.window
+    monkeypatch.setattr(lazy.Walk, "window", fail_later)
+    with pytest.raises(MemoryError):
+        y.local  # noqa: B018
+    with pytest.raises(DistPatchError, match="failed halfway"):
+        y.local  # noqa: B018
+    _, x = image()
+    y = conv(x)  # x is held: nothing was lost
+    calls.clear()
+    calls += [(), ()]
+    with pytest.raises(MemoryError):
+        F.silu(y * 1).local  # type: ignore[attr-defined]  # noqa: B018
+    equal(y, conv(x.local))
