@@ -197,7 +197,8 @@ class Recipe:
     def _rows_by_patch(self, spare: Recipe | None) -> Tensor:
         rows, dim = self.rows, self.dim
         step = self.patch_rows or self._chunk_rows()
-        walk = Walk(spare if all(node.consumers < 2 for node in self._nodes()) else None)
+        once = all(node.consumers < 2 for node in self._nodes())  # then steps may write to what they read, too
+        walk = Walk(spare if once else None, overwrites=spare is not None)
         if spare is None and step >= rows:
             part, fresh = walk.rows(self, 0, rows)
             return part if fresh else part.clone()
@@ -239,10 +240,16 @@ def _lost(recipe: Recipe, walk: Walk, lo: int, hi: int) -> Part:
 
 
 class Walk:
-    """One evaluation, from above to below. ``spare``: rows that may be written to while they are read."""
+    """One evaluation, from above to below.
 
-    def __init__(self, spare: Recipe | None = None) -> None:
+    ``overwrites``: what is made of some rows takes their place, so that no window can read them again; ``spare``:
+    whose rows each step may write to as soon as it has read them.
+    """
+
+    def __init__(self, spare: Recipe | None = None, overwrites: bool = False) -> None:
         self.spare = spare
+        self.overwrites = overwrites
+        self._begun: set[Any] = set()
         self._known: dict[tuple[Recipe, int, int], Tensor] = {}
         self._carried: dict[Any, tuple[int, Tensor]] = {}
 
@@ -275,7 +282,9 @@ class Walk:
                 parts.append(read(last, stop))
             rows = torch.cat(parts, dim)
         else:
+            assert not (self.overwrites and key in self._begun), f"rows from {start} on are gone"
             rows = read(start, stop)
+        self._begun.add(key)
         if start <= follow < stop:
             self._carried[key] = follow, rows.narrow(dim, follow - start, stop - follow).clone()
         return rows

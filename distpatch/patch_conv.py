@@ -106,7 +106,7 @@ def window(
             return slab.rows(a, b, lambda i, j: walk.rows(source, i, j)[0])
 
         a, b = stencil.need(out[0] + lo, out[0] + hi)
-        if source.value is not None and walk.spare is None:
+        if source.value is not None and not walk.overwrites:
             return conv(read(a, b), 0), True
         follow = stencil.need(out[0] + hi, out[0] + hi + 1)[0]
         return conv(walk.window(key, a, b, follow, dim, read), 0), True

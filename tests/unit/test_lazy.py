@@ -61,6 +61,11 @@ def around(x: Tensor) -> Tensor:
     return conv(F.silu(x)) + x
 
 
+def two_windows(x: Tensor) -> Tensor:
+    """The second convolution has the rows computed; the first still waits for them."""
+    return conv(x) + 0.5 * F.conv2d(F.conv2d(x, KERNEL[:2], padding=1), KERNEL[:, :2], padding=1)
+
+
 CHAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "norm, activation": lambda x: F.silu(norm(x)),
     "convolution": conv,
@@ -84,6 +89,7 @@ CHAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "half": lambda x: conv(x.float()).double(),
     "maximum": lambda x: torch.maximum(norm(x), x).clamp(-1, 1),
     "reflected scalars": lambda x: 2 / (1 + (1 - F.silu(x)).square()),
+    "two windows": lambda x: two_windows(F.silu(norm(x))),
     "instance norm": lambda x: conv(F.instance_norm(x)),
     "channels": lambda x: F.conv2d(norm(x), KERNEL[:, :, :1, :1]) + F.conv2d(x, KERNEL[:, :, :1, :1]),
 }
@@ -337,10 +343,3 @@ def test_failed_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
         y.local  # noqa: B018
     with pytest.raises(DistPatchError, match="failed halfway"):
         y.local  # noqa: B018
-    _, x = image()
-    y = conv(x)  # x is held: nothing was lost
-    calls.clear()
-    calls += [(), ()]
-    with pytest.raises(MemoryError):
-        F.silu(y * 1).local  # type: ignore[attr-defined]  # noqa: B018
-    equal(y, conv(x.local))
