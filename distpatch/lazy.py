@@ -212,7 +212,7 @@ class Recipe:
                     self.shape, dtype=part.dtype, device=part.device, memory_format=memory_format(part)
                 )
             place = result.narrow(dim, lo, hi - lo)
-            if part.data_ptr() != place.data_ptr() or part.stride() != place.stride():
+            if not (_same(part, place) and part.storage_offset() == place.storage_offset()):
                 place.copy_(part)
             del part
         assert result is not None
@@ -249,7 +249,7 @@ class Walk:
     def __init__(self, spare: Recipe | None = None, overwrites: bool = False) -> None:
         self.spare = spare
         self.overwrites = overwrites
-        self._begun: set[Any] = set()
+        self._passed: dict[Any, int] = {}
         self._known: dict[tuple[Recipe, int, int], Tensor] = {}
         self._carried: dict[Any, tuple[int, Tensor]] = {}
 
@@ -282,9 +282,9 @@ class Walk:
                 parts.append(read(last, stop))
             rows = torch.cat(parts, dim)
         else:
-            assert not (self.overwrites and key in self._begun), f"rows from {start} on are gone"
+            assert not self.overwrites or start >= self._passed.get(key, start), f"rows from {start} on are gone"
             rows = read(start, stop)
-        self._begun.add(key)
+        self._passed[key] = stop
         if start <= follow < stop:
             self._carried[key] = follow, rows.narrow(dim, follow - start, stop - follow).clone()
         return rows

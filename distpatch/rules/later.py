@@ -65,6 +65,8 @@ def put_off_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     recipe = _recipe(function, values, kwargs, lead, has_inplace, out)
     if recipe is None:
         return None
+    if recipe is lead.as_recipe:
+        return lead
     if in_place:
         lead.recipe = recipe
         own(recipe, lead)
@@ -118,7 +120,10 @@ def _recipe(
 ) -> Recipe | None:
     places = [i for i, value in enumerate(values) if isinstance(value, PatchTensor)]
     parents = [values[i].as_recipe for i in places]
-    sample = func(*[v.as_recipe.sample() if isinstance(v, PatchTensor) else v for v in values], **kwargs)
+    given = [v.as_recipe.sample() if isinstance(v, PatchTensor) else v for v in values]
+    sample = func(*given, **kwargs)
+    if sample is given[places[0]]:  # such as to a dtype that it has
+        return parents[0]
     row, shape = lead.rows.dim, list(sample.shape)
     if not isinstance(sample, Tensor) or not sample.dtype.is_floating_point or len(shape) != lead.ndim or shape[row]:
         return None
@@ -126,16 +131,16 @@ def _recipe(
     constants = [None if i in places else value for i, value in enumerate(values)]
 
     def step(parts: list[Tensor], mine: list[bool]) -> Tensor:
-        given = list(constants)
+        operands = list(constants)
         for i, part in zip(places, parts):
-            given[i] = part
+            operands[i] = part
         if has_inplace and mine[0] and places[0] == 0:
-            return func(*given, **kwargs, inplace=True)
+            return func(*operands, **kwargs, inplace=True)
         if out is not None:
             for part, own in zip(parts, mine):
                 if own and part.dtype == sample.dtype and _covers(part, shape, row):
-                    return out(*given, **kwargs, out=part)
-        return func(*given, **kwargs)
+                    return out(*operands, **kwargs, out=part)
+        return func(*operands, **kwargs)
 
     recipe = put_off(op_name(func), lead.as_recipe, parents, step, shape=shape, dtype=sample.dtype)
     return recipe if recipe.held_bytes <= MOST_HELD * recipe.size_bytes else None

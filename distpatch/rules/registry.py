@@ -186,7 +186,7 @@ def halo(x: PatchTensor, needs: Needs, func: Any, fill: float = 0.0, wait: bool 
     dim, rank = x.rows.dim, x.region.comm.rank
     own: Any
     if wait:
-        above, below = fetch_edges(x, needs, func) if x.waits else fetch(x, needs, func, channels_last=True)
+        above, below = fetch_edges(x, needs, func)  # no views of the rank's own: somebody may write over these
         own = x.as_recipe
     else:
         above, below = fetch(x, needs, func, channels_last=True)
