@@ -7,9 +7,12 @@ point to point, and the result is the one of a single device, to rounding.
 """
 
 from distpatch.convert import convert_model, restore_model
+from distpatch.costs import Device, Link
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.group import warmup
 from distpatch.layout import RowLayout
+from distpatch.planner import plan, smallest_plan
+from distpatch.plans import Plan
 from distpatch.rules.own import register_pointwise
 from distpatch.rules.registry import register_rule
 from distpatch.save import save_image, save_video, to_memmap
@@ -19,21 +22,26 @@ from distpatch.trace import Trace, trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "Device",
     "DistPatchError",
     "LayoutError",
+    "Link",
     "PatchTensor",
+    "Plan",
     "RankError",
     "RowLayout",
     "Trace",
     "UnsupportedOpError",
     "convert_model",
     "gather",
+    "plan",
     "register_pointwise",
     "register_rule",
     "restore_model",
     "save_image",
     "save_video",
     "shard",
+    "smallest_plan",
     "to_memmap",
     "trace",
     "warmup",

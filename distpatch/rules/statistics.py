@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.collectives import merge_moments, spread, stack_ranks, sum_partials
 from distpatch.formats import memory_format
 from distpatch.layout import RowLayout
+from distpatch.meter import few
 from distpatch.rules.registry import needs_grad
 
 # Rows are read twice, for the mean and around it: on a CPU from a cache of this size.
@@ -40,7 +40,7 @@ def moments(local: Tensor, dims: tuple[int, ...], along: int, exact: bool = Fals
     whole = grads or torch.compiler.is_compiling()  # a compiler makes its own chunks
     chunks = _chunks(local, local.shape[along] if whole else chunk_bytes // max(rows_bytes, 1), along)
     counts, means, m2s = [], [], []
-    for chunk in chunks[:1] if isinstance(local, FakeTensor) else chunks:  # of fake ones only the sizes are asked
+    for chunk in few(chunks):
         count = math.prod(chunk.shape[d] for d in dims)
         middle = chunk.detach().sum(dims, keepdim=True, dtype=precise) / max(count, 1)
         centred = chunk - middle
@@ -161,7 +161,7 @@ def _centred(local: Tensor, middle: Tensor, scale: Tensor, shift: Tensor, along:
     middle, scale, shift = (t.view(*t.shape, *[1] * (local.ndim - 2)) for t in (middle, scale, shift))
     out = torch.empty_like(local)
     chunk_rows = CHUNK_BYTES["cpu"] * local.shape[along] // (local.numel() * local.element_size())
-    for rows, result in zip(_chunks(local, chunk_rows, along), _chunks(out, chunk_rows, along)):
+    for rows, result in few(list(zip(_chunks(local, chunk_rows, along), _chunks(out, chunk_rows, along)))):
         torch.sub(rows, middle, out=result)
         result.mul_(scale).add_(shift)
     return out
