@@ -6,6 +6,7 @@ runs a convolutional model on all ranks of a group: activations are sharded alon
 point to point, and the result is the one of a single device, to rounding.
 """
 
+from distpatch.calibrate import calibrate
 from distpatch.convert import convert_model, restore_model
 from distpatch.costs import Device, Link
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
@@ -16,6 +17,7 @@ from distpatch.plans import Plan
 from distpatch.rules.own import register_pointwise
 from distpatch.rules.registry import register_rule
 from distpatch.save import save_image, save_video, to_memmap
+from distpatch.scaling import Scaling, scaling
 from distpatch.tensor import PatchTensor, gather, shard
 from distpatch.trace import Trace, trace
 
@@ -30,8 +32,10 @@ __all__ = [
     "Plan",
     "RankError",
     "RowLayout",
+    "Scaling",
     "Trace",
     "UnsupportedOpError",
+    "calibrate",
     "convert_model",
     "gather",
     "plan",
@@ -40,6 +44,7 @@ __all__ = [
     "restore_model",
     "save_image",
     "save_video",
+    "scaling",
     "shard",
     "smallest_plan",
     "to_memmap",

@@ -91,19 +91,22 @@ def smallest_plan(
     subject = Subject(model, args, kwargs, method=method, device=device, backward=backward, options=options)
     if memory_bytes is None and subject.device is None:
         raise ValueError("smallest_plan: say how many bytes a rank has (memory_bytes), or name a device")
+
+    def fits(size: int) -> bool:  # judged by the rank that has neighbours on both sides
+        return subject.plan(size, link=link, ranks=[min(1, size - 1)]).fits(memory_bytes)
+
     low, high = 0, 1
-    while not (found := subject.plan(high, link=link)).fits(memory_bytes):
+    while not fits(high):
         if high >= most:
             return None
         low, high = high, min(2 * high, most)
     while high - low > 1:  # low does not fit, high does
         middle = (low + high) // 2
-        tried = subject.plan(middle, link=link)
-        if tried.fits(memory_bytes):
-            high, found = middle, tried
-        else:
-            low = middle
-    return found
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    for size in range(high, most + 1):
+        if (found := subject.plan(size, link=link)).fits(memory_bytes):
+            return found
+    return None
 
 
 class Subject:
