@@ -13,6 +13,7 @@ cotangent. Rows of a shard are one rank's own. So, forward and backward:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -306,9 +307,12 @@ def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int,
         union = mean[0] + (mean - mean[0]).mean(0)  # around one of them: means that are equal stay so
         return total, union, m2.sum(0) + (mean - union).square().sum(0) * counts[0]
     weight = mean.new_full((len(counts), *[1] * (mean.ndim - 1)), counts[0] if counts else 0)
-    for index, count in enumerate(counts):
+    start = 0
+    for count, alike in groupby(counts):
+        stop = start + len(list(alike))
         if count != counts[0]:
-            weight[index] = count  # filled on the device: nothing is copied to it
+            weight[start:stop] = count  # filled on the device: nothing is copied to it
+        start = stop
     middle = (
         mean[max(range(len(counts)), key=counts.__getitem__)] if counts else 0.0
     )  # around it, means that are equal stay so
