@@ -26,7 +26,8 @@ from distpatch.errors import DistPatchError, UnsupportedOpError
 from distpatch.group import Pretended
 from distpatch.layout import even_bounds
 from distpatch.meter import Meter, briefly
-from distpatch.plans import Plan, RankPlan
+from distpatch.plans import Plan
+from distpatch.rank_plan import RankPlan
 from distpatch.tensor import PatchTensor
 from distpatch.trace import trace
 from distpatch.tree import map_tensors, tensors_in
@@ -172,10 +173,10 @@ class Subject:
         with self.mode, torch.set_grad_enabled(self.backward), self._converted(group), _values_named(self.name):
             with trace() as seen, Meter() as meter, briefly():
                 call: Callable[..., Any] = self.model if self.method == "forward" else getattr(self.model, self.method)
-                result = call(*self.args, **self.kwargs)
                 if self.backward:
-                    _backward(result)
-            del result
+                    _sum(call(*self.args, **self.kwargs)).backward()  # the result is not kept
+                else:
+                    call(*self.args, **self.kwargs)
             for parameter in self.model.parameters():
                 parameter.grad = None
         return RankPlan(rank, rows, stands_for, meter.peak_bytes, meter.peak_op, meter.kernels, meter.calls, seen)
@@ -233,13 +234,11 @@ def _representatives(heights: Sequence[int], ranks: Sequence[int] | None) -> dic
     )
 
 
-def _backward(result: Any) -> None:
+def _sum(result: Any) -> Tensor:
     outputs = [t for t in tensors_in(result) if t.requires_grad]
     if not outputs:
         raise ValueError("plan: backward=True, but no result depends on a tensor that requires a gradient")
-    total = sum(t.sum() for t in outputs)
-    assert isinstance(total, Tensor)
-    total.backward()
+    return torch.stack([t.sum() for t in outputs]).sum() if len(outputs) > 1 else outputs[0].sum()
 
 
 @contextmanager

@@ -3,76 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from distpatch.costs import Device, Link, compute_seconds, transfer_seconds
-from distpatch.meter import Kernel, OpCost, costs_of
-from distpatch.trace import Fallback, Trace
+from distpatch.costs import Device, Link
+from distpatch.rank_plan import OpPlan, RankPlan
+from distpatch.trace import Fallback
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MIB, GIB = 1 << 20, 1 << 30
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """What one rank would do. ``stands_for``: how many ranks do the same; ``rows``: of its share of the image."""
-
-    rank: int
-    rows: int
-    stands_for: int
-    peak_bytes: int
-    peak_op: str
-    kernels: Counter[Kernel]
-    calls: Counter[str]
-    trace: Trace
-
-    @property
-    def sent_bytes(self) -> int:
-        return self.trace.sent_bytes
-
-    @property
-    def messages(self) -> int:
-        return self.trace.messages
-
-    @cached_property
-    def costs(self) -> dict[str, OpCost]:
-        """By torch function; without seconds."""
-        return costs_of(self.kernels, self.calls)
-
-    @cached_property
-    def flops(self) -> int:
-        return sum(times * kernel.flops for kernel, times in self.kernels.items())
-
-    @cached_property
-    def replicated_flops(self) -> int:
-        """Those that every rank computes in full, on replicated or gathered tensors."""
-        return sum(times * kernel.flops for kernel, times in self.kernels.items() if kernel.replicated)
-
-    @cached_property
-    def moved_bytes(self) -> int:
-        """Read and written by operations."""
-        return sum(times * kernel.moved_bytes for kernel, times in self.kernels.items())
-
-
-@dataclass(frozen=True)
-class OpPlan:
-    """One operation on one rank: what it computes and what it sends. Seconds are None without a device or link."""
-
-    op: str
-    calls: int
-    flops: int
-    moved_bytes: int
-    replicated_flops: int
-    exchanges: int
-    sent_bytes: int
-    messages: int
-    compute_seconds: float | None
-    transfer_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -158,12 +99,10 @@ class Plan:
         return self.seconds_of(self.busiest)
 
     def compute_seconds_of(self, rank: RankPlan) -> float | None:
-        return None if self.device is None else compute_seconds(rank.kernels, self.device)
+        return rank.compute_seconds(self.device)
 
     def transfer_seconds_of(self, rank: RankPlan) -> float | None:
-        if self.world_size == 1:
-            return 0.0
-        return None if self.link is None else transfer_seconds(rank.trace.records, self.link)
+        return 0.0 if self.world_size == 1 else rank.transfer_seconds(self.link)
 
     def seconds_of(self, rank: RankPlan) -> float | None:
         parts = self.compute_seconds_of(rank), self.transfer_seconds_of(rank)
@@ -182,29 +121,7 @@ class Plan:
 
     def ops(self, rank: RankPlan | None = None) -> list[OpPlan]:
         """What each operation does on a rank (the busiest), the longest first."""
-        rank = rank or self.busiest
-        names = dict.fromkeys([*rank.costs, *(record.op for record in rank.trace.records)])
-        device, link = self.device, self.link
-        found = []
-        for op in names:
-            cost = rank.costs.get(op, OpCost(op))
-            records = [record for record in rank.trace.records if record.op == op]
-            kernels = {kernel: times for kernel, times in rank.kernels.items() if kernel.op == op}
-            found.append(
-                OpPlan(
-                    op,
-                    cost.calls,
-                    cost.flops,
-                    cost.moved_bytes,
-                    cost.replicated_flops,
-                    len(records),
-                    sum(record.sent_bytes for record in records),
-                    sum(record.messages for record in records),
-                    None if device is None else compute_seconds(kernels, device),
-                    None if link is None else transfer_seconds(records, link),
-                )
-            )
-        return sorted(found, key=lambda o: (-(o.compute_seconds or 0) - (o.transfer_seconds or 0), -o.moved_bytes))
+        return (rank or self.busiest).ops(self.device, self.link)
 
     def table(self) -> str:
         """Text: what the ranks need and do in sum, then each operation on the busiest rank, then the fallbacks."""

@@ -43,7 +43,7 @@ def test_the_model_stays_itself() -> None:
     before, attributes = {k: (v, v.clone(), v._version) for k, v in model.state_dict().items()}, dict(model.__dict__)
     z = random_tensor((1, 4, 6, 5), dtype=torch.float32)
     kept = z.clone()
-    found = distpatch.plan(model, z, world_size=3, method="decode")
+    found = distpatch.plan(model, z, world_size=2, method="decode")
     assert model.__dict__ == attributes and handle.id in model.decoder._forward_hooks
     for key, tensor in model.state_dict().items():
         known, values, version = before[key]
@@ -119,9 +119,9 @@ def test_replicated_share() -> None:
 
 
 def test_table_json_and_rich() -> None:
-    found = distpatch.plan(tiny_kl(dtype=torch.float32), torch.zeros(1, 4, 6, 5), world_size=4, method="decode")
+    found = distpatch.plan(tiny_unetish(), torch.zeros(1, 4, 6, 5), world_size=4)
     text = found.table()
-    assert "AutoencoderKL.decode of (1, 4, 6, 5) on 4 ranks" in text and "NVLink 4" in text and "fits" in text
+    assert "Sequential.forward of (1, 4, 6, 5) on 4 ranks" in text and "NVLink 4" in text and "fits" in text
     ops = {op.op: op for op in found.ops()}
     assert {"conv2d", "group_norm", "silu", "output"} <= ops.keys()
     data = json.loads(found.to_json())
@@ -133,8 +133,7 @@ def test_table_json_and_rich() -> None:
     assert found.seconds == pytest.approx(
         sum((op.compute_seconds or 0) + (op.transfer_seconds or 0) for op in ops.values())
     )
-    console = Console(width=150, record=True, quiet=True)
-    console.quiet = False
+    console = Console(width=150)
     with console.capture() as shown:
         console.print(found)
     assert "group_norm" in shown.get() and "the busiest" in shown.get()
