@@ -10,6 +10,7 @@ the ranks take turns, and the wall clock says nothing of their speed: what is co
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -108,11 +109,15 @@ def plot(path: Path, measured: dict[int, Measured], plans: distpatch.Scaling, ti
             [plan.sent_bytes / MIB for plan in plans],
             [one.sent_bytes / MIB for one in real],
         ),
-        ("CPU time of a rank, s", compute, [one.cpu_seconds for one in real]),
+        (
+            f"{'CPU ' if real[0].device == 'cpu' else ''}time of a rank, s",
+            compute,
+            [one.cpu_seconds if one.device == "cpu" else one.seconds for one in real],
+        ),
     ]
     for axes, (label, planned, seen) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.plot(sizes, planned, "-", label="planned")
-        axes.plot(where, seen, "o", label="measured")
+        axes.plot(sizes, [value or math.nan for value in planned], "-", label="planned")  # log scales have no 0
+        axes.plot(where, [value or math.nan for value in seen], "o", label="measured")
         if planned[0] > 0:
             axes.plot(sizes, [planned[0] / size for size in sizes], color="grey", lw=0.8, ls=":", label="1/N")
         axes.set(xlabel="ranks", title=label, xscale="log", yscale="log")
