@@ -31,9 +31,10 @@ lint: $(VENV)/installed  ## style, types, import layers
 coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
 	$(BIN)/python -m distpatch.coverage > docs/coverage.md
 
-bench: $(VENV)/installed  ## the README's table
+bench: $(VENV)/installed  ## the README's tables
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/scaling.py
 
 memory: $(VENV)/installed  ## peak memory beside the peers', and docs/memory.png (about an hour)
 	mkdir -p out

@@ -6,7 +6,9 @@ runs a convolutional model on all ranks of a group: activations are sharded alon
 point to point, and the result is the one of a single device, to rounding.
 """
 
+from distpatch.calibrate import calibrate
 from distpatch.convert import convert_model, restore_model
+from distpatch.costs import Device, Link
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.group import warmup
 from distpatch.layout import RowLayout
@@ -19,23 +21,31 @@ from distpatch.patched import (
     patch_conv_transpose2d,
     patch_conv_transpose3d,
 )
+from distpatch.planner import plan, smallest_plan
+from distpatch.plans import Plan
 from distpatch.rules.own import register_pointwise
 from distpatch.rules.registry import register_rule
 from distpatch.save import save_image, save_video, to_memmap
+from distpatch.scaling import Scaling, scaling
 from distpatch.tensor import PatchTensor, gather, shard
 from distpatch.trace import Trace, trace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Device",
     "DistPatchError",
     "LayoutError",
+    "Link",
     "PatchConv2d",
     "PatchTensor",
+    "Plan",
     "RankError",
     "RowLayout",
+    "Scaling",
     "Trace",
     "UnsupportedOpError",
+    "calibrate",
     "convert_model",
     "gather",
     "patch_conv1d",
@@ -44,12 +54,15 @@ __all__ = [
     "patch_conv_transpose1d",
     "patch_conv_transpose2d",
     "patch_conv_transpose3d",
+    "plan",
     "register_pointwise",
     "register_rule",
     "restore_model",
     "save_image",
     "save_video",
+    "scaling",
     "shard",
+    "smallest_plan",
     "to_memmap",
     "trace",
     "warmup",

@@ -13,6 +13,7 @@ cotangent. Rows of a shard are one rank's own. So, forward and backward:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch._library.effects import EffectType
 
 from distpatch.exchange import fetch_rows
 from distpatch.formats import in_memory_order, memory_format
-from distpatch.group import Communicator, attempt, communicator_of
+from distpatch.group import Communicator, Pretended, attempt, communicator_of
 from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
 
 BUCKET_BYTES = 32 << 20
@@ -247,8 +248,8 @@ class _Stack(torch.autograd.Function):
 def _all_reduce(tensor: Tensor, name: str, op: str) -> Tensor:
     comm = communicator_of(name)
     total = tensor.clone(memory_format=torch.contiguous_format)
-    _record(comm, "all_reduce", op, total)
-    attempt(comm, op, lambda: dist.all_reduce(total, group=comm.pg), None)
+    with comm.recorder.transfer(*_ring(comm, "all_reduce", op, total), total.device):
+        attempt(comm, op, lambda: dist.all_reduce(total, group=comm.pg), None)
     return total
 
 
@@ -257,9 +258,9 @@ def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
     comm = communicator_of(name)
     mine = tensor.contiguous()
     stacked = mine.new_empty((comm.size, *mine.shape))
-    _record(comm, "all_gather", op, mine)
     everyone, own = (t.view(-1).view(torch.uint8) for t in (stacked, mine))  # gloo knows few dtypes
-    attempt(comm, op, lambda: dist.all_gather_single(everyone, own, group=comm.pg), None)
+    with comm.recorder.transfer(*_ring(comm, "all_gather", op, mine), mine.device):
+        attempt(comm, op, lambda: dist.all_gather_single(everyone, own, group=comm.pg), None)
     return stacked
 
 
@@ -269,20 +270,29 @@ for _op in (_all_reduce, _all_gather):  # as transfers (exchange.py)
 
 @_all_reduce.register_fake
 def _(tensor: Tensor, name: str, op: str) -> Tensor:
+    _pretend("all_reduce", tensor, name, op)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 @_all_gather.register_fake
 def _(tensor: Tensor, name: str, op: str) -> Tensor:
+    _pretend("all_gather", tensor, name, op)
     return tensor.new_empty((communicator_of(name).size, *tensor.shape))
 
 
-def _record(comm: Communicator, kind: str, op: str, tensor: Tensor) -> None:
-    """Bytes of a ring: each rank passes on what it has to its neighbour, size - 1 times."""
+def _pretend(kind: str, tensor: Tensor, name: str, op: str) -> None:
+    """Record what a rank of a pretended group would send."""
+    comm = communicator_of(name)
+    if isinstance(comm, Pretended):
+        comm.recorder.record(*_ring(comm, kind, op, tensor))
+
+
+def _ring(comm: Communicator, kind: str, op: str, tensor: Tensor) -> tuple[str, str, int, int]:
+    """Kind, op, bytes and messages of a ring: each rank passes on what it has to its neighbour, size - 1 times."""
     passes = (2 if kind == "all_reduce" else 1) * (comm.size - 1)
     share = tensor.numel() * tensor.element_size()
     sent = passes * share // comm.size if kind == "all_reduce" else passes * share
-    comm.recorder.record(kind, op, sent, passes)
+    return kind, op, sent, passes
 
 
 def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -297,9 +307,12 @@ def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int,
         union = mean[0] + (mean - mean[0]).mean(0)  # around one of them: means that are equal stay so
         return total, union, m2.sum(0) + (mean - union).square().sum(0) * counts[0]
     weight = mean.new_full((len(counts), *[1] * (mean.ndim - 1)), counts[0] if counts else 0)
-    for index, count in enumerate(counts):
+    start = 0
+    for count, alike in groupby(counts):
+        stop = start + len(list(alike))
         if count != counts[0]:
-            weight[index] = count  # filled on the device: nothing is copied to it
+            weight[start:stop] = count  # filled on the device: nothing is copied to it
+        start = stop
     middle = (
         mean[max(range(len(counts)), key=counts.__getitem__)] if counts else 0.0
     )  # around it, means that are equal stay so

@@ -141,10 +141,15 @@ def restore_model(model: M) -> M:
     return model
 
 
+def is_converted(model: nn.Module) -> bool:
+    """Whether ``convert_model`` was called on it, and not undone."""
+    return _STATE in model.__dict__
+
+
 def _check_options(model: nn.Module, splits: int | str, dim: int, output: str, fallback: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert_model takes an nn.Module, got {type(model).__name__}")
-    if _STATE in model.__dict__:
+    if is_converted(model):
         raise DistPatchError(f"this {type(model).__name__} is converted already; call distpatch.restore_model first")
     if splits != "auto" and not (isinstance(splits, int) and splits >= 1):
         raise ValueError(f'splits is a number of at least 1, or "auto"; got {splits!r}')

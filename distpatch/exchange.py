@@ -11,6 +11,7 @@ strides are ambiguous for shards of one row, and must not decide it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
 
-from distpatch.group import Communicator, attempt, communicator_of
+from distpatch.group import Communicator, Pretended, attempt, communicator_of
 from distpatch.layout import Bounds, Needs, TransferPlan, plan_transfer
 
 
@@ -132,12 +133,19 @@ def post(
         *(dist.P2POp(dist.isend, t, group=comm.pg, group_peer=p) for p, t in zip(to, outgoing)),
     ]
     sent_bytes = sum(message.numel() * message.element_size() for message in outgoing)
-    comm.recorder.record("p2p", op, sent_bytes, len(outgoing))
-    works: list[Any] = []
-    attempt(comm, op, lambda: works.extend(dist.batch_isend_irecv(batch)), None)
-    named = peers if len(works) == len(peers) else [None] * len(works)
-    for work, peer in zip(works, named, strict=True):
-        attempt(comm, op, work.wait, peer)
+    with comm.recorder.transfer("p2p", op, sent_bytes, len(outgoing), batch[0].tensor.device):
+        works: list[Any] = []
+        attempt(comm, op, lambda: works.extend(dist.batch_isend_irecv(batch)), None)
+        named = peers if len(works) == len(peers) else [None] * len(works)
+        for work, peer in zip(works, named, strict=True):
+            attempt(comm, op, work.wait, peer)
+
+
+def _pretend(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:
+    """Record what a rank of a pretended group would send."""
+    if isinstance(comm, Pretended) and (to or source):
+        a_row = math.prod(n for d, n in enumerate(like.shape) if d != dim)
+        comm.recorder.record("p2p", op, sent_rows * a_row * like.element_size(), to)
 
 
 def _message(parts: list[Tensor]) -> Tensor:
@@ -186,9 +194,12 @@ def _(
     op: str,
     channels_last: bool,
 ) -> list[Tensor]:
+    comm = communicator_of(name)
     order = _wire_order(local.ndim, dim, channels_last)
-    rows = _plan(bounds, needs, communicator_of(name)).rows
-    return [_empty_rows(local, dim, n, order) for n in rows]
+    plan = _plan(bounds, needs, comm)
+    sent_rows = sum(hi - lo for _, cut in plan.sends for lo, hi in cut)
+    _pretend(comm, op, sent_rows, len(plan.sends), len(plan.recvs), local, dim)
+    return [_empty_rows(local, dim, n, order) for n in plan.rows]
 
 
 @_return.register_fake
@@ -202,7 +213,10 @@ def _(
     channels_last: bool,
 ) -> Tensor:
     order = _wire_order(pieces[0].ndim, dim, channels_last)
-    rank = communicator_of(name).rank
+    comm = communicator_of(name)
+    rank, plan = comm.rank, _plan(bounds, needs, comm)
+    sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)
+    _pretend(comm, op, sent_rows, len(plan.recvs), len(plan.sends), pieces[0], dim)
     rest = pieces[0].permute(order).shape[1:]
     total = pieces[0].new_empty((bounds[rank + 1] - bounds[rank], *rest))
     return total.permute(_inverse(order))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distpatch.errors import DistPatchError
 from distpatch.formats import memory_format
+from distpatch.meter import few
 from distpatch.stencil import Interval
 from distpatch.trace import Recorder
 
@@ -203,7 +204,7 @@ class Recipe:
             part, fresh = walk.rows(self, 0, rows)
             return part if fresh else part.clone()
         result = None if spare is None else spare.value
-        for lo in range(0, rows, step):
+        for lo in few(range(0, rows, step)):
             hi = min(lo + step, rows)
             part, _ = walk.rows(self, lo, hi)
             walk.forget()

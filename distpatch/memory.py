@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 MIB = 1 << 20
+_PLAIN = {Tensor, Parameter, FakeTensor}
 
 
 class LivePeak(TorchDispatchMode):
@@ -73,14 +75,19 @@ class LivePeak(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # which fake tensors are asked for at every turn
+            return func(*args, **kwargs)
         before = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         self._settle()
         foreign = before - self._storages.keys()  # alive before we came: views of it are not new
         for tensor in _tensors(result):
             if tensor.untyped_storage()._cdata not in foreign:
                 self.count(tensor, str(func))
         return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
 
     def _note(self, key: int) -> Any:
         freed = self._freed
@@ -92,13 +99,22 @@ class LivePeak(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    for leaf in tree_leaves(tree):
-        yield from _plain_tensors(leaf)
+    """Every tensor among an operator's arguments or results: by hand, since there are many small trees."""
+    if isinstance(tree, Tensor):
+        yield from _plain_tensors(tree)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _tensors(item)
 
 
 def _plain_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors with memory of their own: of a wrapper subclass, those that it holds."""
-    if isinstance(value, Tensor) and "local" in getattr(value, "__dict__", ()):  # a PatchTensor
+    if type(value) in _PLAIN and torch._C._has_storage(value):
+        yield value
+    elif isinstance(value, Tensor) and "local" in getattr(value, "__dict__", ()):  # a PatchTensor
         yield from _plain_tensors(value.local)  # type: ignore[attr-defined]
     elif isinstance(value, Tensor) and "recipe" in getattr(value, "__dict__", ()):  # one that has no rows yet
         return

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distpatch.formats import memory_format
 from distpatch.lazy import Part, Recipe, Walk
+from distpatch.meter import few
 from distpatch.stencil import Interval, WindowStencil, ceil_div
 
 # What one call may have as input and output together, with splits="auto". A CPU convolves a large tensor faster
@@ -137,10 +138,10 @@ def in_patches(rows_of: Callable[[int, int], Tensor], out: Interval, patch_rows:
     lo, hi = out
     if patch_rows >= hi - lo:
         return rows_of(lo, hi)
-    results = (rows_of(a, min(a + patch_rows, hi)) for a in range(lo, hi, patch_rows))
+    starts = range(lo, hi, patch_rows)
     if torch.is_grad_enabled():
-        return torch.cat(list(results), dim)
-    return _collect(results, dim, lo, hi, patch_rows)
+        return torch.cat([rows_of(a, min(a + patch_rows, hi)) for a in starts], dim)
+    return _collect(((a, rows_of(a, min(a + patch_rows, hi))) for a in few(starts)), dim, lo, hi)
 
 
 def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:
@@ -180,14 +181,14 @@ def _batched(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int, p
     return torch.cat([*full, last], slab.dim)
 
 
-def _collect(results: Iterable[Tensor], dim: int, lo: int, hi: int, patch_rows: int) -> Tensor:
-    """The patches' results in one preallocated tensor of their memory format."""
+def _collect(results: Iterable[tuple[int, Tensor]], dim: int, lo: int, hi: int) -> Tensor:
+    """The patches' results, each with its first row, in one preallocated tensor of their memory format."""
     whole: Tensor | None = None
-    for index, rows in enumerate(results):
+    for start, rows in results:
         if whole is None:
             shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
             whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=memory_format(rows))
-        whole.narrow(dim, index * patch_rows, rows.shape[dim]).copy_(rows)
+        whole.narrow(dim, start - lo, rows.shape[dim]).copy_(rows)
         del rows
     assert whole is not None
     return whole

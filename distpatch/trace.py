@@ -1,12 +1,18 @@
-"""What a run sent and which operations it gathered: counted where it happens, read by ``trace()``."""
+"""What a run sent, computed and gathered: counted where it happens, read by ``trace()``."""
 
 from __future__ import annotations
 
+import json
 import threading
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd import profiler
+
+from distpatch.meter import Mark, Meter, OpCost, gathered, mark, seconds_between
 
 
 @dataclass(frozen=True)
@@ -14,13 +20,19 @@ class Record:
     """One exchange or collective of this rank.
 
     ``kind`` is ``"p2p"`` or the collective's name, ``op`` the operation that asked for it; bytes are
-    those that this rank sent.
+    those that this rank sent. ``wait_seconds``: from its first message until all had landed, when this rank
+    computes nothing (on CUDA: as long as the stream that computes waits).
     """
 
     kind: str
     op: str
     sent_bytes: int
     messages: int
+    span: tuple[Mark, Mark] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def wait_seconds(self) -> float:
+        return 0.0 if self.span is None else seconds_between(*self.span)
 
 
 @dataclass
@@ -43,13 +55,29 @@ class Fused:
     spared_bytes: int = 0
 
 
+@dataclass
+class Traffic:
+    """All exchanges of one kind that one operation asked for, on this rank."""
+
+    kind: str
+    op: str
+    calls: int = 0
+    sent_bytes: int = 0
+    messages: int = 0
+    wait_seconds: float = 0.0
+
+
 @dataclass(eq=False)
 class Trace:
-    """Everything recorded on this rank while the trace was open."""
+    """Everything recorded on this rank while the trace was open.
+
+    ``meter``: what it computed, where the trace was to measure that.
+    """
 
     records: list[Record] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     fused: dict[str, Fused] = field(default_factory=dict)
+    meter: Meter | None = None
 
     @property
     def sent_bytes(self) -> int:
@@ -78,20 +106,43 @@ class Trace:
         known.count += 1
         known.spared_bytes += spared_bytes
 
-    def table(self) -> str:
-        """A text table: kind, op, calls, bytes and messages sent; then the fallbacks."""
-        calls: Counter[tuple[str, str]] = Counter()
-        sent: Counter[tuple[str, str]] = Counter()
-        messages: Counter[tuple[str, str]] = Counter()
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that this rank waited for others."""
+        return sum(record.wait_seconds for record in self.records)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most bytes of activations alive at once (``LivePeak``); None where it was not measured."""
+        return None if self.meter is None else self.meter.peak_bytes
+
+    @property
+    def flops(self) -> int | None:
+        """Floating-point operations of this rank; None where they were not measured."""
+        return None if self.meter is None else sum(cost.flops for cost in self.ops().values())
+
+    def ops(self) -> dict[str, OpCost]:
+        """What each torch function cost on this rank; empty where it was not measured."""
+        return {} if self.meter is None else self.meter.costs()
+
+    def traffic(self) -> list[Traffic]:
+        """The records summed by kind and operation."""
+        sums: dict[tuple[str, str], Traffic] = {}
         for record in self.records:
-            key = (record.kind, record.op)
-            calls[key] += 1
-            sent[key] += record.sent_bytes
-            messages[key] += record.messages
-        lines = [f"{'kind':12} {'op':32} {'calls':>7} {'bytes sent':>14} {'messages':>9}"]
-        for (kind, op), n in sorted(calls.items()):
-            key = (kind, op)
-            lines.append(f"{kind:12} {op:32} {n:7} {sent[key]:14,} {messages[key]:9}")
+            total = sums.setdefault((record.kind, record.op), Traffic(record.kind, record.op))
+            total.calls += 1
+            total.sent_bytes += record.sent_bytes
+            total.messages += record.messages
+            total.wait_seconds += record.wait_seconds
+        return [sums[key] for key in sorted(sums)]
+
+    def table(self) -> str:
+        """A text table: kind, op, calls, bytes and messages sent, time waited; the fallbacks; what was computed."""
+        lines = [f"{'kind':12} {'op':32} {'calls':>7} {'bytes sent':>14} {'messages':>9} {'wait ms':>9}"]
+        for t in self.traffic():
+            lines.append(
+                f"{t.kind:12} {t.op:32} {t.calls:7} {t.sent_bytes:14,} {t.messages:9} {t.wait_seconds * 1e3:9.1f}"
+            )
         for fallback in self.fallbacks:
             lines.append(
                 f"{'fallback':12} {fallback.op:32} {fallback.count:7} {fallback.bytes:14,} "
@@ -99,7 +150,36 @@ class Trace:
             )
         for fused in self.fused.values():
             lines.append(f"{'fused':12} {fused.steps} ({fused.count} times, {fused.spared_bytes:,} bytes spared)")
+        if self.meter is not None:
+            lines.append("")
+            lines.append(f"{'computed':45} {'calls':>7} {'GFLOPs':>14} {'MiB moved':>9} {'ms':>9}")
+            for cost in sorted(self.ops().values(), key=lambda c: -c.seconds):
+                lines.append(
+                    f"{cost.op:45} {cost.calls:7} {cost.flops / 1e9:14,.3f} {cost.moved_bytes / 2**20:9,.0f} "
+                    f"{cost.seconds * 1e3:9.1f}"
+                )
+            lines.append(f"live activations at most {self.meter.peak_mib:,.1f} MiB, at {self.meter.peak_op}")
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain numbers and texts; what was not measured is None."""
+        meter = self.meter
+        return {
+            "sent_bytes": self.sent_bytes,
+            "messages": self.messages,
+            "wait_seconds": self.wait_seconds,
+            "flops": self.flops,
+            "peak_bytes": self.peak_bytes,
+            "peak_op": None if meter is None else meter.peak_op,
+            "transfers": [asdict(t) for t in self.traffic()],
+            "ops": [asdict(cost) for cost in self.ops().values()],
+            "fused": [asdict(fused) for fused in self.fused.values()],
+            "fallbacks": [asdict(fallback) for fallback in self.fallbacks],
+        }
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """``to_dict`` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
 
 
 class Recorder:
@@ -124,9 +204,22 @@ class Recorder:
             self._seen = opened
         return self._seen
 
-    def record(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
+    def record(self, kind: str, op: str, sent_bytes: int, messages: int, span: tuple[Mark, Mark] | None = None) -> None:
         for trace in self.active():
-            trace.records.append(Record(kind, op, sent_bytes, messages))
+            trace.records.append(Record(kind, op, sent_bytes, messages, span))
+
+    @contextmanager
+    def transfer(self, kind: str, op: str, sent_bytes: int, messages: int, device: torch.device) -> Iterator[None]:
+        """Around an exchange: recorded and timed where a trace is open, a named range where a profiler runs."""
+        if not self.active() and not profiler._is_profiler_enabled:
+            yield
+            return
+        start = mark(device)
+        with profiler.record_function(f"distpatch {kind} of {op}") if profiler._is_profiler_enabled else nullcontext():
+            try:
+                yield
+            finally:
+                self.record(kind, op, sent_bytes, messages, (start, mark(device)))
 
     @classmethod
     def fused(cls, steps: str, spared_bytes: int) -> None:
@@ -135,17 +228,22 @@ class Recorder:
             trace.add_fused(steps, spared_bytes)
 
     def fallback(self, op: str, shapes: str, where: str, size_bytes: int) -> None:
+        gathered()
         for trace in self.active():
             trace.add_fallback(op, shapes, where, size_bytes)
 
 
 @contextmanager
-def trace() -> Iterator[Trace]:
+def trace(*, measure: bool = False) -> Iterator[Trace]:
     """Record what this rank sends and which operations it gathers while the context is open.
 
     >>> with distpatch.trace() as t:
     ...     image = vae.decode(latents).sample
     >>> print(t.table())
+
+    ``measure``: also what it computes, by torch function (FLOPs, bytes moved, seconds), and the peak of live
+    activations. That looks at every operation, which costs each of them tens of microseconds; of a compiled
+    graph only the transfers are seen.
     """
     traces = Recorder.opened()
     if traces is None:
@@ -153,6 +251,10 @@ def trace() -> Iterator[Trace]:
     current = Trace()
     traces.append(current)
     try:
-        yield current
+        if measure:
+            with Meter(timed=True) as current.meter:
+                yield current
+        else:
+            yield current
     finally:
         traces.remove(current)

@@ -7,7 +7,6 @@ torch on ``.local``, wrap.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from distpatch.errors import LayoutError
 from distpatch.exchange import fetch_rows
 from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_edges, plan_stencil
 from distpatch.lazy import Recipe
+from distpatch.names import op_name as op_name  # noqa: PLC0414 (rules import it from here)
 from distpatch.patch_conv import Slab, fewest_calls
 from distpatch.stencil import Interval, ceil_div
 from distpatch.tensor import RULES, PatchTensor, Rule, shard_in, whole
@@ -77,16 +77,6 @@ def named(*names: str) -> list[Any]:
     found = [vars(place).get(name) or getattr(place, name, None) for place in places for name in names]
     unique = {id(func): func for func in found if callable(func)}
     return [func for func in unique.values() if not isinstance(func, type)]
-
-
-def op_name(func: Any) -> str:
-    """``conv2d``, ``data.__set__`` of a property, ``demo.blur.default`` of ``torch.ops``."""
-    func = getattr(func, "_opoverload", func)
-    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return str(func)
-    name = getattr(func, "__name__", None) or str(func)
-    owner = getattr(func, "__self__", None)
-    return f"{owner.__name__}.{name}" if inspect.isgetsetdescriptor(owner) else name
 
 
 def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:

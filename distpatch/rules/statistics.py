@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.collectives import merge_moments, spread, stack_ranks, sum_partials
 from distpatch.formats import memory_format
 from distpatch.layout import RowLayout
 from distpatch.lazy import Recipe, put_off
+from distpatch.meter import few
 from distpatch.rules.registry import needs_grad
+from distpatch.stencil import Interval
 
 # Rows are read twice, for the mean and around it: on a CPU from a cache of this size.
 CHUNK_BYTES = {"cpu": 512 << 10}
@@ -43,9 +44,10 @@ def moments(
         local = local.value
     grads = isinstance(local, Tensor) and needs_grad(local)
     whole = grads or torch.compiler.is_compiling()  # a compiler makes its own chunks
-    chunks = _chunks(local, local.shape[along] if whole else chunk_bytes // max(rows_bytes, 1), along)
+    intervals = _intervals(local.shape[along], local.shape[along] if whole else chunk_bytes // max(rows_bytes, 1))
     counts, means, m2s = [], [], []
-    for chunk in chunks[:1] if isinstance(local, FakeTensor) else chunks:  # of fake ones only the sizes are asked
+    for lo, hi in few(intervals):
+        chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
         count = math.prod(chunk.shape[d] for d in dims)
         middle = chunk.detach().sum(dims, keepdim=True, dtype=precise) / max(count, 1)
         centred = chunk - middle
@@ -62,11 +64,9 @@ def moments(
     return merge_moments(counts, torch.stack(means), torch.stack(m2s))
 
 
-def _chunks(local: Tensor | Recipe, rows: int, along: int) -> Any:
-    if isinstance(local, Recipe):
-        size, rows = local.rows, max(rows, 1)
-        return (local.evaluate(lo, min(lo + rows, size)) for lo in range(0, size, rows))
-    return (local,) if rows >= local.shape[along] else local.split(max(rows, 1), along)
+def _intervals(size: int, rows: int) -> list[Interval]:
+    """All rows, so many at a time; one interval, where there are none."""
+    return [(lo, min(lo + max(rows, 1), size)) for lo in range(0, size, max(rows, 1))] or [(0, 0)]
 
 
 def merge_ranks(
@@ -161,8 +161,8 @@ def _scaled(local: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bia
         return scale(local, None)
     along, out = max(norm.rows.dim, 2), torch.empty_like(local)
     chunk_rows = CHUNK_BYTES["cpu"] * local.shape[along] // (local.numel() * local.element_size())
-    for rows, result in zip(_chunks(local, chunk_rows, along), _chunks(out, chunk_rows, along)):
-        scale(rows, result)
+    for lo, hi in few(_intervals(local.shape[along], chunk_rows)):
+        scale(local.narrow(along, lo, hi - lo), out.narrow(along, lo, hi - lo))
     return out
 
 

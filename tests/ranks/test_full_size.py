@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distpatch
 from distpatch.group import Pretended
-from distpatch.memory import LivePeak
+from distpatch.meter import briefly
 
 # Default constructor arguments; latents of 720 × 1280 in 21 frames, 512² and 256² in 9, 2048², 1024².
 LATENTS = {
@@ -25,34 +25,30 @@ LATENTS = {
 }
 
 
-def peak_bytes(name: str, group: Pretended | None = None) -> int:
-    with FakeTensorMode(), torch.no_grad():
-        model = getattr(diffusers, name)().eval()
-        latents = torch.empty(LATENTS[name])
-        if group is not None:
-            distpatch.convert_model(model, group, output="shard", fallback="error")
-        with LivePeak() as live:
-            clip = model.decode(latents).sample
-        if group is not None:
-            assert isinstance(clip, distpatch.PatchTensor)
-            assert clip.local.numel() * group.size <= 1.2 * clip.numel()
-    return live.peak_bytes
+def planned(name: str, size: int, rank: int) -> distpatch.Plan:
+    with torch.device("meta"):
+        model, latents = getattr(diffusers, name)().eval(), torch.empty(LATENTS[name])
+    options = {"output": "shard", "fallback": "error"}
+    return distpatch.plan(model, latents, method="decode", world_size=size, ranks=[rank], device="cpu", options=options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LATENTS)
 def test_share_of_a_rank(name: str) -> None:
-    alone = peak_bytes(name)
-    assert alone > 1 << 30  # it is the real size
+    alone = planned(name, 1, 0)
+    assert alone.peak_bytes > 1 << 30  # it is the real size
     for rank, size in ((0, 2), (3, 8)):
-        share = peak_bytes(name, Pretended(rank, size)) / alone
+        plan = planned(name, size, rank)
+        share = plan.peak_bytes / alone.peak_bytes
         assert share <= 1.1 / size, f"{share * size:.3f} times an even share on rank {rank} of {size}"
+        assert plan.replicated_share == 0
+        assert plan.flops <= 1.25 * alone.flops, "rows at seams are computed twice, and no others"
 
 
 @pytest.mark.slow
 def test_unet_of_sdxl() -> None:
     """The U-Net of SDXL for a picture of 1024²: nothing is gathered but keys and values."""
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), briefly():
         unet = diffusers.UNet2DConditionModel(
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -33,8 +33,8 @@ def test_table() -> None:
         recorder.record("p2p", "conv2d", 500_000, 1)
         recorder.fallback("sort", "(1, 2)", "model.py:3", 16)
     head, conv, sort = t.table().splitlines()
-    assert head.split() == ["kind", "op", "calls", "bytes", "sent", "messages"]
-    assert conv.split() == ["p2p", "conv2d", "2", "1,500,000", "3"]
+    assert head.split() == ["kind", "op", "calls", "bytes", "sent", "messages", "wait", "ms"]
+    assert conv.split() == ["p2p", "conv2d", "2", "1,500,000", "3", "0.0"]
     assert sort.split() == ["fallback", "sort", "1", "16", "(1,", "2)", "at", "model.py:3"]
 
 

@@ -1,0 +1,255 @@
+"""What a run computes: operations by the torch function that asked for them, their FLOPs, bytes and time.
+
+The same meter counts a real run (``trace(measure=True)``) and one on fake tensors (``plan``).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from distpatch.memory import LivePeak, _tensors
+from distpatch.names import op_name
+
+T = TypeVar("T")
+aten = torch.ops.aten
+
+NO_READ = {aten.copy_, aten.fill_, aten.zero_}  # they write to their first argument, and do not read it
+BACKWARD = "backward"
+
+
+class Kernel(NamedTuple):
+    """One operation of torch on this rank.
+
+    ``op``: the torch function that asked for it; ``name``: the operator that ran; ``flops`` as
+    ``torch.utils.flop_counter`` counts them (matrix products, convolutions and attention; the rest has none);
+    ``moved_bytes``: read and written; ``replicated``: computed from replicated or gathered tensors alone, on
+    every rank in full.
+    """
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    flops: int
+    moved_bytes: int
+    replicated: bool
+
+
+@dataclass
+class OpCost:
+    """What one torch function cost on this rank, all its calls together; ``seconds`` of computing, not of waiting."""
+
+    op: str
+    calls: int = 0
+    flops: int = 0
+    moved_bytes: int = 0
+    seconds: float = 0.0
+    replicated_flops: int = 0
+
+
+Mark = Any  # a moment: seconds of the host's clock, or a CUDA event
+
+
+def mark(device: torch.device) -> Mark:
+    """This moment: of the host's clock, or on the device's current stream where that is CUDA's."""
+    if device.type == "cuda" and torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+    return time.perf_counter()
+
+
+def seconds_between(start: Mark, stop: Mark) -> float:
+    """Seconds from one mark to the next; waits until the device has reached them."""
+    if isinstance(start, float) or isinstance(stop, float):
+        return stop - start if isinstance(start, float) and isinstance(stop, float) else 0.0
+    stop.synchronize()
+    milliseconds: float = start.elapsed_time(stop)
+    return milliseconds / 1e3
+
+
+class _Thread(threading.local):
+    meters: tuple[Meter, ...] = ()
+    times = 1  # for how many pieces the present one stands
+    brief = False
+
+
+_thread = _Thread()
+
+
+def few(items: Sequence[T]) -> Iterator[T]:
+    """Pieces that are computed one after the other and are alike but for the first and the last.
+
+    Where a run is planned, one in the middle stands for all others there: nothing is asked of fake tensors
+    but their sizes. Else these are all of them.
+    """
+    if not _thread.brief or len(items) <= 3:
+        yield from items
+        return
+    yield items[0]
+    outside = _thread.times
+    _thread.times = outside * (len(items) - 2)
+    try:
+        yield items[1]
+    finally:
+        _thread.times = outside
+    yield items[-1]
+
+
+@contextmanager
+def briefly() -> Iterator[None]:
+    """Let ``few`` leave out pieces, in this thread."""
+    before, _thread.brief = _thread.brief, True
+    try:
+        yield
+    finally:
+        _thread.brief = before
+
+
+def gathered() -> None:
+    """The function that is running gathers its arguments: what it computes from now on, every rank computes."""
+    for meter in _thread.meters:
+        meter.replicated = True
+
+
+class Meter(LivePeak):
+    """Count what this thread computes while the context is open, and the peak of live tensors.
+
+    ``kernels``: how often each operation ran; ``calls``: of each torch function. ``timed``: also measure the
+    seconds of each operation.
+    """
+
+    def __init__(self, *counted: Tensor, timed: bool = False) -> None:
+        super().__init__(*counted)
+        self.kernels: Counter[Kernel] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.op, self.replicated = "", False
+        self._timed = timed
+        self._spans: list[tuple[str, Mark, Mark]] = []
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._functions = _Functions(self)
+
+    def __enter__(self) -> Meter:
+        _thread.meters = (*_thread.meters, self)
+        self._functions.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._functions.__exit__(*error)
+        _thread.meters = tuple(meter for meter in _thread.meters if meter is not self)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each torch function computed."""
+        for op, start, stop in self._spans:
+            self._seconds[op] += seconds_between(start, stop)
+        self._spans.clear()
+        return self._seconds
+
+    def costs(self) -> dict[str, OpCost]:
+        """By torch function, those that computed something."""
+        costs = costs_of(self.kernels, self.calls)
+        for op, seconds in self.seconds.items():
+            if op in costs:
+                costs[op].seconds += seconds
+        return costs
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _computes(func):
+            return func(*args, **kwargs)
+        op = self.op or (BACKWARD if torch._C._current_graph_task_id() >= 0 else func._overloadpacket.__name__)
+        inputs = list(_tensors((args, kwargs)))
+        device = inputs[0].device if inputs else torch.device("cpu")
+        start = mark(device) if self._timed else 0.0
+        result = func(*args, **kwargs)
+        if self._timed:
+            stop = mark(device)
+            if isinstance(stop, float):
+                self._seconds[op] += seconds_between(start, stop)
+            else:
+                self._spans.append((op, start, stop))
+        kernel = self._kernel(op, func, args, kwargs, inputs, result)
+        self.kernels[kernel] += _thread.times
+        return result
+
+    def _kernel(self, op: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], result: Any) -> Kernel:
+        packet = func._overloadpacket
+        outputs = list(_tensors(result))
+        count = FLOPS.get(packet)
+        flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
+        read = inputs[1:] if packet in NO_READ else [t for t in inputs if t is not kwargs.get("out")]
+        moved = sum(_bytes(t) for t in read) + sum(_bytes(t) for t in outputs)
+        dtype = next((t.dtype for t in (*outputs, *inputs)), torch.float32)
+        return Kernel(op, str(packet), dtype, flops, moved, self.replicated)
+
+
+class _Functions(TorchFunctionMode):
+    """Says which torch function is called: the outermost, as the model's code has it."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        meter = self.meter
+        if meter.op:
+            return func(*args, **(kwargs or {}))
+        meter.op, meter.replicated = op_name(func), not any(map(_is_sharded, types))
+        meter.calls[meter.op] += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            meter.op, meter.replicated = "", False
+
+
+def costs_of(kernels: Counter[Kernel], calls: Counter[str]) -> dict[str, OpCost]:
+    """Operations summed by the torch function that asked for them; those that move bytes."""
+    costs: dict[str, OpCost] = {}
+    for kernel, times in kernels.items():
+        cost = costs.setdefault(kernel.op, OpCost(kernel.op, calls[kernel.op]))
+        cost.flops += times * kernel.flops
+        cost.moved_bytes += times * kernel.moved_bytes
+        cost.replicated_flops += times * kernel.flops * kernel.replicated
+    return costs
+
+
+@lru_cache(maxsize=1024)
+def _is_sharded(kind: type) -> bool:
+    return any(base.__name__ == "PatchTensor" for base in kind.__mro__)
+
+
+@lru_cache(maxsize=4096)
+def _computes(func: Any) -> bool:
+    """Whether an operator computes or copies: not a view, not memory without values, not a transfer (a record)."""
+    if func.namespace in {"distpatch", "prim"}:
+        return False
+    returned = [value.alias_info for value in func._schema.returns]
+    if returned and all(info is not None and not info.is_write for info in returned):
+        return False
+    return not func._overloadpacket.__name__.startswith(("empty", "new_empty", "_unsafe_view"))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What an operation reads or writes of a tensor: of one that is expanded, what is there."""
+    return int(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+# torch.utils.flop_counter leaves out the CPU's own attention.
+FLOPS = {**flop_registry, aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}

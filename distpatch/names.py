@@ -1,0 +1,18 @@
+"""What a torch function is called in records, tables and errors."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+
+def op_name(func: Any) -> str:
+    """``conv2d``, ``data.__set__`` of a property, ``demo.blur.default`` of ``torch.ops``."""
+    func = getattr(func, "_opoverload", func)
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(func)
+    name = getattr(func, "__name__", None) or str(func)
+    owner = getattr(func, "__self__", None)
+    return f"{owner.__name__}.{name}" if inspect.isgetsetdescriptor(owner) else name

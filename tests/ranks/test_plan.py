@@ -1,0 +1,143 @@
+"""A plan says what a real run then does: bytes and messages to the byte, FLOPs, and the peak of live activations."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import distpatch
+from tests.oracle import random_tensor
+from tests.threads import run_ranks
+from tests.unets import CONDITIONED, DOWN, UP
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the arguments of one call; ``method`` None is the model itself."""
+
+    build: Callable[[], nn.Module]
+    args: tuple[Any, ...]
+    method: str | None = None
+
+
+def sd_decoder() -> nn.Module:
+    """Stable Diffusion's decoder in its real size."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    vae.encoder = vae.quant_conv = None
+    return vae.eval()
+
+
+def wan() -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLWan(base_dim=16, z_dim=4, num_res_blocks=1).eval()
+
+
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    config = {**CONDITIONED, "block_out_channels": (32, 64)}
+    return diffusers.UNet2DConditionModel(**config, down_block_types=DOWN, up_block_types=UP).eval()
+
+
+def image(*shape: int) -> torch.Tensor:
+    return random_tensor(shape, dtype=torch.float32)
+
+
+SUBJECTS = {
+    "sd": Subject(sd_decoder, (image(1, 4, 7, 8),), "decode"),
+    "wan": Subject(wan, (image(1, 4, 2, 9, 8),), "decode"),
+    "unet": Subject(unet, (image(2, 4, 26, 24), 3, image(2, 5, 12))),
+}
+
+
+def called(model: nn.Module, subject: Subject) -> Any:
+    return (model if subject.method is None else getattr(model, subject.method))(*subject.args)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_plan_and_trace_agree(name: str) -> None:
+    subject = SUBJECTS[name]
+    model = subject.build()
+    for world in (2, 3, 4):
+        plan = distpatch.plan(model, *subject.args, world_size=world, method=subject.method, device="cpu")
+
+        def body(rank: int) -> distpatch.Trace:
+            converted = copy.copy(model)  # its own entry points, the same weights
+            converted.__dict__ = dict(model.__dict__)
+            distpatch.convert_model(converted, dist.group.WORLD, fallback="error")
+            with torch.no_grad(), distpatch.trace(measure=True) as t:
+                called(converted, subject)
+            return t
+
+        traces = run_ranks(world, body)
+        assert [rank.rank for rank in plan.ranks] == list(range(world))
+        for planned, real in zip(plan.ranks, traces, strict=True):
+            where = f"{name}, rank {planned.rank} of {world}"
+            assert planned.trace.records == real.records, where
+            assert (planned.sent_bytes, planned.messages) == (real.sent_bytes, real.messages), where
+            assert planned.flops == pytest.approx(real.flops, rel=0.01), where
+            assert planned.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05), where
+            assert real.peak_bytes and real.flops and real.wait_seconds > 0
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_backward_agrees_too(world: int) -> None:
+    """Gradients are sent as a run sends them, and counted."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.SiLU(), nn.Conv2d(6, 3, 3, padding=1))
+    x = image(1, 3, 8, 6)
+    plan = distpatch.plan(model, x, world_size=world, device="cpu", backward=True)
+
+    def body(rank: int) -> distpatch.Trace:
+        mine = distpatch.convert_model(copy.deepcopy(model), dist.group.WORLD)
+        with distpatch.trace(measure=True) as t:
+            mine(x).sum().backward()
+        return t
+
+    for planned, real in zip(plan.ranks, run_ranks(world, body), strict=True):
+        assert sorted(planned.trace.records, key=str) == sorted(real.records, key=str)
+        assert planned.flops == real.flops
+        assert planned.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05)
+    assert plan.flops > 2 * distpatch.plan(model, x, world_size=world, device="cpu").flops
+
+
+def test_ranges_in_a_profile(tmp_path: Path) -> None:
+    """Exchanges have names in torch.profiler's Chrome trace, and cost nothing where nobody looks."""
+    x = random_tensor((1, 4, 8, 6))
+    norm = nn.GroupNorm(2, 4).double()
+
+    def body(rank: int) -> int:
+        rows = distpatch.shard(x, dist.group.WORLD)
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) if rank == 0 else nullcontext() as seen:
+            nn.functional.conv2d(rows, random_tensor((4, 4, 3, 3)), padding=1)
+            norm(rows)
+        if seen is not None:
+            seen.export_chrome_trace(str(tmp_path / "trace.json"))
+        with distpatch.trace() as t:
+            nn.functional.conv2d(rows, random_tensor((4, 4, 3, 3)), padding=1)
+        (record,) = t.records
+        assert 0 < record.wait_seconds < 10 and t.to_dict()["wait_seconds"] == t.wait_seconds == record.wait_seconds
+        return t.messages
+
+    assert run_ranks(2, body) == [1, 1]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events if str(event.get("name")).startswith("distpatch ")]
+    assert names == ["distpatch p2p of conv2d", "distpatch all_gather of group_norm"]
+    assert all(event["dur"] > 0 for event in events if event["name"] in names)

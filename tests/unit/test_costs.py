@@ -1,0 +1,75 @@
+"""The estimate of time: a roofline and a latency, by hand; presets; the machine's own rates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distpatch import Device, Link, calibrate
+from distpatch.costs import DEVICES, LINKS, compute_seconds, device_named, link_named, transfer_seconds
+from distpatch.meter import Kernel
+from distpatch.trace import Record
+
+TOY = Device("toy", {"half": 100.0, "tf32": 40.0, "float32": 10.0, "float64": 1.0}, 50.0, 1e3, overhead_seconds=0.5)
+WIRE = Link("wire", 10.0, 2.0, 1.0)
+
+
+def kernel(name: str, dtype: torch.dtype, flops: int, moved_bytes: int) -> Kernel:
+    return Kernel("op", name, dtype, flops, moved_bytes, False)
+
+
+@pytest.mark.parametrize(
+    ("one", "seconds"),
+    [
+        (kernel("aten.convolution", torch.float32, 80, 0), 2.0),
+        (kernel("aten.mm", torch.float32, 80, 0), 8.0),
+        (kernel("aten.mm", torch.bfloat16, 80, 0), 0.8),
+        (kernel("aten.convolution", torch.float64, 80, 0), 80.0),
+        (kernel("aten.add", torch.float32, 0, 100), 2.0),
+        (kernel("aten.convolution", torch.float32, 80, 200), 4.0),
+    ],
+)
+def test_a_kernel_takes_its_flops_or_its_bytes(one: Kernel, seconds: float) -> None:
+    assert TOY.seconds(one) == 0.5 + seconds
+    assert compute_seconds({one: 3}, TOY) == 3 * (0.5 + seconds)
+
+
+def test_a_transfer() -> None:
+    batch, ring, alone = (
+        Record("p2p", "conv2d", 50, 7),
+        Record("all_gather", "norm", 50, 7),
+        Record("all_gather", "", 0, 0),
+    )
+    assert WIRE.seconds(batch) == 2.0 + 1.0 + 5.0
+    assert WIRE.seconds(ring) == 2.0 + 7.0 + 5.0
+    assert transfer_seconds([batch, ring, alone], WIRE) == 22.0
+
+
+def test_presets() -> None:
+    for name, device in DEVICES.items():
+        assert device_named(name) is device and device.source and device.link in LINKS
+        assert device.flops["half"] >= device.flops["tf32"] >= device.flops["float32"] / 2 > 1e12
+        assert 1e11 < device.bandwidth < 1e13 and 1e10 < device.memory_bytes < 1e12
+    assert all(link.source and 1e9 < link.bandwidth < 1e12 for link in LINKS.values())
+    h100 = DEVICES["H100"]
+    assert link_named(None, h100, 8) is LINKS["NVLink 4"]
+    assert link_named(None, h100, 9) is LINKS["InfiniBand NDR"], "several hosts"
+    assert link_named(WIRE, None, 2) is WIRE and link_named(None, None, 2) is None and device_named("cpu") is None
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="H100.*got 'H101'"):
+        device_named("H101")
+    with pytest.raises(ValueError, match=r"NVLink 4.*got 'rope'"):
+        link_named("rope", TOY, 2)
+
+
+def test_calibrate() -> None:
+    device, link = calibrate(seconds=0.1)
+    assert link is None and device.name.startswith("cpu") and not device.source
+    assert all(1e8 < rate < 1e14 for rate in device.flops.values()) and set(device.flops) == {
+        "half",
+        "float32",
+        "float64",
+    }
+    assert 1e8 < device.bandwidth < 1e13 and 1e-8 < device.overhead_seconds < 1e-2
