@@ -7,6 +7,7 @@ point to point, and the result is the one of a single device, to rounding.
 """
 
 from distpatch.convert import convert_model, restore_model
+from distpatch.displaced import displaced, synchronize
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.group import warmup
 from distpatch.layout import RowLayout
@@ -27,6 +28,7 @@ __all__ = [
     "Trace",
     "UnsupportedOpError",
     "convert_model",
+    "displaced",
     "gather",
     "register_pointwise",
     "register_rule",
@@ -34,6 +36,7 @@ __all__ = [
     "save_image",
     "save_video",
     "shard",
+    "synchronize",
     "to_memmap",
     "trace",
     "warmup",

@@ -23,6 +23,19 @@ class Record:
     messages: int
 
 
+@dataclass(frozen=True)
+class Wait:
+    """One wait for messages that ran behind the computation.
+
+    ``behind_s``: seconds from their start to the wait; ``blocked_s``: how long the wait then took. On a GPU both
+    are the host's time.
+    """
+
+    op: str
+    behind_s: float
+    blocked_s: float
+
+
 @dataclass
 class Fallback:
     """An operation without a sharded rule: gathered, computed on every rank, sharded again."""
@@ -40,6 +53,7 @@ class Trace:
 
     records: list[Record] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
+    waits: list[Wait] = field(default_factory=list)
 
     @property
     def sent_bytes(self) -> int:
@@ -82,6 +96,12 @@ class Trace:
                 f"{'fallback':12} {fallback.op:32} {fallback.count:7} {fallback.bytes:14,} "
                 f"{'':9}  {fallback.shapes} at {fallback.where}"
             )
+        if self.waits:
+            behind, blocked = (sum(getattr(wait, name) for wait in self.waits) for name in ("behind_s", "blocked_s"))
+            lines.append(
+                f"{'wait':12} {'behind the computation':32} {len(self.waits):7} "
+                f"{1e3 * behind:.1f} ms under way, then waited for {1e3 * blocked:.1f} ms"
+            )
         return "\n".join(lines)
 
 
@@ -110,6 +130,10 @@ class Recorder:
     def record(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
         for trace in self.active():
             trace.records.append(Record(kind, op, sent_bytes, messages))
+
+    def waited(self, op: str, behind_s: float, blocked_s: float) -> None:
+        for trace in self.active():
+            trace.waits.append(Wait(op, behind_s, blocked_s))
 
     def fallback(self, op: str, shapes: str, where: str, size_bytes: int) -> None:
         for trace in self.active():
