@@ -10,7 +10,9 @@ from distpatch.convert import convert_model, restore_model
 from distpatch.displaced import displaced, synchronize
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.group import warmup
+from distpatch.guidance import guidance_mesh, split_guidance
 from distpatch.layout import RowLayout
+from distpatch.pipeline import parallelize_pipeline
 from distpatch.rules.own import register_pointwise
 from distpatch.rules.registry import register_rule
 from distpatch.save import save_image, save_video, to_memmap
@@ -30,12 +32,15 @@ __all__ = [
     "convert_model",
     "displaced",
     "gather",
+    "guidance_mesh",
+    "parallelize_pipeline",
     "register_pointwise",
     "register_rule",
     "restore_model",
     "save_image",
     "save_video",
     "shard",
+    "split_guidance",
     "synchronize",
     "to_memmap",
     "trace",

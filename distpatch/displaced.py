@@ -55,7 +55,7 @@ POLICIES = {
 class Displaced:
     """The steps of one converted model: what ``displaced`` opens.
 
-    ``calls``: forwards since the picture's first; ``synchronous``: how many of them waited for their exchanges.
+    ``calls``: forwards of this picture so far; ``synchronous``: how many, of all pictures, waited for their exchanges.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Displaced:
             self.plan.drain()
 
     def _forget(self) -> None:
-        self.plan, self.calls, self.synchronous, self._prompt = None, 0, 0, None
+        self.plan, self.calls, self._prompt = None, 0, None
         self.texts.clear()
 
     # Called by a converted model (convert.py), in this order.
@@ -129,7 +129,7 @@ class Displaced:
             self._prompt = [(t, t.clone(), _version(t)) for t in self._given]
 
     def step(self, run: Callable[[], T]) -> T:
-        """One forward; where it took another path than the step before, once more, with all its exchanges waited for."""
+        """One forward; where it took another path than the one before, once more, and exchanges are waited for."""
         try:
             result = self._run(run, stale=self.plan is not None)
             if self._lost:
@@ -309,7 +309,7 @@ def displaced(
     leaving, messages under way are waited for and all buffers freed. Raises ``DistPatchError`` where the model is
     not converted or open already, ``ValueError`` for an option out of range, ``RankError`` where the ranks differ.
     """
-    state = model.__dict__.get(STATE)
+    state: Any = model.__dict__.get(STATE)
     _check(model, state, warmup_steps, policy, layers_per_message)
     steps = Displaced(model, warmup_steps, policy, layers_per_message, watch_prompt)
     named = dict(model.named_modules())
