@@ -34,7 +34,10 @@ def guidance_mesh(group: dist.ProcessGroup | None = None) -> DeviceMesh:
     ranks = dist.get_process_group_ranks(group)
     if len(ranks) % 2:
         raise LayoutError(f"guidance_mesh: {len(ranks)} ranks cannot be split into two halves of equal size")
-    return DeviceMesh(group._device_types[0].type, torch.tensor(ranks).view(-1, 2).t(), mesh_dim_names=AXES)  # type: ignore[union-attr]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    served = {device.type for device in group._device_types}  # type: ignore[union-attr]
+    device_type = accelerator.type if accelerator is not None and accelerator.type in served else "cpu"
+    return DeviceMesh(device_type, torch.tensor(ranks).view(-1, 2).t(), mesh_dim_names=AXES)
 
 
 def split_guidance(model: M, mesh: DeviceMesh, **options: Any) -> M:

@@ -19,7 +19,7 @@ from tests.unets import NETS, text
 
 BOUNDS = {2: (0, 12, 16), 3: (0, 8, 12, 16), 4: (0, 4, 8, 12, 16)}
 WARMUP = 1
-STEPS = 5
+STEPS = 4
 TOLERANCE = 1e-9  # fp64, over all steps
 
 
