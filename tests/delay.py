@@ -14,14 +14,19 @@ from distpatch import collectives, exchange
 
 
 class Late:
-    """A ``Work`` whose end is seen at ``due`` at the earliest."""
+    """A ``Work`` that ends at ``due`` at the earliest; what it receives is not there before it was waited for."""
 
-    def __init__(self, work: Any, due: float) -> None:
-        self.work, self.due = work, due
+    def __init__(self, op: Any, due: float) -> None:
+        self.due, self.to, self.tensor = due, op.tensor, op.tensor
+        if op.op is dist.irecv:
+            self.tensor = op.tensor = op.tensor.clone()
+        self.work: Any = None
 
     def wait(self) -> None:
         self.work.wait()
         time.sleep(max(self.due - time.perf_counter(), 0))
+        if self.tensor is not self.to:
+            self.to.copy_(self.tensor)
 
 
 @contextlib.contextmanager
@@ -30,7 +35,10 @@ def delayed(delay_s: float) -> Iterator[None]:
 
     def batch(ops: list[Any]) -> list[Late]:
         due = time.perf_counter() + delay_s
-        return [Late(work, due) for work in dist.batch_isend_irecv(ops)]
+        late = [Late(op, due) for op in ops]
+        for one, work in zip(late, dist.batch_isend_irecv(ops), strict=True):
+            one.work = work
+        return late
 
     def collective(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> None:

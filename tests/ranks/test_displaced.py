@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.displaced import POLICIES
+from distpatch.collectives import merge_moments
+from distpatch.displaced import POLICIES, _corrected
+from tests.delay import delayed
 from tests.oracle import random_tensor
 from tests.simulation import Simulation
 from tests.threads import run_ranks
@@ -50,16 +53,39 @@ def run_displaced(
     return images
 
 
-@pytest.mark.parametrize("world", BOUNDS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "world"), [(p, w) for p in POLICIES for w in BOUNDS if p != "full_sync" or w == 3])
 def test_simulation(policy: str, world: int) -> None:
     net = NETS["UNet2DCondition"]
     model, given = net.build(), {"encoder_hidden_states": text()}
     expected = simulated(model, policy, BOUNDS[world], **given)
     exact = simulated(model, "full_sync", BOUNDS[world], **given)
-    ranks = run_ranks(world, lambda rank: run_displaced(model, policy, BOUNDS[world], given), keep=True)
+    # What is late, and read before it was waited for, is another step's.
+    with delayed(0.001) if world == 3 else contextlib.nullcontext():
+        ranks = run_ranks(world, lambda rank: run_displaced(model, policy, BOUNDS[world], given), keep=True)
     for images in ranks:
         for step, (image, right) in enumerate(zip(images, expected, strict=True)):
             torch.testing.assert_close(image, right, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m: f"step {step}: {m}")
     differs = float((expected[-1] - exact[-1]).abs().max())
     assert (differs < TOLERANCE) == (policy == "full_sync"), differs
+
+
+@pytest.mark.parametrize("own_variance", [0.5, 0.01])
+def test_corrected_statistics(own_variance: float) -> None:
+    """By the moments E[x] and E[x²]; this rank's own variance where theirs would be negative."""
+    means = torch.tensor([1.0, 3.0, -2.0], dtype=torch.float64)
+    variances, counts = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64), [4, 6, 2]
+    new_mean, new_variance = torch.tensor(1.5, dtype=torch.float64), torch.tensor(own_variance, dtype=torch.float64)
+    if own_variance < 0.1:  # all of the variance was this rank's, and it is gone
+        means, variances = torch.zeros_like(means), torch.tensor([9.0, 0.0, 0.0], dtype=torch.float64)
+        new_mean = torch.zeros_like(new_mean)
+    weight = torch.tensor(counts) / sum(counts)
+    moments = torch.stack([means, variances + means.square()])
+    mean, square = (moments * weight).sum(1) + torch.stack([new_mean, new_variance + new_mean**2]) - moments[:, 0]
+    variance = square - mean**2
+    assert (variance < 0) == (own_variance < 0.1)
+    expected = new_variance if variance < 0 else variance
+
+    merged = merge_moments(counts, means, variances * torch.tensor(counts))
+    last, own = torch.stack([means[0], 4 * variances[0]]), torch.stack([new_mean, 4 * new_variance])
+    total, got_mean, m2 = _corrected(merged, last, own, 4)
+    torch.testing.assert_close((got_mean, m2 / total), (mean, expected))

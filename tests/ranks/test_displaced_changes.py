@@ -46,6 +46,8 @@ class Net(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         h = F.silu(self.norm(self.first(x)))
         for index in self.path:
+            if index < 0:  # ends early
+                return h[:, :CHANNELS]
             h = h + self.branches[index](h)
         if self.fail:
             raise ValueError("told to")
@@ -118,7 +120,7 @@ def test_strict_transport(policy: str) -> None:
         on_ranks(lambda net, steps: [net(image(step), TEXT) for step in range(3)], world=4, policy=policy)
 
 
-@pytest.mark.parametrize("path", [[1], [0, 0], [0, 1], []], ids=str)
+@pytest.mark.parametrize("path", [[1], [0, 0], [0, 1], [], [0, -1]], ids=str)
 def test_another_path(path: list[int]) -> None:
     """Another branch (of the same shapes), more calls, or fewer: the step is exact, the next one is displaced."""
 
