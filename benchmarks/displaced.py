@@ -50,6 +50,10 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return -10 * math.log10(max(float((a - b).double().square().mean()), 1e-30))
 
 
+def _print(console: Any, line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)
+
+
 @app.command()
 def quality(
     side: Annotated[int, typer.Option(min=64, help="Pixels.")] = 256,
@@ -76,18 +80,18 @@ def quality(
                 latents = sample(net, count, side)
             return psnr(picture(latents), exact[count])
 
-        console.print(f"{side} x {side} pixels, {group.size()} ranks, warm-up of 1 + 1 steps: PSNR in dB\n")
-        console.print("| policy | " + " | ".join(f"{count} steps" for count in counts) + " |")
-        console.print("|---" * (len(counts) + 1) + "|")
+        _print(console, f"{side} x {side} pixels, {group.size()} ranks, warm-up of 1 + 1 steps: PSNR in dB\n")
+        _print(console, "| policy | " + " | ".join(f"{count} steps" for count in counts) + " |")
+        _print(console, "|---" * (len(counts) + 1) + "|")
         for policy in POLICIES:
             row = [f"{measured(policy, count, 1):.1f}" for count in counts]
-            console.print(f"| {policy} | " + " | ".join(row) + " |")
+            _print(console, f"| {policy} | " + " | ".join(row) + " |")
         lengths = warmup or [0, 1, 4, 9]
-        console.print("\n| 20 steps, warm-up of 1 + | " + " | ".join(map(str, lengths)) + " |")
-        console.print("|---" * (len(lengths) + 1) + "|")
+        _print(console, "\n| 20 steps, warm-up of 1 + | " + " | ".join(map(str, lengths)) + " |")
+        _print(console, "|---" * (len(lengths) + 1) + "|")
         for policy in ("corrected_async_gn", "stale_gn", "no_sync"):
             row = [f"{measured(policy, 20, length):.1f}" for length in lengths]
-            console.print(f"| {policy} | " + " | ".join(row) + " |")
+            _print(console, f"| {policy} | " + " | ".join(row) + " |")
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -137,16 +141,16 @@ def hidden(
         for _ in range(rounds):
             for case in cases:
                 found[case].append(run(*case))
-        console.print(f"{steps} steps, latents {rows} x {rows}, batch 2, {group.size()} ranks of one thread\n")
-        console.print("| policy | delay | seconds | of the same without | waited for, of under way, ms a step |")
-        console.print("|---|---|---|---|---|")
+        _print(console, f"{steps} steps, latents {rows} x {rows}, batch 2, {group.size()} ranks of one thread\n")
+        _print(console, "| policy | delay | seconds | of the same without | waited for, of under way, ms a step |")
+        _print(console, "|---|---|---|---|---|")
         for policy, late in cases:
             seconds = statistics.median(s for s, _ in found[policy, late])
             ratio = seconds / statistics.median(s for s, _ in found[policy, 0.0])
             waits = found[policy, late][-1][1].waits
             behind, blocked = (1e3 * sum(getattr(w, n) for w in waits) / steps for n in ("behind_s", "blocked_s"))
             waited = f"{blocked:.1f} of {behind + blocked:.0f}" if waits else "-"
-            console.print(f"| {policy} | {late:g} ms | {seconds:.2f} | {ratio:.2f}x | {waited} |")
+            _print(console, f"| {policy} | {late:g} ms | {seconds:.2f} | {ratio:.2f}x | {waited} |")
         trace = found["corrected_async_gn", 0.0][-1][1]
         _print_bytes(console, trace, steps, group.size(), list(_halos(net, x, text)))
 
@@ -172,14 +176,14 @@ class _Hook:
 
 
 def _print_bytes(console: Any, trace: distpatch.Trace, steps: int, ranks: int, halos: list[int]) -> None:
-    console.print("\n| sent a step by rank 0, behind the computation | KiB |\n|---|---|")
+    _print(console, "\n| sent a step by rank 0, behind the computation | KiB |\n|---|---|")
     for op in sorted({record.op for record in trace.records if record.kind == "displaced"} - {"messages"}):
         sent = sum(r.sent_bytes for r in trace.records if (r.kind, r.op) == ("displaced", op)) / steps
-        console.print(f"| {op} | {sent / 1024:.1f} |")
+        _print(console, f"| {op} | {sent / 1024:.1f} |")
     messages = sum(r.messages for r in trace.records if r.kind == "displaced") / steps
-    console.print(f"| messages | {messages:.0f} of them |")
+    _print(console, f"| messages | {messages:.0f} of them |")
     gathered = (ranks - 1) * sum(halos) / 1024
-    console.print(f"| halos by all-gather, as DistriFusion, (N - 1) x 2 edges | {gathered:.1f} |")
+    _print(console, f"| halos by all-gather, as DistriFusion, (N - 1) x 2 edges | {gathered:.1f} |")
 
 
 if __name__ == "__main__":

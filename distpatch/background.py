@@ -124,7 +124,8 @@ class Plan:
             return
         keys, sends, kept, owns = zip(*self._open, strict=True)
         self._open = []
-        batch = Batch(self.lane, sends, kept, self.device)
+        with torch.inference_mode(False), torch.no_grad():  # buffers that a step outside of it may write to, too
+            batch = Batch(self.lane, sends, kept, self.device)
         last = len(keys) - 1
         self.sites += [Site(key, batch, i, i == last, own) for i, (key, own) in enumerate(zip(keys, owns, strict=True))]
         self.batches.append(batch)

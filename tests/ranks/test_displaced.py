@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import distpatch
 from distpatch.collectives import merge_moments
-from distpatch.displaced import POLICIES, _corrected
+from distpatch.steps import POLICIES, _corrected
 from tests.delay import delayed
 from tests.oracle import random_tensor
 from tests.simulation import Simulation

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.displaced import POLICIES, Displaced
+from distpatch.steps import POLICIES, Displaced
 from tests.delay import delayed
 from tests.oracle import random_tensor
 from tests.strict import rendezvous
@@ -349,3 +349,31 @@ def test_what_is_sent_and_waited_for() -> None:
 
     with delayed(0.05):
         on_ranks(body)
+
+
+def test_inference_mode() -> None:
+    """Steps in inference mode and steps without gradients may take turns."""
+
+    def body(net: Net, steps: Displaced) -> None:
+        with torch.inference_mode():
+            steps.reset()
+            for step in range(3):
+                net(image(step), TEXT)
+        stale(net, steps, image(4))
+        with torch.inference_mode():
+            stale(net, steps, image(5))
+
+    on_ranks(body)
+
+
+def test_alone() -> None:
+    """One rank, or no group: nothing is displaced."""
+
+    def body(rank: int) -> None:
+        for group in (None, dist.group.WORLD):
+            net = distpatch.convert_model(copy.deepcopy(NET), group)
+            with torch.no_grad(), distpatch.displaced(net, warmup_steps=0) as steps:
+                for step in range(3):
+                    exact(net, steps, image(step))
+
+    run_ranks(1, body)
