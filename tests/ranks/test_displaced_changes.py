@@ -377,3 +377,20 @@ def test_alone() -> None:
                     exact(net, steps, image(step))
 
     run_ranks(1, body)
+
+
+def test_halos_against_an_all_gather() -> None:
+    """DistriFusion gives both edges of each convolution's input, but the first one's, to all others."""
+
+    def body(net: Net, steps: Displaced) -> tuple[int, int]:
+        sent = 0
+        with distpatch.trace() as t:
+            net(image(3), TEXT)
+        sent = sum(record.sent_bytes for record in t.records if (record.kind, record.op) == ("displaced", "conv2d"))
+        world = steps.comm.size
+        edges = [2 * conv.in_channels * conv.padding[0] * WIDTH * 8 for conv in (net.branches[0], net.last)]
+        return sent, (world - 1) * sum(edges)
+
+    for world in (2, 3, 4):
+        for sent, gathered in on_ranks(body, world):
+            assert 0 < sent * world / 2 <= gathered
