@@ -15,7 +15,6 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -72,7 +71,7 @@ def quality(
             return (decoded / 2 + 0.5).clamp(0, 1)
 
         counts = steps or [10, 20, 50]
-        exact = {count: picture(sample(net, count, side)) for count in counts}
+        exact = {count: picture(sample(net, count, side)) for count in {*counts, 20}}
         distpatch.convert_model(net, group, output="shard")
 
         def measured(policy: str, count: int, warmup_steps: int) -> float:
@@ -110,9 +109,9 @@ def build_unet() -> UNet2DConditionModel:
 @app.command()
 def hidden(
     delay_ms: Annotated[float, typer.Option(min=0, help="What is received comes so much later.")] = 5,
-    rows: Annotated[int, typer.Option(min=8, help="Rows and columns of the latents.")] = 48,
+    rows: Annotated[int, typer.Option(min=8, help="Rows and columns of the latents.")] = 32,
     steps: Annotated[int, typer.Option(min=2, help="Displaced steps that are timed.")] = 20,
-    rounds: Annotated[int, typer.Option(min=1, help="Of each; the median is printed.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each; the median is printed.")] = 2,
 ) -> None:
     """Time of displaced and of synchronous steps, with and without delay; what a rank sends a step."""
     with launch.process_group(threads=1) as (group, _), torch.no_grad():
@@ -152,27 +151,23 @@ def hidden(
             waited = f"{blocked:.1f} of {behind + blocked:.0f}" if waits else "-"
             _print(console, f"| {policy} | {late:g} ms | {seconds:.2f} | {ratio:.2f}x | {waited} |")
         trace = found["corrected_async_gn", 0.0][-1][1]
-        _print_bytes(console, trace, steps, group.size(), list(_halos(net, x, text)))
+        _print_bytes(console, trace, steps, group.size(), _halos(net, x, text))
 
 
-def _halos(net: nn.Module, x: Tensor, text: Tensor) -> Iterator[int]:
+def _halos(net: nn.Module, x: Tensor, text: Tensor) -> list[int]:
     """Bytes of the rows at both edges of a shard that DistriFusion gives away, of each convolution but the first."""
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1 and name != "conv_in":
-            sizes: list[int] = []
+    sizes: list[int] = []
 
-            def see(_: Any, args: Any, sizes: list[int] = sizes, padding: int = module.padding[0]) -> None:
-                batch, channels, _, width = args[0].shape
-                sizes.append(2 * batch * channels * padding * width * args[0].element_size())
+    def see(conv: Any, args: Any) -> None:
+        batch, channels, _, width = args[0].shape
+        sizes.append(2 * batch * channels * conv.padding[0] * width * args[0].element_size())
 
-            with contextlib.closing(_Hook(module, see)):
-                net(x, 900, text)
-            yield from sizes
-
-
-class _Hook:
-    def __init__(self, module: nn.Module, see: Any) -> None:
-        self.close = module.register_forward_pre_hook(see).remove
+    convs = [m for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and name != "conv_in"]
+    hooks = [conv.register_forward_pre_hook(see) for conv in convs if conv.kernel_size[0] > 1]
+    net(x, 900, text)
+    for hook in hooks:
+        hook.remove()
+    return sizes
 
 
 def _print_bytes(console: Any, trace: distpatch.Trace, steps: int, ranks: int, halos: list[int]) -> None:
