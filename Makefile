@@ -5,12 +5,13 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test fuzz lint bench memory coverage clean autoencoders
+.PHONY: demo test fuzz lint bench memory displaced coverage clean autoencoders
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps distrifuser==0.0.1b1  # its modules, for a test; its pins are of 2023
 	touch $@
 
 demo: $(VENV)/installed  ## encode and decode a photograph across two processes
@@ -42,6 +43,11 @@ memory: $(VENV)/installed  ## peak memory beside the peers', and docs/memory.png
 
 autoencoders: $(VENV)/installed  ## every autoencoder of diffusers, converted, against one device
 	$(BIN)/python -m benchmarks.autoencoders
+
+displaced: $(VENV)/installed  ## displaced steps: PSNR by policy, time with delayed messages, bytes
+	$(BIN)/python -m benchmarks.train_denoiser
+	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced quality
+	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced hidden
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out

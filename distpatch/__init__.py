@@ -9,8 +9,10 @@ point to point, and the result is the one of a single device, to rounding.
 from distpatch.calibrate import calibrate
 from distpatch.convert import convert_model, restore_model
 from distpatch.costs import Device, Link
+from distpatch.displaced import displaced, synchronize
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.group import warmup
+from distpatch.guidance import guidance_mesh, split_guidance
 from distpatch.layout import RowLayout
 from distpatch.patched import (
     PatchConv2d,
@@ -21,6 +23,7 @@ from distpatch.patched import (
     patch_conv_transpose2d,
     patch_conv_transpose3d,
 )
+from distpatch.pipeline import parallelize_pipeline
 from distpatch.planner import plan, smallest_plan
 from distpatch.plans import Plan
 from distpatch.rules.own import register_pointwise
@@ -47,7 +50,10 @@ __all__ = [
     "UnsupportedOpError",
     "calibrate",
     "convert_model",
+    "displaced",
     "gather",
+    "guidance_mesh",
+    "parallelize_pipeline",
     "patch_conv1d",
     "patch_conv2d",
     "patch_conv3d",
@@ -63,6 +69,8 @@ __all__ = [
     "scaling",
     "shard",
     "smallest_plan",
+    "split_guidance",
+    "synchronize",
     "to_memmap",
     "trace",
     "warmup",

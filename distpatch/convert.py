@@ -30,7 +30,7 @@ assert _rules  # imported for the table of rules
 M = TypeVar("M", bound=nn.Module)
 
 ENTRY_POINTS = ("forward", "encode", "decode")
-_STATE = "_distpatch"
+STATE = "_distpatch"
 _ABSENT = object()
 SAMPLED = 1 << 16  # elements of each parameter that the ranks compare when a model is converted
 
@@ -48,6 +48,7 @@ class _Conversion:
     dim: int
     output: str
     tiled: bool = False
+    steps: Any = None  # the displaced context that is open (displaced.py)
     before: dict[str, Any] = field(default_factory=dict)
     thread: _Thread = field(default_factory=_Thread)
 
@@ -120,7 +121,7 @@ def convert_model(
     wrappers = {
         name: _entry(getattr(model, name), name, state) for name in ENTRY_POINTS if callable(getattr(model, name, None))
     }
-    model.__dict__[_STATE] = state
+    model.__dict__[STATE] = state
     for name, wrapper in wrappers.items():
         state.before[name] = model.__dict__.get(name, _ABSENT)
         model.__dict__[name] = wrapper
@@ -129,7 +130,7 @@ def convert_model(
 
 def restore_model(model: M) -> M:
     """Undo ``convert_model``: the model is as it was, and runs on this device alone."""
-    state = model.__dict__.get(_STATE)
+    state = model.__dict__.get(STATE)
     if state is None:
         raise DistPatchError(f"restore_model: this {type(model).__name__} is not converted")
     for name, before in state.before.items():
@@ -137,13 +138,13 @@ def restore_model(model: M) -> M:
             del model.__dict__[name]
         else:
             model.__dict__[name] = before
-    del model.__dict__[_STATE]
+    del model.__dict__[STATE]
     return model
 
 
 def is_converted(model: nn.Module) -> bool:
     """Whether ``convert_model`` was called on it, and not undone."""
-    return _STATE in model.__dict__
+    return STATE in model.__dict__
 
 
 def _check_options(model: nn.Module, splits: int | str, dim: int, output: str, fallback: str) -> None:
@@ -205,10 +206,15 @@ def _entry(call: Callable[..., Any], name: str, state: _Conversion) -> Callable[
         if torch.compiler.is_dynamo_compiling():
             return _compiled(call, name, state, args, kwargs)
         model = getattr(call, "__self__", None)
-        with _inside(state, model, f"{type(model).__name__}.{name}", args, kwargs):
+        steps = state.steps if name == "forward" else None
+
+        def run() -> Any:
             region = _region(state, model)
-            sharded = map_tensors(lambda t: enter(t, state.dim, region) if _is_image(t) else t, (args, kwargs))
-            result = call(*sharded[0], **sharded[1])
+            sharded = map_tensors(lambda t: enter(t, state.dim, region) if is_image(t) else t, (args, kwargs))
+            return call(*sharded[0], **sharded[1])
+
+        with _inside(state, model, f"{type(model).__name__}.{name}", args, kwargs, steps):
+            result = run() if steps is None else steps.step(run)
             return map_tensors(lambda t: _leave(t, state), result)
 
     return entry
@@ -220,26 +226,33 @@ def _compiled(call: Callable[..., Any], name: str, state: _Conversion, args: Any
     model = getattr(call, "__self__", None)
     what = f"{type(model).__name__}.{name}"
     problem = _tiles(model, state.tiled) or _problem(what, args, kwargs, state)
+    if state.steps is not None:
+        problem = f"{what}: a compiled call is never a displaced step: compile the modules inside the model instead"
     if problem:
         raise LayoutError(problem)
     meet(region.comm.name, what, _signature(args, kwargs))
     state.thread.inside = True
-    sharded = map_tensors(lambda t: enter_compiled(t, state.dim, region) if _is_image(t) else t, (args, kwargs))
+    sharded = map_tensors(lambda t: enter_compiled(t, state.dim, region) if is_image(t) else t, (args, kwargs))
     result = call(*sharded[0], **sharded[1])
     state.thread.inside = False
     return map_tensors(lambda t: _leave(t, state), result)
 
 
 @contextmanager
-def _inside(state: _Conversion, model: Any, what: str, args: Any, kwargs: Any) -> Iterator[None]:
+def _inside(state: _Conversion, model: Any, what: str, args: Any, kwargs: Any, steps: Any) -> Iterator[None]:
     """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait."""
     comm = state.region.comm
     problem = _tiles(model, state.tiled) or _problem(what, args, kwargs, state)
-    comm.enter(what, problem or _signature(args, kwargs))
+    if steps is not None:
+        problem = problem or steps.problem(what)
+    signature = problem or _signature(args, kwargs)
+    answers = comm.enter(what, signature, None if steps is None else steps.payload((args, kwargs)))
     if problem:
         raise LayoutError(problem)
     state.thread.inside = True
     try:
+        if steps is not None:
+            steps.begin(signature, answers)
         yield
     except BaseException as error:
         comm.leave_broken(f"raised {type(error).__name__}: {error}")
@@ -258,14 +271,14 @@ def _signature(args: Any, kwargs: Any) -> str:
     return "(" + ", ".join(described) + ")" + grads
 
 
-def _is_image(tensor: Tensor) -> bool:
+def is_image(tensor: Tensor) -> bool:
     return isinstance(tensor, PatchTensor) or (tensor.is_floating_point() and tensor.ndim >= 4)
 
 
 def _problem(what: str, args: Any, kwargs: Any, state: _Conversion) -> str | None:
     """Why these arguments cannot be sharded, or None."""
     tensors = list(tensors_in((args, kwargs)))
-    images = [tensor for tensor in tensors if _is_image(tensor)]
+    images = [tensor for tensor in tensors if is_image(tensor)]
     if not images:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "none"
         return (

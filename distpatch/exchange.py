@@ -12,7 +12,9 @@ strides are ambiguous for shards of one row, and must not decide it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -21,8 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
 
-from distpatch.group import Communicator, Pretended, attempt, communicator_of
+from distpatch.group import Communicator, Parts, Pretended, attempt, communicator_of
 from distpatch.layout import Bounds, Needs, TransferPlan, plan_transfer
+
+# What leaves the sharded computation, or stands in for an operation without a rule, is never an earlier step's.
+AT_ONCE = frozenset({"gather", "output"})
 
 
 def fetch_rows(
@@ -62,7 +67,11 @@ def _fetch(
         pieces[part.interval][part.start : part.stop] = wire[lo:hi]
     sends = [(peer, [wire[lo:hi] for lo, hi in cut]) for peer, cut in plan.sends]
     recvs = [(peer, [pieces[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
-    _transfer(comm, op, sends, recvs)
+    if comm.policy is None or op in AT_ONCE or not local.is_floating_point():
+        transfer(comm, op, sends, recvs)
+    else:
+        known = (dim, tuple(bounds), tuple(needs), local.dtype, tuple(wire.shape[1:]))
+        comm.policy.exchange(op, known, sends, recvs)
     return fetched
 
 
@@ -92,19 +101,14 @@ def _return(
         total[lo:hi] += wires[part.interval][part.start : part.stop]
     sends = [(peer, [wires[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
     landing = [(peer, [total.new_empty((hi - lo, *shape[1:])) for lo, hi in cut]) for peer, cut in plan.sends]
-    _transfer(comm, op, sends, landing)
+    transfer(comm, op, sends, landing)
     for (_, cut), (_, landed) in zip(plan.sends, landing, strict=True):
         for (lo, hi), rows in zip(cut, landed, strict=True):
             total[lo:hi] += rows
     return total.permute(_inverse(order))
 
 
-def _transfer(
-    comm: Communicator,
-    op: str,
-    sends: list[tuple[int, list[Tensor]]],
-    recvs: list[tuple[int, list[Tensor]]],
-) -> None:
+def transfer(comm: Communicator, op: str, sends: Parts, recvs: Parts) -> None:
     """Send and receive, one message a peer: NCCL has no tags to tell several apart."""
     landing = [_buffer(parts) for _, parts in recvs]
     outgoing = [_message(parts) for _, parts in sends]
@@ -127,18 +131,49 @@ def post(
     """One batch of point-to-point messages of flat, contiguous tensors; returns when they landed."""
     if not to and not source:
         return
+    sent_bytes = sum(message.numel() * message.element_size() for message in outgoing)
+    with comm.recorder.transfer("p2p", op, sent_bytes, len(outgoing), (*landing, *outgoing)[0].device):
+        start(comm, op, to, outgoing, source, landing).wait()
+
+
+@dataclass
+class Transfer:
+    """A batch of messages under way; their tensors must be left alone until it was waited for."""
+
+    comm: Communicator
+    op: str
+    works: list[tuple[Any, int | None]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def wait(self) -> None:
+        """Until all have landed (on a GPU: for the stream that computes). Raises ``RankError``."""
+        for work, peer in self.works:
+            attempt(self.comm, self.op, work.wait, peer)
+        self.works = []
+
+
+def start(
+    comm: Communicator,
+    op: str,
+    to: list[int],
+    outgoing: list[Tensor],
+    source: list[int],
+    landing: list[Tensor],
+) -> Transfer:
+    """As ``post``, but returns at once."""
+    under_way = Transfer(comm, op)
+    if not to and not source:
+        return under_way
     peers = [*source, *to]
     batch = [
         *(dist.P2POp(dist.irecv, t, group=comm.pg, group_peer=p) for p, t in zip(source, landing)),
         *(dist.P2POp(dist.isend, t, group=comm.pg, group_peer=p) for p, t in zip(to, outgoing)),
     ]
-    sent_bytes = sum(message.numel() * message.element_size() for message in outgoing)
-    with comm.recorder.transfer("p2p", op, sent_bytes, len(outgoing), batch[0].tensor.device):
-        works: list[Any] = []
-        attempt(comm, op, lambda: works.extend(dist.batch_isend_irecv(batch)), None)
-        named = peers if len(works) == len(peers) else [None] * len(works)
-        for work, peer in zip(works, named, strict=True):
-            attempt(comm, op, work.wait, peer)
+    works: list[Any] = []
+    attempt(comm, op, lambda: works.extend(dist.batch_isend_irecv(batch)), None)
+    named = peers if len(works) == len(peers) else [None] * len(works)
+    under_way.works = list(zip(works, named, strict=True))
+    return under_way
 
 
 def _pretend(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -17,8 +18,22 @@ from distpatch.errors import LayoutError, RankError
 from distpatch.trace import Recorder
 
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Pretended | None"
+Parts: TypeAlias = "list[tuple[int, list[Tensor]]]"  # by peer: the pieces of one message, in order
 
 GRACE = timedelta(seconds=2)  # between the first and the last rank that notices a failed collective
+
+
+class Policy(Protocol):
+    """What becomes of a rule's transfers, where they are not to be waited for (displaced.py).
+
+    ``key``: what all ranks know of the transfer, to tell one call site from another.
+    """
+
+    def exchange(self, op: str, key: tuple[Any, ...], sends: Parts, recvs: Parts) -> None:
+        """Fill the parts of ``recvs``, by peer, from what the ranks send with this call or sent before."""
+
+    def moments(self, op: str, counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Count, mean and centred second moment of all ranks' samples; ``counts``: how many each rank has."""
 
 
 class Communicator:
@@ -38,6 +53,9 @@ class Communicator:
         self.rank, self.size, self.name = 0, 1, ""
         self.broken = False
         self.call = 0
+        self.policy: Policy | None = None  # of the step that runs now, where it is a displaced one
+        self.lane: Communicator | None = None  # another duplicate, for what runs behind the computation
+        self.serves = ""  # of a lane: the name of whose it is
         if group is None:
             return
         self._group = weakref.ref(group)
@@ -141,16 +159,20 @@ class Communicator:
         """Whether the group, or its duplicate, was destroyed."""
         return not all(pg is not None and pg in c10d._world.pg_map for pg in (self.group, self.pg))
 
-    def enter(self, what: str, signature: str) -> None:
-        """Meet all ranks before a sharded computation; mend the transfers if the last one failed."""
+    def enter(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
+        """Meet all ranks before a sharded computation; mend the transfers if the last one failed.
+
+        Returns every rank's payload, with ``"broken"`` added.
+        """
         if not self.name:
-            return
+            return [{"broken": False, **(payload or {})}]
         if self.closed:
             raise RankError(f"{what}: the process group is closed (this is rank {self.rank})")
-        answers = self.agree(what, signature, {"broken": self.broken})
+        answers = self.agree(what, signature, {"broken": self.broken, **(payload or {})})
         if any(answer["broken"] for answer in answers):
             self.broken = True
             self.connect()
+        return answers
 
     def leave_broken(self, note: str) -> None:
         """Say that this rank gives up the call, and why, for the others to read; the first note counts."""
@@ -195,8 +217,9 @@ class Pretended(Communicator):
     def agree(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         return [payload or {}] * self.size
 
-    def enter(self, what: str, signature: str) -> None:
+    def enter(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         """There is nobody to meet."""
+        return [{"broken": False, **(payload or {})}]
 
     def leave_broken(self, note: str) -> None:
         """There is nobody to tell."""

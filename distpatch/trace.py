@@ -35,6 +35,19 @@ class Record:
         return 0.0 if self.span is None else seconds_between(*self.span)
 
 
+@dataclass(frozen=True)
+class Wait:
+    """One wait for messages that ran behind the computation.
+
+    ``behind_s``: seconds from their start to the wait; ``blocked_s``: how long the wait then took. On a GPU both
+    are the host's time.
+    """
+
+    op: str
+    behind_s: float
+    blocked_s: float
+
+
 @dataclass
 class Fallback:
     """An operation without a sharded rule: gathered, computed on every rank, sharded again."""
@@ -78,6 +91,7 @@ class Trace:
     fallbacks: list[Fallback] = field(default_factory=list)
     fused: dict[str, Fused] = field(default_factory=dict)
     meter: Meter | None = None
+    waits: list[Wait] = field(default_factory=list)
 
     @property
     def sent_bytes(self) -> int:
@@ -159,6 +173,12 @@ class Trace:
                     f"{cost.seconds * 1e3:9.1f}"
                 )
             lines.append(f"live activations at most {self.meter.peak_mib:,.1f} MiB, at {self.meter.peak_op}")
+        if self.waits:
+            behind, blocked = (sum(getattr(wait, name) for wait in self.waits) for name in ("behind_s", "blocked_s"))
+            lines.append(
+                f"{'wait':12} {'behind the computation':32} {len(self.waits):7} "
+                f"{1e3 * behind:.1f} ms under way, then waited for {1e3 * blocked:.1f} ms"
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,6 +194,7 @@ class Trace:
             "transfers": [asdict(t) for t in self.traffic()],
             "ops": [asdict(cost) for cost in self.ops().values()],
             "fused": [asdict(fused) for fused in self.fused.values()],
+            "waits": [asdict(wait) for wait in self.waits],
             "fallbacks": [asdict(fallback) for fallback in self.fallbacks],
         }
 
@@ -226,6 +247,10 @@ class Recorder:
         """Of this thread, whichever the group: what is computed later sends nothing."""
         for trace in cls.opened() or ():
             trace.add_fused(steps, spared_bytes)
+
+    def waited(self, op: str, behind_s: float, blocked_s: float) -> None:
+        for trace in self.active():
+            trace.waits.append(Wait(op, behind_s, blocked_s))
 
     def fallback(self, op: str, shapes: str, where: str, size_bytes: int) -> None:
         gathered()

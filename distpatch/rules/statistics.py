@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distpatch.collectives import merge_moments, spread, stack_ranks, sum_partials
 from distpatch.formats import memory_format
+from distpatch.group import communicator_of
 from distpatch.layout import RowLayout
 from distpatch.lazy import Recipe, put_off
 from distpatch.meter import few
@@ -80,6 +81,16 @@ def merge_ranks(
     return merge_moments(counts, ranks[:, 0], ranks[:, 1])
 
 
+def merge_displaced(
+    layout: RowLayout, a_row: int, mean: Tensor, m2: Tensor, name: str, op: str
+) -> tuple[int, Tensor, Tensor]:
+    """As ``merge_ranks``; in a displaced step by its policy, except where a compiler has to see the collective."""
+    policy = None if torch.compiler.is_compiling() else communicator_of(name).policy
+    if policy is None:
+        return merge_ranks(layout, a_row, mean, m2, name, op)
+    return policy.moments(op, [a_row * height for height in layout.heights], mean, m2)
+
+
 @dataclass(frozen=True)
 class Norm:
     """What a normalisation of (B, C, ..., rows, ...) takes its statistics over.
@@ -104,7 +115,8 @@ class Norm:
         count, mean, m2 = moments(local, tuple(range(2, local.ndim)), max(row, 2), exact=self.groups in {0, channels})
         mean, m2 = self._members(mean), self._members(m2)
         count, mean, m2 = merge_moments([count] * len(mean), mean, m2)
-        count, mean, m2 = merge_ranks(self.rows, self._a_row(local), mean, m2, self.name, self.op)
+        merge = merge_displaced if self.groups else merge_ranks
+        count, mean, m2 = merge(self.rows, self._a_row(local), mean, m2, self.name, self.op)
         return self._everyone(mean, channels), self._everyone(m2 / max(count, 1), channels)
 
     def count(self, local: Tensor | Recipe) -> int:

@@ -89,3 +89,16 @@ def test_pipeline(tmp_path: Path) -> None:
     assert "0 operation(s) without a sharded rule" in done.stdout
     with Image.open(tmp_path / "pipeline_2_ranks.png") as picture:
         assert picture.size == (40, 40)
+
+
+@pytest.mark.parametrize("more", [(), ("--split-guidance",)], ids=str)
+def test_displaced_pipeline(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Near the picture of one process; the same one where no step is displaced, which is one rank a half."""
+    done = torchrun(
+        tmp_path, "displaced_pipeline.py", "--size", "32", "--steps", "4", "--warmup", "1", "--check", *more
+    )
+    assert done.returncode == 0, done.stderr
+    psnr = float(re.findall(r"process: ([\d.]+)\s+dB", done.stdout)[0])
+    assert psnr > (100 if more else 30), done.stdout
+    behind = float(re.findall(r"of\s+these\s+([\d.]+)\s+MiB", done.stdout)[0])
+    assert (behind > 0) == (not more), done.stdout

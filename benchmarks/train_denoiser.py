@@ -1,0 +1,100 @@
+"""Train a small denoiser of latents, for ``displaced.py``: it has to work, not to paint well.
+
+    python -m benchmarks.train_denoiser --seconds 100
+
+An ``UNet2DModel`` with attention on latents of the demo VAE, of crops of the photographs that scikit-image ships.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+from rich.progress import Progress
+from torch import Tensor
+
+from torchrun_examples.train_demo_vae import PHOTOGRAPHS, load_photograph, random_crop
+
+ROOT = Path(__file__).parents[1]
+DEMO_VAE = ROOT / "torchrun_examples" / "demo_vae"
+WEIGHTS = ROOT / "out" / "denoiser"
+SIDE = 128  # pixels of a crop
+CROPS, BATCH = 256, 12
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def build_denoiser() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+
+
+def load_vae() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(DEMO_VAE).float().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def draw_latents(vae: AutoencoderKL, rng: random.Random) -> Tensor:
+    """Latents of random crops, (CROPS, 16, SIDE / 8, SIDE / 8), of about unit deviation."""
+    photographs = [load_photograph(name) for name in PHOTOGRAPHS]
+    crops = torch.stack([random_crop(rng.choice(photographs), SIDE, rng) for _ in range(CROPS)]) * 2 - 1
+    modes = [vae.encode(some).latent_dist.mode() for some in crops.split(8)]
+    return torch.cat(modes) * vae.config.scaling_factor
+
+
+@app.command()
+def main(
+    seconds: Annotated[float, typer.Option(min=1, help="Time to train for.")] = 100,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the weights.")] = WEIGHTS,
+) -> None:
+    """Train, and say what part of the noise is still taken for picture."""
+    torch.set_num_threads(threads)
+    latents = draw_latents(load_vae(), random.Random(0))
+    net, noise = build_denoiser().train(), scheduler()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-4)
+    started, losses = time.monotonic(), []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("Training", total=seconds)
+        while (passed := time.monotonic() - started) < seconds:
+            progress.update(task, completed=passed)
+            for setting in optimizer.param_groups:
+                setting["lr"] = 2e-3 * (0.5 + 0.5 * math.cos(math.pi * passed / seconds))
+            clean = latents[torch.randint(CROPS, (BATCH,))]
+            target, times = torch.randn_like(clean), torch.randint(1000, (BATCH,))
+            loss = F.mse_loss(net(noise.add_noise(clean, target, times), times).sample, target)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+    net.eval().save_pretrained(out)
+    tail = losses[-max(len(losses) // 10, 1) :]
+    typer.echo(
+        f"{len(losses)} batches of {BATCH}: mean squared error {sum(tail) / len(tail):.3f} of noise of variance 1"
+    )
+    typer.echo(f"Weights: {out}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,77 @@
+"""A Stable Diffusion pipeline with displaced steps: ranks do not wait for each other's rows, but use the last step's.
+
+    torchrun --nproc_per_node=2 torchrun_examples/displaced_pipeline.py --check
+    torchrun --nproc_per_node=4 torchrun_examples/displaced_pipeline.py --split-guidance \\
+        --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a lighthouse in a storm" --steps 50 --size 1024
+
+Without ``--model`` the tiny pipeline of ``pipeline.py`` runs, with random weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from diffusers import DiffusionPipeline
+from pipeline import generate, prompt_of, tiny_pipeline
+
+import distpatch
+import launch
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str | None, typer.Option(help="Folder or Hugging Face id of a pipeline.")] = None,
+    prompt: Annotated[str, typer.Option(help="For --model.")] = "a photograph of an astronaut",
+    size: Annotated[int, typer.Option(min=16, help="Rows and columns of the picture.")] = 96,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps, after the first, that wait for their exchanges.")] = 4,
+    policy: Annotated[
+        str, typer.Option(help="What the other steps use: see distpatch.displaced.")
+    ] = "corrected_async_gn",
+    split_guidance: Annotated[bool, typer.Option(help="Half of the ranks with the prompt, half without it.")] = False,
+    compare: Annotated[bool, typer.Option("--check", help="Generate on rank 0 alone too, and compare.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a rank.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
+) -> None:
+    """Generate a picture across the ranks that torchrun started."""
+    with launch.process_group(threads=threads) as (group, device):
+        console = launch.console(group)
+        make = tiny_pipeline if model is None else lambda: DiffusionPipeline.from_pretrained(model)
+        pipe = launch.rank0_first(group, make).to(device)
+        pipe.set_progress_bar_config(disable=console.quiet)
+        call = {**prompt_of(model, prompt), "height": size, "width": size, "num_inference_steps": steps}
+
+        options = {"policy": policy, "warmup_steps": warmup, "once_per_prompt": ("attn2.to_k", "attn2.to_v")}
+        mesh = distpatch.guidance_mesh(group) if split_guidance else group
+        parallel = distpatch.parallelize_pipeline(pipe, mesh, displaced=options)
+        with distpatch.trace() as sent:
+            started = time.perf_counter()
+            picture = generate(parallel, call)
+            seconds = time.perf_counter() - started
+        pipe = parallel.restore()
+
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"displaced_pipeline_{group.size()}_ranks.png"
+        distpatch.save_image(picture, path)
+        behind = sum(record.sent_bytes for record in sent.records if record.kind == "displaced")
+        console.print(
+            f"{steps} steps at {size} x {size} on {group.size()} rank(s): {seconds:.1f} s; sent by rank 0: "
+            f"{sent.sent_bytes / 2**20:.1f} MiB, of these {behind / 2**20:.1f} MiB behind the computation, which "
+            f"waited {sum(wait.blocked_s for wait in sent.waits):.2f} s for what the others sent so"
+        )
+        if compare:
+            alone = launch.on_rank0(group, lambda: generate(pipe, call))
+            if alone is not None:
+                error = float((alone - picture).square().mean())
+                console.print(f"PSNR against one process: {-10 * math.log10(max(error, 1e-12)):.1f} dB")
+        console.print(f"Picture: {path}")
+
+
+if __name__ == "__main__":
+    app()
