@@ -13,6 +13,7 @@ from distpatch.layout import RowLayout
 from distpatch.rules.own import register_pointwise
 from distpatch.rules.registry import register_rule
 from distpatch.save import save_image, save_video, to_memmap
+from distpatch.selftest import SelfTest, self_test
 from distpatch.tensor import PatchTensor, gather, shard
 from distpatch.trace import Trace, trace
 
@@ -24,6 +25,7 @@ __all__ = [
     "PatchTensor",
     "RankError",
     "RowLayout",
+    "SelfTest",
     "Trace",
     "UnsupportedOpError",
     "convert_model",
@@ -33,6 +35,7 @@ __all__ = [
     "restore_model",
     "save_image",
     "save_video",
+    "self_test",
     "shard",
     "to_memmap",
     "trace",

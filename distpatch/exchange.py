@@ -12,7 +12,7 @@ strides are ambiguous for shards of one row, and must not decide it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch._library.effects import EffectType
 
 from distpatch.group import Communicator, attempt, communicator_of
 from distpatch.layout import Bounds, Needs, TransferPlan, plan_transfer
+from distpatch.relay import relay
 
 
 def fetch_rows(
@@ -61,7 +62,7 @@ def _fetch(
         pieces[part.interval][part.start : part.stop] = wire[lo:hi]
     sends = [(peer, [wire[lo:hi] for lo, hi in cut]) for peer, cut in plan.sends]
     recvs = [(peer, [pieces[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
-    _transfer(comm, op, sends, recvs)
+    _transfer(comm, op, sends, recvs, local.device)
     return fetched
 
 
@@ -91,7 +92,7 @@ def _return(
         total[lo:hi] += wires[part.interval][part.start : part.stop]
     sends = [(peer, [wires[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
     landing = [(peer, [total.new_empty((hi - lo, *shape[1:])) for lo, hi in cut]) for peer, cut in plan.sends]
-    _transfer(comm, op, sends, landing)
+    _transfer(comm, op, sends, landing, total.device)
     for (_, cut), (_, landed) in zip(plan.sends, landing, strict=True):
         for (lo, hi), rows in zip(cut, landed, strict=True):
             total[lo:hi] += rows
@@ -103,11 +104,13 @@ def _transfer(
     op: str,
     sends: list[tuple[int, list[Tensor]]],
     recvs: list[tuple[int, list[Tensor]]],
+    device: torch.device,
 ) -> None:
     """Send and receive, one message a peer: NCCL has no tags to tell several apart."""
     landing = [_buffer(parts) for _, parts in recvs]
     outgoing = [_message(parts) for _, parts in sends]
-    post(comm, op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing)
+    send = post if not comm.by_collectives else partial(relay, device=device)
+    send(comm, op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing)
     for (_, parts), message in zip(recvs, landing, strict=True):
         if len(parts) > 1:
             sizes = [part.numel() for part in parts]
