@@ -24,8 +24,8 @@ from distpatch.exchange import fetch_rows, post
 from distpatch.group import GRACE, Communicator, Group, Pretended, communicator
 from distpatch.layout import even_bounds
 
-SIZES = (1, 1000, 1 << 20)  # elements of fp32 in a message: the last, 4 MiB, also gives the rate
-REPEATS = 5  # of the shortest message, for its latency
+SIZES = (1, 1000, *[1 << 20] * 3, *[1] * 5)  # elements of fp32 in a message; the last ones for rate and latency
+LONGEST = max(SIZES)
 SHOWN = 20  # faults that a rank tells the others about
 COLUMNS = 8
 EVENT_SECONDS = 0.01
@@ -58,12 +58,14 @@ class Link:
 class SelfTest:
     """What ``self_test`` found; the same on every rank.
 
-    ``by_collectives``: the group's rows now move by all_gather, because point to point is broken.
+    ``absent``: ranks that did not answer; ``by_collectives``: the group's rows now move by all_gather, because
+    point to point is broken.
     """
 
     world_size: int
     faults: list[Fault] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
+    absent: list[int] = field(default_factory=list)
     by_collectives: bool = False
 
     @property
@@ -95,7 +97,7 @@ def self_test(group: Group, *, fallback: bool = True) -> SelfTest:
         return report
     _, missing = comm.meet({}, comm.timeout)
     if missing:
-        report.faults = _absent(comm, missing, "start", comm.timeout)
+        report.absent, report.faults = missing, _absent(comm, missing, "start", comm.timeout)
         return report
     tested = _Tester(comm, report)
     if tested.run("set-up", tested.connect):
@@ -156,6 +158,7 @@ class _Tester:
         patience = 2 * comm.timeout + GRACE
         answers, missing = comm.meet(mine, patience)
         if missing:
+            self.report.absent = missing
             self.report.faults += [*faults, *_absent(comm, missing, test, patience)]
             return False
         for answer in answers:
@@ -179,7 +182,7 @@ class _Tester:
         if partner is None:
             return []
         comm, test, seconds, problem = self.comm, "point to point", [], ""
-        for numel in (*SIZES, *SIZES[:1] * REPEATS):
+        for numel in SIZES:
             sent = _known(comm.rank, partner, numel, self.device)
             landed = torch.full_like(sent, -1)
             started = time.perf_counter()
@@ -192,8 +195,9 @@ class _Tester:
             # A wrong message ends nothing: the partner, which may have got the right one, sends the next.
             problem = problem or _difference(landed, _known(partner, comm.rank, numel, self.device))
         if comm.rank < partner and not problem:
-            rate = SIZES[-1] * 4 / (1 << 20) / seconds[len(SIZES) - 1]
-            self.link = Link((comm.rank, partner), min(seconds[len(SIZES) :]) * 1e6, rate)
+            best = {size: min(t for t, n in zip(seconds, SIZES, strict=True) if n == size) for size in (1, LONGEST)}
+            rate = LONGEST * 4 / (1 << 20) / best[LONGEST]
+            self.link = Link((comm.rank, partner), best[1] * 1e6, rate)
         return [Fault(test, partner, comm.rank, problem)] if problem else []
 
     def _await(self, landed: Tensor, partner: int) -> None:
