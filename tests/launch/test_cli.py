@@ -180,21 +180,10 @@ def test_wrong_input_is_said_and_ends_with_2(folder: Path, tmp_path: Path, case:
 
 
 @pytest.mark.slow
-def test_decode_under_torchrun(folder: Path, tmp_path: Path) -> None:
-    done = torchrun(
-        "-m", "distpatch", "decode", folder, folder / "latents.npy", tmp_path / "a.png", "--check", "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    numbers = json.loads(done.stdout)
-    assert numbers["ranks"] == 2 and numbers["error"] < 1e-5 and numbers["messages"] > 0
-    assert (tmp_path / "a.png").stat().st_size > 0
-
-
-@pytest.mark.slow
 def test_doctor_names_the_pair_of_a_corrupted_message() -> None:
-    done = torchrun("tests/launch/faulty_doctor.py", "corrupt", 1, 2, processes=3)
+    done = torchrun("tests/launch/faulty_doctor.py", "corrupt", 1, 0)
     assert done.returncode != 0 and "exitcode: 3" in done.stderr, done.stderr
-    assert "FAULT point to point, rank 1 to rank 2: 1 of 1 elements are wrong" in done.stdout
+    assert "FAULT point to point, rank 1 to rank 0: 1 of 1 elements are wrong" in done.stdout
     assert done.stdout.count("FAULT") == 1
     assert "now move by all_gather" in done.stdout
 
