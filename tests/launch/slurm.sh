@@ -16,9 +16,8 @@ stop() {
 start() {
     mkdir -p "$folder"/{state,spool,munge}
     chmod 0755 "$folder" "$folder/munge"
-    local host cores memory port
+    local host memory port
     host=$(hostname -s)
-    cores=$(nproc)
     memory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
     port=$((30000 + RANDOM % 2000 * 2))
     head -c 1024 /dev/urandom >"$folder/munge/key"
@@ -40,13 +39,14 @@ MpiDefault=none
 ReturnToService=2
 SlurmctldPort=$port
 SlurmdPort=$((port + 1))
+SlurmdParameters=config_overrides
 SlurmctldPidFile=$folder/slurmctld.pid
 SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores RealMemory=$memory State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=4 RealMemory=$memory State=UNKNOWN
 PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
     munged --force --socket="$folder/munge/socket" --key-file="$folder/munge/key" --pid-file="$folder/munged.pid" \

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,17 @@ def slurm() -> Iterator[str]:
 def test_slurm(folder: Path, tmp_path: Path, slurm: str) -> None:
     """Two tasks of one job; everything else the script finds in the job."""
     log = tmp_path / "log"
-    options = ["--wait", f"--output={log}", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
+    options = [f"--output={log}", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
     script = str(LAUNCH / "slurm.sbatch")
-    done = run("sbatch", *options, script, *decode(folder, tmp_path / "a.png"), SLURM_CONF=slurm)
-    assert done.returncode == 0, log.read_text() if log.exists() else done.stderr
+    done = run("sbatch", "--parsable", *options, script, *decode(folder, tmp_path / "a.png"), SLURM_CONF=slurm)
+    assert done.returncode == 0, done.stderr
+    state = "PENDING"
+    deadline = time.monotonic() + 200
+    while state in {"PENDING", "RUNNING", "COMPLETING"} and time.monotonic() < deadline:
+        time.sleep(0.3)  # sbatch --wait looks every few seconds only
+        job = run("scontrol", "show", "--oneliner", "job", done.stdout.strip(), SLURM_CONF=slurm).stdout
+        state = job.partition("JobState=")[2].split()[0]
+    assert state == "COMPLETED", log.read_text() if log.exists() else job
     assert_exact(log.read_text(), 2)
 
 
