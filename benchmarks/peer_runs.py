@@ -89,11 +89,11 @@ def dtensor(model: Any, place: Place) -> Run:
 def shard_tensor(model: Any, place: Place) -> Run:
     """PhysicsNeMo's ShardTensor, as DTensor.
 
-    Its manager is told of the group that is open: its own set-up on a CPU gives ``init_process_group`` a device that
-    torch 2.13 refuses.
+    Its handlers, which it registers itself only where there is a GPU, are registered. Its manager is told of the group
+    that is open: its own set-up on a CPU gives ``init_process_group`` a device that torch 2.13 refuses.
     """
     from physicsnemo.distributed import DistributedManager
-    from physicsnemo.domain_parallel import scatter_tensor
+    from physicsnemo.domain_parallel import register_custom_ops, scatter_tensor
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_module
 
@@ -103,6 +103,7 @@ def shard_tensor(model: Any, place: Place) -> Run:
     manager = DistributedManager()
     manager._rank = manager._local_rank = rank
     manager._world_size, manager._distributed, manager._device = ranks, True, torch.device("cpu")
+    register_custom_ops()
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("rows",))
     run = plain(distribute_module(model, mesh))
 

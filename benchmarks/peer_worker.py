@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
+import before_diffusers
 import torch
 from crew import serve
 from decode_worker import FORMATS, build_decoder, draw_latents, reset_resident_peak, resident_peak
@@ -27,6 +28,7 @@ import distpatch
 import launch
 from distpatch.memory import LivePeak
 
+assert before_diffusers
 PATIENCE = timedelta(seconds=60)  # a peer whose ranks wait for each other has failed
 PACKAGES = ("torch", "diffusers", "distvae", "patch_conv", "nvidia-physicsnemo", "distpatch")
 

@@ -253,7 +253,6 @@ def install(peers: list[Peer], console: Console) -> None:
             if peer.own_python:
                 subprocess.run([sys.executable, "-m", "venv", str(peer.folder)], check=True)
                 subprocess.run([peer.python, "-m", "pip", "install", *constraints, *peer.packages], check=True)
-                drop_torchvision(peer)
             else:
                 where = ["--no-deps", "--target", str(peer.folder)]
                 subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *where, *peer.packages], check=True)
@@ -261,13 +260,6 @@ def install(peers: list[Peer], console: Console) -> None:
             console.print(f"{peer.name} cannot be installed here: pip ended with {error.returncode}")
             continue
         (peer.folder / "installed").touch()
-
-
-def drop_torchvision(peer: Peer) -> None:
-    """Where it was built for another torch (CUDA's, beside one for the CPU), diffusers cannot be imported."""
-    tried = subprocess.run([peer.python, "-c", "import torchvision"], capture_output=True, check=False)
-    if tried.returncode:
-        subprocess.run([peer.python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
 
 
 @app.command()
