@@ -112,19 +112,49 @@ def test_doctor_of_one_process() -> None:
     assert numbers["ok"] and numbers["versions"]["torch"] == torch.__version__ and "gloo" in numbers["backend"]
 
 
+class StandIn:
+    """For the planner: the numbers of ranks it was asked for."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        self.ranks = ranks
+
+    def table(self) -> str:
+        return f"table of {self.ranks}"
+
+    def to_json(self) -> str:
+        return json.dumps(self.ranks)
+
+    def smallest(self, memory_bytes: float) -> Any:
+        fitting = [ranks for ranks in self.ranks if 64 * 2**30 / ranks <= memory_bytes]
+        return SimpleNamespace(world_size=fitting[0]) if fitting else None
+
+
 def test_plan_passes_its_options_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
-    def plan(model: Any, *args: torch.Tensor, **options: Any) -> Any:
+    def plan(model: Any, *args: torch.Tensor, world_size: int, **options: Any) -> StandIn:
         given.update(options, model=type(model).__name__, shape=tuple(args[0].shape), dtype=args[0].dtype)
-        return SimpleNamespace(table=lambda: "the table", to_json=lambda: {"ranks": options["world_size"]})
+        assert args[0].is_meta and all(parameter.is_meta for parameter in model.parameters())
+        if world_size == 3:
+            raise ValueError("no such link")
+        return StandIn([world_size])
+
+    def scaling(model: Any, *args: torch.Tensor, world_sizes: list[int], **options: Any) -> StandIn:
+        return StandIn(world_sizes)
 
     monkeypatch.setattr(distpatch, "plan", plan, raising=False)
+    monkeypatch.setattr(distpatch, "scaling", scaling, raising=False)
     done = invoke("plan", folder, "--shape", "1,4,32,32", "--world-size", 64, "--dtype", "bfloat16")
-    assert done.exit_code == 0 and done.stdout == "the table\n", done.output
-    assert given.pop("dtype") is torch.bfloat16
-    assert given == {"world_size": 64, "method": "decode", "model": "AutoencoderKL", "shape": (1, 4, 32, 32)}
-    assert json.loads(invoke("plan", folder, "--json").stdout) == {"ranks": 8}
+    assert done.exit_code == 0 and done.stdout == "table of [64]\n", done.output
+    assert (given.pop("dtype"), given.pop("device"), given.pop("link")) == (torch.bfloat16, "H100", None)
+    assert given == {"method": "decode", "model": "AutoencoderKL", "shape": (1, 4, 32, 32)}
+    assert json.loads(invoke("plan", folder, "--json").stdout) == [8]
+    several = ["plan", folder, "--world-size", 2, "--world-size", 4, "--fits"]
+    done = invoke(*several, 16)
+    assert (done.exit_code, done.stdout) == (0, "table of [2, 4]\n") and "fits in 16 GiB: 4 rank(s)" in done.stderr
+    assert invoke(*several, 8).exit_code == 1
+    done = invoke("plan", folder, "--world-size", 3)
+    assert done.exit_code == 2 and "no such link" in done.stderr
 
 
 def wrong(folder: Path, tmp_path: Path, case: str) -> list[Any]:
