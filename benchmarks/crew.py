@@ -128,4 +128,6 @@ def machine() -> dict[str, Any]:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "torch": torch.__version__, "python": platform.python_version()}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    about = {"cpu": model, "cores": cores, "gpus": gpus, "torch": torch.__version__}
+    return {**about, "python": platform.python_version()}

@@ -34,9 +34,10 @@ class Stack(nn.Sequential):
 
 @dataclass
 class Place:
-    """Where a rank runs: its group (None for one process) and the side of the picture, in pixels."""
+    """Where a rank runs: its group (None for one process), its device, and the side of the picture, in pixels."""
 
     group: dist.ProcessGroup | None
+    device: torch.device
     pixels: int
 
 
@@ -81,7 +82,7 @@ def dtensor(model: Any, place: Place) -> Run:
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
     assert place.group is not None
-    mesh = DeviceMesh.from_group(place.group, "cpu")
+    mesh = DeviceMesh.from_group(place.group, place.device.type)
     run = plain(distribute_module(model, mesh))
     return lambda x: run(distribute_tensor(x, mesh, [Shard(2)])).full_tensor()  # type: ignore[attr-defined]
 
@@ -102,9 +103,9 @@ def shard_tensor(model: Any, place: Place) -> Run:
     DistributedManager._shared_state["_is_initialized"] = True
     manager = DistributedManager()
     manager._rank = manager._local_rank = rank
-    manager._world_size, manager._distributed, manager._device = ranks, True, torch.device("cpu")
+    manager._world_size, manager._distributed, manager._device = ranks, True, place.device
     register_custom_ops()
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("rows",))
+    mesh = init_device_mesh(place.device.type, (ranks,), mesh_dim_names=("rows",))
     run = plain(distribute_module(model, mesh))
 
     def call(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import before_diffusers
 import torch
 from crew import serve
-from decode_worker import FORMATS, build_decoder, draw_latents, reset_resident_peak, resident_peak
+from decode_worker import FORMATS, build_decoder, draw_latents, one_device, ready, reset_resident_peak, resident_peak
 from peer_runs import RUNS, STACK_CHANNELS, Place, Run, Stack
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,8 +103,10 @@ class Worker:
 
     def time(self) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
+            ready(self.given.device)
             started = time.perf_counter()
             self._call(self.given)
+            ready(self.given.device)
             return {"seconds": time.perf_counter() - started}
 
         return self._answer(measure)
@@ -114,9 +116,9 @@ class Worker:
 
         def measure() -> dict[str, Any]:
             self._call(self.given[..., : 4 * self.ranks, :].contiguous())
-            before = reset_resident_peak()
+            before = reset_resident_peak(self.given.device)
             self.result = self._call(self.given)
-            return {"resident_bytes": resident_peak() - before}
+            return {"resident_bytes": resident_peak(self.given.device) - before}
 
         return self._answer(measure)
 
@@ -153,7 +155,7 @@ class Worker:
         """Largest difference of ``resident``'s result from a saved one, over the saved one's largest value."""
 
         def measure() -> dict[str, Any]:
-            saved, result = torch.load(path), self.result
+            saved, result = torch.load(path, map_location=self.given.device), self.result
             assert result is not None
             if result.shape != saved.shape:
                 raise ValueError(f"its result has shape {tuple(result.shape)}, not {tuple(saved.shape)}")
@@ -162,20 +164,23 @@ class Worker:
         return self._answer(measure)
 
 
-def main(peer: str, workload: str, size: int, memory_format: str, ranks: int, threads: int) -> None:
+def main(peer: str, workload: str, size: int, memory_format: str, ranks: int, threads: int, device: str | None) -> None:
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # as decode_worker.py
     layout = FORMATS[memory_format]
     with ExitStack() as stack:
-        group = None
+        group, here = None, one_device(device)
         if ranks > 1:
-            group, _ = stack.enter_context(launch.process_group(device="cpu", threads=threads, timeout=PATIENCE))
+            opened = launch.process_group(device=device, threads=threads, timeout=PATIENCE)
+            group, here = stack.enter_context(opened)
         if workload == "decode":
             model, given = build_decoder(layout), draw_latents(size, layout)
         else:
             shape = (1, STACK_CHANNELS, size, size)
             given = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
             model = Stack().to(memory_format=layout)
-        worker = Worker(lambda: RUNS[peer](model, Place(group, size)), given, ranks)
+        model, given = model.to(here), given.to(here)
+        worker = Worker(lambda: RUNS[peer](model, Place(group, here, size)), given, ranks)
         orders = ("warm_up", "time", "resident", "live", "traffic", "versions", "save", "compare")
         serve({name: getattr(worker, name) for name in orders})
 

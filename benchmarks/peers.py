@@ -4,8 +4,8 @@
     python benchmarks/peers.py --size 512 --rounds 3 --json peers.json --plot peers.png
 
 Two networks: Stable Diffusion's decoder, and a stack of convolution, GroupNorm and SiLU. Random weights, fp32, on
-the CPU. All peers are started once and take turns; a peer of several ranks has one thread each, a peer of one
-process as many threads as the others have ranks. One that fails is shown as failed, with what it says.
+GPUs where there are any. All peers are started once and take turns; a peer of several ranks has one thread each, a
+peer of one process as many threads as the others have ranks. One that fails is shown as failed, with what it says.
 """
 
 from __future__ import annotations
@@ -273,6 +273,9 @@ def main(
         typer.Option(help=f"Of {', '.join(peer.run for peer in PEERS[1:])}; several times for several."),
     ] = None,
     memory_format: Annotated[Literal["NCHW", "channels_last"], typer.Option()] = "NCHW",
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="GPUs where there are any, one a rank, if not given.")
+    ] = None,
     install_first: Annotated[bool, typer.Option("--install", help="Install the peers, and stop.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them here.")] = None,
@@ -292,7 +295,7 @@ def main(
     with Progress(console=console, transient=True) as bar:
         bar.add_task("starting", total=None)
         for name in ("decode", "stack") if workload == "both" else (workload,):
-            config = {"workload": name, "size": size, "memory_format": memory_format}
+            config = {"workload": name, "size": size, "memory_format": memory_format, "device": device}
             measured = Bench(peers, config, ranks, bar).run(rounds)
             console.print(table(measured))
             for result in measured:
