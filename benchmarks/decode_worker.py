@@ -8,16 +8,18 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from crew import serve
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 import distpatch
 import launch
 from distpatch.memory import LivePeak
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 CHANNELS = (128, 256, 512, 512)  # Stable Diffusion's decoder, 50 million parameters
 LATENT_CHANNELS = 4
@@ -27,6 +29,8 @@ FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 def build_decoder(memory_format: torch.memory_format) -> AutoencoderKL:
     """The VAE with its decoder alone; the same random weights in every process."""
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
