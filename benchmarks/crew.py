@@ -23,10 +23,19 @@ class Crew:
     """The processes of one contestant, one a rank: idle in a blocking read until they are asked.
 
     Each runs ``script`` with ``config`` (JSON) as its argument, in the environment that torchrun would
-    give it, with ``threads`` CPU threads; it answers ``ask`` by calling ``serve``.
+    give it, with ``threads`` CPU threads; it answers ``ask`` by calling ``serve``. ``python``: another interpreter.
     """
 
-    def __init__(self, script: Path, config: Mapping[str, Any], ranks: int, threads: int, **env: str) -> None:
+    def __init__(
+        self,
+        script: Path,
+        config: Mapping[str, Any],
+        ranks: int,
+        threads: int,
+        *,
+        python: str = sys.executable,
+        **env: str,
+    ) -> None:
         common = {
             **os.environ,
             "WORLD_SIZE": str(ranks),
@@ -37,7 +46,7 @@ class Crew:
             "MKL_NUM_THREADS": str(threads),
             **env,
         }
-        command = [sys.executable, str(script), json.dumps({**config, "threads": threads})]
+        command = [python, str(script), json.dumps({**config, "threads": threads})]
         self.processes = [
             subprocess.Popen(
                 command,
@@ -67,15 +76,20 @@ class Crew:
         answer: Answer = json.loads(line)
         return answer
 
+    def kill(self) -> None:
+        """End all processes now, also those that wait for each other."""
+        for process in self.processes:
+            process.kill()
+
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.kill()
         for process in self.processes:
-            if error is not None:
-                process.kill()
             assert process.stdin is not None
             process.stdin.close()  # the end of its orders
         for process in self.processes:
@@ -114,4 +128,6 @@ def machine() -> dict[str, Any]:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "torch": torch.__version__, "python": platform.python_version()}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    about = {"cpu": model, "cores": cores, "gpus": gpus, "torch": torch.__version__}
+    return {**about, "python": platform.python_version()}

@@ -3,8 +3,8 @@
     python benchmarks/decode.py --size 512 --rounds 7 --json decode.json
 
 All contestants are started once and take turns (A B C A B C ...), one at a time, so that whatever else
-the machine does falls on all alike: read the ratios of the rounds. Random weights, float32, on the CPU.
-Memory is measured in passes of its own: live activations by counting tensors, the resident peak in a
+the machine does falls on all alike: read the ratios of the rounds. Random weights, float32, on GPUs where there are
+any. Memory is measured in passes of its own: live activations by counting tensors, the resident peak in a
 fresh process.
 """
 
@@ -79,9 +79,15 @@ class Bench:
     """All contestants at one size and memory format."""
 
     def __init__(
-        self, contestants: tuple[Contestant, ...], size: int, memory_format: str, output: str, bar: Progress
+        self,
+        contestants: tuple[Contestant, ...],
+        size: int,
+        memory_format: str,
+        output: str,
+        device: str | None,
+        bar: Progress,
     ) -> None:
-        self.config = {"size": size, "memory_format": memory_format, "output": output}
+        self.config = {"size": size, "memory_format": memory_format, "output": output, "device": device}
         self.results = [Result(contestant, size, memory_format) for contestant in contestants]
         self.bar = bar
 
@@ -176,6 +182,9 @@ def main(
         Literal["gather", "shard", "rank0"], typer.Option(help="Who gets the picture of the ranks.")
     ] = "gather",
     patch_conv: Annotated[bool, typer.Option(help="Also one process, converted without a group.")] = False,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="GPUs where there are any, one a rank, if not given.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
 ) -> None:
     """Time and memory of decoding a random latent."""
@@ -189,7 +198,7 @@ def main(
     with Progress(console=console, transient=True) as bar:
         bar.add_task("decoding", total=len(cells) * orders_given(contestants, rounds))
         for side, layout in cells:
-            measured = Bench(contestants, side, layout, output_layout, bar).run(rounds)
+            measured = Bench(contestants, side, layout, output_layout, device, bar).run(rounds)
             console.print(results_table(measured))
             results += measured
     console.print(LEGEND)

@@ -8,16 +8,18 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from crew import serve
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 import distpatch
 import launch
 from distpatch.memory import LivePeak
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 CHANNELS = (128, 256, 512, 512)  # Stable Diffusion's decoder, 50 million parameters
 LATENT_CHANNELS = 4
@@ -27,6 +29,8 @@ FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 def build_decoder(memory_format: torch.memory_format) -> AutoencoderKL:
     """The VAE with its decoder alone; the same random weights in every process."""
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
@@ -52,6 +56,7 @@ class Worker:
     def __init__(self, vae: AutoencoderKL, latents: Tensor) -> None:
         self.vae = vae
         self.latents = latents
+        self.device = latents.device
         self.picture: Tensor | None = None
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -64,8 +69,10 @@ class Worker:
         return {}
 
     def time(self) -> dict[str, Any]:
+        ready(self.device)
         started = time.perf_counter()
         self._decode(self.latents)
+        ready(self.device)
         return {"seconds": time.perf_counter() - started}
 
     def live(self) -> dict[str, Any]:
@@ -80,11 +87,11 @@ class Worker:
         }
 
     def resident(self) -> dict[str, Any]:
-        """How far the first full decode raises the process's resident peak."""
+        """How far the first full decode raises the process's resident peak; of a GPU, the peak of its tensors."""
         self._decode(self.latents[..., :2, :])  # what a process needs once: threads, channels, kernels
-        before = reset_resident_peak()
+        before = reset_resident_peak(self.device)
         self.picture = self._decode(self.latents)
-        return {"resident_bytes": resident_peak() - before}
+        return {"resident_bytes": resident_peak(self.device) - before}
 
     def save(self, path: str) -> dict[str, Any]:
         """Write the picture that ``resident`` decoded."""
@@ -96,37 +103,57 @@ class Worker:
         if self.picture is None:  # "rank0": it is not here
             return {"error": 0.0}
         picture = distpatch.gather(self.picture)
-        saved = torch.load(path)
+        saved = torch.load(path, map_location=self.device)
         difference = (picture - saved).abs().max() / saved.abs().max()
         return {"error": difference.item()}
 
 
-def resident_peak() -> int:
-    """The process's largest resident size so far, in bytes."""
+def one_device(wanted: str | None) -> torch.device:
+    """That of a process without a group: the first GPU where there is one, or the CPU."""
+    return torch.device("cuda:0" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def ready(device: torch.device) -> None:
+    """The end of all that was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def resident_peak(device: torch.device) -> int:
+    """The process's largest resident size so far, in bytes; of a GPU, what tensors took there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
-def reset_resident_peak() -> int:
+def reset_resident_peak(device: torch.device) -> int:
     """Forget the resident peak so far; the new one (where Linux does not allow it, still the old one)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
         print(f"the resident peak counts from the start of the process: {error}", file=sys.stderr)
-    return resident_peak()
+    return resident_peak(device)
 
 
-def main(size: int, memory_format: str, threads: int, converted: bool, ranks: int, output: str) -> None:
+def main(
+    size: int, memory_format: str, threads: int, converted: bool, ranks: int, output: str, device: str | None
+) -> None:
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # an error is then that of the ranks
     with ExitStack() as stack:
-        vae = build_decoder(FORMATS[memory_format])
+        vae, place = build_decoder(FORMATS[memory_format]), one_device(device)
+        group = None
         if ranks > 1:
-            group, _ = stack.enter_context(launch.process_group(device="cpu", threads=threads))
+            group, place = stack.enter_context(launch.process_group(device=device, threads=threads))
+        vae = vae.to(place)
+        if converted:
             distpatch.convert_model(vae, group, output=output)
-        elif converted:
-            distpatch.convert_model(vae)
-        worker = Worker(vae, draw_latents(size, FORMATS[memory_format]))
+        worker = Worker(vae, draw_latents(size, FORMATS[memory_format]).to(place))
         orders = ("warm_up", "time", "live", "resident", "save", "compare")
         serve({name: getattr(worker, name) for name in orders})
 

@@ -30,6 +30,7 @@ from distpatch.rules.own import register_pointwise
 from distpatch.rules.registry import register_rule
 from distpatch.save import save_image, save_video, to_memmap
 from distpatch.scaling import Scaling, scaling
+from distpatch.selftest import SelfTest, self_test
 from distpatch.tensor import PatchTensor, gather, shard
 from distpatch.trace import Trace, trace
 
@@ -46,6 +47,7 @@ __all__ = [
     "RankError",
     "RowLayout",
     "Scaling",
+    "SelfTest",
     "Trace",
     "UnsupportedOpError",
     "calibrate",
@@ -67,6 +69,7 @@ __all__ = [
     "save_image",
     "save_video",
     "scaling",
+    "self_test",
     "shard",
     "smallest_plan",
     "split_guidance",

@@ -102,6 +102,8 @@ def _check(model: nn.Module, state: Any, warmup_steps: int, policy: str, layers_
         )
     if isinstance(state.region.comm, Pretended):
         raise DistPatchError("displaced: a group that is pretended sends nothing, behind the computation or otherwise")
+    if state.region.comm.by_collectives:
+        raise DistPatchError("displaced: point to point is broken between these ranks (self_test): nothing runs behind")
     if state.steps is not None:
         raise DistPatchError(f"displaced: the steps of this {type(model).__name__} are displaced already")
     if policy not in POLICIES:

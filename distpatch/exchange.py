@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch._library.effects import EffectType
 
 from distpatch.group import Communicator, Parts, Pretended, attempt, communicator_of
 from distpatch.layout import Bounds, Needs, TransferPlan, plan_transfer
+from distpatch.relay import relay
 
 # What leaves the sharded computation, or stands in for an operation without a rule, is never an earlier step's.
 AT_ONCE = frozenset({"gather", "output"})
@@ -68,10 +69,10 @@ def _fetch(
     sends = [(peer, [wire[lo:hi] for lo, hi in cut]) for peer, cut in plan.sends]
     recvs = [(peer, [pieces[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
     if comm.policy is None or op in AT_ONCE or not local.is_floating_point():
-        transfer(comm, op, sends, recvs)
+        transfer(comm, op, sends, recvs, local.device)
     else:
         known = (dim, tuple(bounds), tuple(needs), local.dtype, tuple(wire.shape[1:]))
-        comm.policy.exchange(op, known, sends, recvs)
+        comm.policy.exchange(op, known, sends, recvs, local.device)
     return fetched
 
 
@@ -101,18 +102,19 @@ def _return(
         total[lo:hi] += wires[part.interval][part.start : part.stop]
     sends = [(peer, [wires[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
     landing = [(peer, [total.new_empty((hi - lo, *shape[1:])) for lo, hi in cut]) for peer, cut in plan.sends]
-    transfer(comm, op, sends, landing)
+    transfer(comm, op, sends, landing, total.device)
     for (_, cut), (_, landed) in zip(plan.sends, landing, strict=True):
         for (lo, hi), rows in zip(cut, landed, strict=True):
             total[lo:hi] += rows
     return total.permute(_inverse(order))
 
 
-def transfer(comm: Communicator, op: str, sends: Parts, recvs: Parts) -> None:
+def transfer(comm: Communicator, op: str, sends: Parts, recvs: Parts, device: torch.device) -> None:
     """Send and receive, one message a peer: NCCL has no tags to tell several apart."""
     landing = [_buffer(parts) for _, parts in recvs]
     outgoing = [_message(parts) for _, parts in sends]
-    post(comm, op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing)
+    send = post if not comm.by_collectives else partial(relay, device=device)
+    send(comm, op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing)
     for (_, parts), message in zip(recvs, landing, strict=True):
         if len(parts) > 1:
             sizes = [part.numel() for part in parts]

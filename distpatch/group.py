@@ -29,7 +29,7 @@ class Policy(Protocol):
     ``key``: what all ranks know of the transfer, to tell one call site from another.
     """
 
-    def exchange(self, op: str, key: tuple[Any, ...], sends: Parts, recvs: Parts) -> None:
+    def exchange(self, op: str, key: tuple[Any, ...], sends: Parts, recvs: Parts, device: torch.device) -> None:
         """Fill the parts of ``recvs``, by peer, from what the ranks send with this call or sent before."""
 
     def moments(self, op: str, counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -52,6 +52,7 @@ class Communicator:
         self.recorder = Recorder()
         self.rank, self.size, self.name = 0, 1, ""
         self.broken = False
+        self.by_collectives = False  # rows move by all_gather: point to point is broken here (self_test)
         self.call = 0
         self.policy: Policy | None = None  # of the step that runs now, where it is a displaced one
         self.lane: Communicator | None = None  # another duplicate, for what runs behind the computation
@@ -121,38 +122,47 @@ class Communicator:
         writes the verdict, and all follow it: a rank that arrives as the others give up cannot go on
         alone.
         """
-        if self.size == 1:
-            return [payload or {}]
-        store, size = self.store, self.size
-        call = self.call = store.add(f"distpatch/{self.rank}/calls", 1)
-        keys = [f"distpatch/{call}/{rank}" for rank in range(size)]
-        mine = {"what": what, "signature": signature, **(payload or {})}
-        store.set(keys[self.rank], json.dumps(mine))
-        try:
-            store.wait(keys, self.timeout)
-            outcome: list[int] = []
-        except dist.DistStoreError:
-            outcome = [rank for rank in range(size) if not store.check([keys[rank]])]
-        verdict_key = f"distpatch/{call}/verdict"
-        verdict = store.compare_set(verdict_key, "", json.dumps(outcome))
-        missing = json.loads(verdict)
+        answers, missing = self.meet({"what": what, "signature": signature, **(payload or {})}, self.timeout)
         if missing:
             raise RankError(
-                f"{what}: rank(s) {missing} of {size} did not call it within "
+                f"{what}: rank(s) {missing} of {self.size} did not call it within "
                 f"{self.timeout.total_seconds():g} s (this is rank {self.rank}). Every rank of the "
                 "group must make the same calls in the same order."
             )
-        answers = [json.loads(answer) for answer in store.multi_get(keys)]
-        if call > 1:  # everyone has passed the call before
-            store.delete_key(f"distpatch/{call - 1}/{self.rank}")
-            if self.rank == 0:
-                store.delete_key(f"distpatch/{call - 1}/verdict")
         if len({(answer["what"], answer["signature"]) for answer in answers}) > 1:
             called = "\n".join(
                 f"  rank {rank}: {answer['what']} {answer['signature']}" for rank, answer in enumerate(answers)
             )
             raise RankError(f"the ranks were called differently (this is rank {self.rank}):\n{called}")
         return answers
+
+    def meet(self, mine: dict[str, object], patience: timedelta) -> tuple[list[dict[str, Any]], list[int]]:
+        """What every rank brought to this meeting, and the ranks that did not come within ``patience``.
+
+        Where one is missing there are no answers. The first rank that knows the outcome writes the verdict.
+        """
+        if self.size == 1:
+            return [mine], []
+        store, size = self.store, self.size
+        call = self.call = store.add(f"distpatch/{self.rank}/calls", 1)
+        keys = [f"distpatch/{call}/{rank}" for rank in range(size)]
+        store.set(keys[self.rank], json.dumps(mine))
+        try:
+            store.wait(keys, patience)
+            outcome: list[int] = []
+        except dist.DistStoreError:
+            outcome = [rank for rank in range(size) if not store.check([keys[rank]])]
+        verdict_key = f"distpatch/{call}/verdict"
+        verdict = store.compare_set(verdict_key, "", json.dumps(outcome))
+        missing: list[int] = json.loads(verdict)
+        if missing:
+            return [], missing
+        answers = [json.loads(answer) for answer in store.multi_get(keys)]
+        if call > 1:  # everyone has passed the call before
+            store.delete_key(f"distpatch/{call - 1}/{self.rank}")
+            if self.rank == 0:
+                store.delete_key(f"distpatch/{call - 1}/verdict")
+        return answers, []
 
     @property
     def closed(self) -> bool:
@@ -236,8 +246,10 @@ _pretended: weakref.WeakValueDictionary[str, Pretended] = weakref.WeakValueDicti
 ALONE = Communicator(None)
 
 
-def communicator(group: Group) -> Communicator:
+def communicator(group: Group, *, connect: bool = True) -> Communicator:
     """The communicator of a user's group, connected; every rank of the group calls it the first time.
+
+    ``connect=False`` leaves it as it is, perhaps without channels yet.
 
     Raises ``RankError`` where this rank is not a member or the group is closed, ``LayoutError`` for a
     mesh of more than one dimension.
@@ -265,7 +277,8 @@ def communicator(group: Group) -> Communicator:
     known = _by_group.get(group)
     if known is None:
         known = _by_group[group] = Communicator(group)
-    known.connect()
+    if connect:
+        known.connect()
     return known
 
 

@@ -165,13 +165,13 @@ class Displaced:
 
     # Called by the rules, through the communicator.
 
-    def exchange(self, op: str, key: Key, sends: Parts, recvs: Parts) -> None:
+    def exchange(self, op: str, key: Key, sends: Parts, recvs: Parts, device: torch.device) -> None:
         key = ("rows", op, self._module, *key)
         if not self._stale:
-            transfer(self.comm, op, sends, recvs)
+            transfer(self.comm, op, sends, recvs, device)
             self._record(key, sends, recvs)
         elif (site := self._site(key)) is None:
-            transfer(self.comm, op, sends, recvs)
+            transfer(self.comm, op, sends, recvs, device)
         else:
             site.read(recvs)
             if self.behaviour.rows == "last":

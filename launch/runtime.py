@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +13,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
+
+import distpatch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +24,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LONG = timedelta(days=7)  # for waits that end with the rank waited for: torchrun ends us if it dies
+MOMENT = timedelta(seconds=5)
+
+
+class AbsentRanks(distpatch.RankError):
+    """Ranks that did not start, or did not reach the group's set-up, in time."""
 
 
 @contextmanager
@@ -30,21 +40,21 @@ def process_group(
     CUDA and NCCL where there are GPUs (or ``device="cuda"``), one GPU per process of this host, else CPU
     and gloo. Without torchrun it is a group of one. ``threads``: CPU threads of this rank; None leaves
     torch's choice (torchrun sets OMP_NUM_THREADS=1 for more than one process a host). ``timeout``: how
-    long a rank waits for another before it is an error.
+    long a rank waits for another before it is an error. Raises ``AbsentRanks`` where one does not come.
     """
     place = _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    launched = "WORLD_SIZE" in os.environ
+    store, rank, size = _meet(timeout or c10d.default_pg_timeout)
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
         timeout=timeout,
-        device_id=place if place.type == "cuda" else None,
-        store=None if launched else dist.HashStore(),  # type: ignore[attr-defined]
-        rank=-1 if launched else 0,
-        world_size=-1 if launched else 1,
+        device_id=place if place.type == "cuda" else None,  # else NCCL may take another GPU for its first message
+        store=store,
+        rank=rank,
+        world_size=size,
     )
     try:
         group = dist.group.WORLD
@@ -52,6 +62,27 @@ def process_group(
         yield group, place
     finally:
         dist.destroy_process_group()
+
+
+def _meet(patience: timedelta) -> tuple[c10d.Store, int, int]:
+    """The key-value store of all ranks, this rank and how many there are, when all have come to it.
+
+    ``init_process_group`` would wait for all, too, but cannot say for whom.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    store, rank, size = next(rendezvous("env://", timeout=patience))
+    keys = [f"launch/start/{peer}" for peer in range(size)]
+    store.set(keys[rank], socket.gethostname())
+    try:
+        store.wait(keys, patience)
+    except dist.DistStoreError as error:
+        missing = [peer for peer, key in enumerate(keys) if not store.check([key])]
+        raise AbsentRanks(
+            f"rank(s) {missing} of {size} did not start within {patience.total_seconds():g} s (this is rank {rank} "
+            f"on {socket.gethostname()}). Look at their output, and at whether their hosts reach this one."
+        ) from error
+    return store, rank, size
 
 
 def _device(wanted: str | None) -> torch.device:
@@ -71,21 +102,24 @@ def on_rank0(group: dist.ProcessGroup, work: Callable[[], T]) -> T | None:
     """Do something long on rank 0 only. The others wait, at no CPU time, until it is done.
 
     Returns the result on rank 0 and None elsewhere; where the work fails, rank 0 says why and all ranks
-    exit. The wait is at the group's key-value store, so that no collective's timeout can end it.
+    exit with 1, or with the error's ``exit_code``. The wait is at the group's key-value store, so that no
+    collective's timeout can end it.
     """
     store = group.get_group_store()
     key = f"launch/on_rank0/{store.add(f'launch/on_rank0/calls/{group.rank()}', 1)}"
     if group.rank() != 0:
         store.wait([key], LONG)
-        if store.get(key) != b"done":
-            raise SystemExit(1)
+        outcome = store.get(key).decode()
+        if outcome != "done":
+            raise SystemExit(int(outcome))
         return None
     try:
         result = work()
     except BaseException as error:
         _say_why(error)  # before the others know: torchrun ends all ranks when the first one exits
-        store.set(key, "failed")
-        raise SystemExit(1) from error
+        code = getattr(error, "exit_code", 1)
+        store.set(key, str(code))
+        raise SystemExit(code) from error
     store.set(key, "done")
     return result
 
@@ -97,7 +131,9 @@ def rank0_first(group: dist.ProcessGroup, load: Callable[[], T]) -> T:
 
 
 def _say_why(error: BaseException) -> None:
-    if isinstance(error, SystemExit):
+    if hasattr(error, "format_message"):  # of a command line: a wrong option or file
+        print(f"error: {error.format_message()}", file=sys.stderr, flush=True)
+    elif isinstance(error, SystemExit):
         print(error, file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)

@@ -1,0 +1,122 @@
+"""``distpatch doctor``: versions, devices, links, and whether what ranks send each other arrives."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import socket
+import sys
+import warnings
+from contextlib import suppress
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+import distpatch
+import launch
+from distpatch.cli import options as o
+from distpatch.cli.session import FAULT, Session, session
+
+LIBRARIES = ("torch", "einops", "diffusers", "numpy", "tifffile", "pypng", "av", "safetensors")
+LINKS_SHOWN = 64
+
+
+def doctor(
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a rank waits for another.")] = 30,
+    device: o.DeviceOption = None,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Test the group: every pair of ranks, halo, gather and sum, with values that are known before.
+
+    Exits with 3, and names the pair of ranks, where a message is wrong, is lost, or a rank does not answer.
+
+    Examples:
+
+        torchrun --nproc_per_node=8 -m distpatch doctor
+
+        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m distpatch doctor --json
+    """
+    with session(as_json=as_json, device=device, timeout=timeout, failed=FAULT) as here:
+        report = examine(here)
+    if not report.ok:
+        raise typer.Exit(FAULT)
+
+
+def examine(here: Session) -> distpatch.SelfTest:
+    """Print what this group is, and what its self-test found."""
+    with here.notes.status(f"testing {here.group.size()} rank(s)"), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        report = distpatch.self_test(here.group)
+    places = _places(here)
+    numbers = {"command": "doctor", "versions": versions(), **here.where(), "backend": _backend(here)}
+    numbers |= {"places": places, **report.to_json(), "warnings": [str(w.message) for w in said]}
+    speaker = min({*range(report.world_size)} - {*report.absent})
+    here.report(numbers, Group(*_text(numbers, report)), by=speaker)
+    sys.stdout.flush()
+    _store_and_wait(here, "told", [speaker])  # torchrun ends all ranks when the first one exits with an error
+    return report
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can matter, where it is there."""
+    found = {"distpatch": distpatch.__version__, "python": platform.python_version(), "system": platform.platform()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _backend(here: Session) -> str:
+    return str(dist.get_backend_config(here.group))
+
+
+def _places(here: Session) -> list[str]:
+    """Each rank's host and device, as far as the ranks answer within a moment."""
+    place = f"{socket.gethostname()} {here.where()['device']} {here.device}"
+    return _store_and_wait(here, place, list(range(here.group.size())))
+
+
+def _store_and_wait(here: Session, note: str, ranks: list[int]) -> list[str]:
+    """Leave a note in the group's store, and read those of other ranks, as they come within a moment."""
+    store = here.group.get_group_store()
+    call = store.add(f"distpatch/doctor/calls/{here.group.rank()}", 1)
+    store.set(f"distpatch/doctor/{call}/{here.group.rank()}", note)
+    keys = [f"distpatch/doctor/{call}/{rank}" for rank in ranks]
+    with suppress(dist.DistStoreError):
+        store.wait(keys, launch.MOMENT)
+    return [store.get(key).decode() if store.check([key]) else "no answer" for key in keys]
+
+
+def _text(numbers: dict[str, Any], report: distpatch.SelfTest) -> list[Any]:
+    about = Table(show_header=False, box=None)
+    for name, version in numbers["versions"].items():
+        about.add_row(name, version)
+    about.add_row("backend", numbers["backend"])
+    for rank, place in enumerate(numbers["places"]):
+        about.add_row(f"rank {rank}", place)
+    parts: list[Any] = [about]
+    if report.links:
+        links = Table(title="Links: both directions at once", title_justify="left")
+        for heading in ("ranks", "µs, 4 bytes", "MiB/s, 4 MiB"):
+            links.add_column(heading, justify="right")
+        for link in sorted(report.links, key=lambda link: link.mib_per_second)[:LINKS_SHOWN]:
+            links.add_row("{} {}".format(*link.ranks), f"{link.microseconds:.0f}", f"{link.mib_per_second:.0f}")
+        if len(report.links) > LINKS_SHOWN:
+            links.caption = f"the {LINKS_SHOWN} slowest of {len(report.links)}"
+        parts.append(links)
+    parts += [Text(f"FAULT {fault}") for fault in report.faults]
+    parts += [Text(f"WARNING {warning}") for warning in numbers["warnings"]]
+    if report.ok:
+        pairs = report.world_size * (report.world_size - 1) // 2
+        parts.append(Text(f"All is well: {pairs} pair(s) of ranks, halo, gather and sum are right."))
+    return parts
