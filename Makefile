@@ -39,7 +39,8 @@ bench: $(VENV)/installed  ## the README's tables
 
 memory: $(VENV)/installed  ## peak memory beside the peers', and docs/memory.png (about an hour)
 	mkdir -p out
-	$(BIN)/python benchmarks/memory.py --json out/memory.json --plot docs/memory.png
+	$(BIN)/python benchmarks/memory.py $(addprefix --conv-size ,256 512 1024 2048) \
+		$(addprefix --decode-size ,256 512 1024) --json out/memory.json --plot docs/memory.png
 
 autoencoders: $(VENV)/installed  ## every autoencoder of diffusers, converted, against one device
 	$(BIN)/python -m benchmarks.autoencoders
