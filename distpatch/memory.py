@@ -77,11 +77,11 @@ class LivePeak(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # which fake tensors are asked for at every turn
             return func(*args, **kwargs)
-        before = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        before = {tensor.untyped_storage()._cdata for tensor in stored_tensors((args, kwargs))}
         result = self._run(func, args, kwargs)
         self._settle()
         foreign = before - self._storages.keys()  # alive before we came: views of it are not new
-        for tensor in _tensors(result):
+        for tensor in stored_tensors(result):
             if tensor.untyped_storage()._cdata not in foreign:
                 self.count(tensor, str(func))
         return result
@@ -98,16 +98,16 @@ class LivePeak(TorchDispatchMode):
             self._live_bytes -= self._storages.pop(self._freed.popleft())[1]
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def stored_tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor among an operator's arguments or results: by hand, since there are many small trees."""
     if isinstance(tree, Tensor):
         yield from _plain_tensors(tree)
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            yield from _tensors(item)
+            yield from stored_tensors(item)
     elif isinstance(tree, dict):
         for item in tree.values():
-            yield from _tensors(item)
+            yield from stored_tensors(item)
 
 
 def _plain_tensors(value: Any) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from distpatch.memory import LivePeak, _tensors
+from distpatch.memory import LivePeak, stored_tensors
 from distpatch.names import op_name
 
 T = TypeVar("T")
@@ -171,7 +171,7 @@ class Meter(LivePeak):
         if not _computes(func):
             return func(*args, **kwargs)
         op = self.op or (BACKWARD if torch._C._current_graph_task_id() >= 0 else func._overloadpacket.__name__)
-        inputs = list(_tensors((args, kwargs)))
+        inputs = list(stored_tensors((args, kwargs)))
         device = inputs[0].device if inputs else torch.device("cpu")
         start = mark(device) if self._timed else 0.0
         result = func(*args, **kwargs)
@@ -187,7 +187,7 @@ class Meter(LivePeak):
 
     def _kernel(self, op: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], result: Any) -> Kernel:
         packet = func._overloadpacket
-        outputs = list(_tensors(result))
+        outputs = list(stored_tensors(result))
         count = FLOPS.get(packet)
         flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
         read = inputs[1:] if packet in NO_READ else [t for t in inputs if t is not kwargs.get("out")]
