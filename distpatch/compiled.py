@@ -39,7 +39,7 @@ meet.register_effect(EffectType.ORDERED)
 def enter(tensor: Tensor, dim: int, region: Region) -> PatchTensor:
     """An argument sharded evenly along ``dim``, or one that is sharded already, in this region."""
     if isinstance(tensor, PatchTensor):
-        return PatchTensor(tensor.recipe if tensor.waits else tensor.local, tensor.rows, region)
+        return PatchTensor(tensor.local, tensor.rows, region)
     dim = check_dim(tensor, dim)
     return shard_in(region, tensor, RowLayout(dim, even_bounds(tensor.shape[dim], region.comm.size)))
 

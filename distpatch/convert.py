@@ -323,4 +323,5 @@ def _leave(tensor: Tensor, state: _Conversion) -> Any:
         return gather_rows(tensor.local, tensor.rows, comm.name, "output")
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)
+    ordered.local  # noqa: B018  nothing waits for a model that has returned
     return ordered if state.output == "shard" else on_rank0(ordered, "output")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import distpatch
 from tests.launch.limited_decode import build, decode, draw
 from tests.oracle import assert_same
 
@@ -21,17 +19,13 @@ ROOT = Path(__file__).parents[2]
 BUDGET_MIB = 170
 # malloc gives freed memory back at once, and reserves no address space for each thread.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-LAZY = "lazy" in inspect.signature(distpatch.convert_model).parameters
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, and reads it in /proc"),
 ]
 
 
-@pytest.mark.parametrize(
-    "ranks",
-    [pytest.param(1, marks=pytest.mark.skipif(not LAZY, reason="one device alone fits by lazy rows only")), 2],
-)
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_does_not_fit(tmp_path: Path, ranks: int) -> None:
     picture = tmp_path / "picture.pt"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
