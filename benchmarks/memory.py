@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import typer
 from crew import Crew, machine
 from decode import MIB, PROMPT_FREE
-from memory_worker import CONV_CHANNELS, can_be_lazy
+from memory_worker import CONV_CHANNELS
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -211,7 +211,7 @@ def main(
 ) -> None:
     """Peak memory and time, side by side."""
     console = Console()
-    everyone = [PLAIN, *PEERS, *OURS, *(LAZY if can_be_lazy() else ())]
+    everyone = [PLAIN, *PEERS, *OURS, *LAZY]
     if only:
         everyone = [c for c in everyone if c is PLAIN or any(word in c.name for word in only)]
     sizes = {"conv": conv_size or SIZES["conv"], "decode": decode_size or SIZES["decode"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import json
 import os
 import sys
@@ -205,17 +204,10 @@ def _failure(error: Exception) -> dict[str, Any]:
     return {"failure": f"{type(error).__name__}: {str(error) or line}"}
 
 
-def can_be_lazy() -> bool:
-    """Whether this distpatch has lazy rows."""
-    return "lazy" in inspect.signature(distpatch.convert_model).parameters
-
-
 def main(
     case: str, size: int, memory_format: str, kind: str, ranks: int, options: dict[str, Any], threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    if not can_be_lazy():
-        options.pop("lazy", None)
     with ExitStack() as stack:
         if ranks > 1:
             stack.enter_context(launch.process_group(device="cpu", threads=threads, timeout=PATIENCE))
