@@ -111,7 +111,7 @@ def hidden(
     delay_ms: Annotated[float, typer.Option(min=0, help="What is received comes so much later.")] = 5,
     rows: Annotated[int, typer.Option(min=8, help="Rows and columns of the latents.")] = 32,
     steps: Annotated[int, typer.Option(min=2, help="Displaced steps that are timed.")] = 20,
-    rounds: Annotated[int, typer.Option(min=1, help="Of each; the median is printed.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each; the median step counts.")] = 2,
 ) -> None:
     """Time of displaced and of synchronous steps, with and without delay; what a rank sends a step."""
     with launch.process_group(threads=1) as (group, _), torch.no_grad():
@@ -121,8 +121,9 @@ def hidden(
         x = torch.randn(2, 4, rows, rows, generator=draw)
         text = torch.randn(2, 77, TEXT, generator=draw)
 
-        def run(policy: str, late_ms: float) -> tuple[float, distpatch.Trace]:
-            """Seconds of the steps after the warm-up."""
+        def run(policy: str, late_ms: float) -> tuple[list[float], distpatch.Trace]:
+            """Seconds of each step after the warm-up."""
+            times = [0.0]
             late: Any = delayed(late_ms / 1e3) if late_ms else contextlib.nullcontext()
             image: Any = x
             with distpatch.displaced(net, policy=policy, warmup_steps=1), late, distpatch.trace() as t:
@@ -130,13 +131,13 @@ def hidden(
                     if step == 2:
                         dist.barrier(group)
                         t.records.clear()
-                        started = time.perf_counter()
+                    started = time.perf_counter()
                     image = image - 0.02 * net(image, 900 - 10 * step, text).sample
-                seconds = time.perf_counter() - started
-            return seconds, t
+                    times.append(time.perf_counter() - started)
+            return times[-steps:], t
 
         cases = [(policy, late) for policy in ("corrected_async_gn", "full_sync") for late in (0.0, delay_ms)]
-        found: dict[Any, list[tuple[float, distpatch.Trace]]] = {case: [] for case in cases}
+        found: dict[Any, list[tuple[list[float], distpatch.Trace]]] = {case: [] for case in cases}
         for _ in range(rounds):
             for case in cases:
                 found[case].append(run(*case))
@@ -144,8 +145,10 @@ def hidden(
         _print(console, "| policy | delay | seconds | of the same without | waited for, of under way, ms a step |")
         _print(console, "|---|---|---|---|---|")
         for policy, late in cases:
-            seconds = statistics.median(s for s, _ in found[policy, late])
-            ratio = seconds / statistics.median(s for s, _ in found[policy, 0.0])
+            seconds, plain = (
+                steps * statistics.median(s for times, _ in found[policy, ms] for s in times) for ms in (late, 0.0)
+            )
+            ratio = seconds / plain
             waits = found[policy, late][-1][1].waits
             behind, blocked = (1e3 * sum(getattr(w, n) for w in waits) / steps for n in ("behind_s", "blocked_s"))
             waited = f"{blocked:.1f} of {behind + blocked:.0f}" if waits else "-"
