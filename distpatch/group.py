@@ -39,6 +39,7 @@ class Communicator:
         self.broken = False
         self.by_collectives = False  # rows move by all_gather: point to point is broken here (self_test)
         self.call = 0
+        self.timeout = GRACE  # nobody is waited for in a group of one
         if group is None:
             return
         self._group = weakref.ref(group)
