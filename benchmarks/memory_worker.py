@@ -27,6 +27,7 @@ from distpatch.memory import LivePeak
 CONV_CHANNELS = 128
 BLOCK_ROWS = 64  # of a drawn image: random ones, the next block the same at another scale
 WARM_UP_ROWS = 64  # image rows: enough for every contestant to run as it does on the whole image
+CPU = torch.device("cpu")
 PATIENCE = timedelta(minutes=10)
 LARGEST_TILE = 512
 
@@ -132,9 +133,9 @@ class Worker:
         image = self.subject.draw(self.subject.size)
         gc.collect()
         self._meet()
-        before = reset_resident_peak()
+        before = reset_resident_peak(CPU)
         self.result = self._run(image)
-        return {"resident_bytes": resident_peak() - before}
+        return {"resident_bytes": resident_peak(CPU) - before}
 
     def live(self) -> dict[str, Any]:
         image = self.subject.draw(self.subject.size)

@@ -231,12 +231,12 @@ def plot(results: list[Result], path: Path) -> None:
             values = [0 if here[name].problem else value(here[name]) for name in names]
             colours = ["tab:blue" if name == "distpatch" else "tab:gray" for name in names]
             panel.barh(names, values, color=colours)
-            for index, name in enumerate(names):
-                if here[name].problem:
-                    panel.annotate(" failed", (panel.get_xlim()[0], index), va="center", fontsize=8, color="tab:red")
             if "error" in title:
                 panel.set_xscale("log")
                 panel.set_xlim(1e-9, 10)
+            for index, name in enumerate(names):
+                if here[name].problem:
+                    panel.annotate(" failed", (panel.get_xlim()[0], index), va="center", fontsize=8, color="tab:red")
             panel.set_title(f"{workload} {size} x {size}: {title}", fontsize=9)
             panel.tick_params(labelsize=8)
     figure.savefig(path, dpi=120)

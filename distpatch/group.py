@@ -57,6 +57,7 @@ class Communicator:
         self.policy: Policy | None = None  # of the step that runs now, where it is a displaced one
         self.lane: Communicator | None = None  # another duplicate, for what runs behind the computation
         self.serves = ""  # of a lane: the name of whose it is
+        self.timeout = GRACE  # nobody is waited for in a group of one
         if group is None:
             return
         self._group = weakref.ref(group)

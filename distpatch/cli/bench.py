@@ -94,7 +94,7 @@ def stable_diffusion(dtype: torch.dtype) -> nn.Module:
         layers_per_block=2,
         latent_channels=4,
     )
-    return vae.eval().requires_grad_(False).to(dtype)
+    return nn.Module.to(vae.eval().requires_grad_(False), dtype)  # as in plan.py
 
 
 def measure(

@@ -221,8 +221,8 @@ def test_doctor_names_the_pair_of_a_corrupted_message() -> None:
 @pytest.mark.slow
 def test_doctor_names_a_rank_that_never_answers() -> None:
     """Also where it is rank 0, which prints everything else."""
-    done = torchrun("tests/launch/faulty_doctor.py", "stop", 0, 0, "--timeout", 2, "--json", processes=3)
+    done = torchrun("tests/launch/faulty_doctor.py", "stop", 0, 0, "--timeout", 10, "--json", processes=3)
     assert done.returncode != 0 and "exitcode: 3" in done.stderr, done.stderr
     faults = json.loads(done.stdout)["faults"]
     assert [(fault["sender"], fault["receiver"]) for fault in faults] == [(0, 1), (0, 2)]
-    assert all(fault["problem"].startswith("no answer within 2 s") for fault in faults)
+    assert all(fault["problem"].startswith("no answer within 10 s") for fault in faults)
