@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distpatch.collectives import together
 from distpatch.layout import BlockLayout, RowLayout
+from distpatch.patch_conv import in_patches
 from distpatch.rules.contraction import contract
 from distpatch.rules.fallback import fallback
 from distpatch.rules.matmul import batched
@@ -187,9 +188,7 @@ def _attend(
         count = rows.shape[-2]
         tall = None if mask is None else _as_tall(mask, count)
         step = count if needs_grad(rows, key, value, mask) else at_once
-        starts = range(0, count, step)
-        parts = [some(rows.narrow(-2, a, min(step, count - a)), tall, a) for a in starts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        return in_patches(lambda a, b: some(rows.narrow(-2, a, b - a), tall, a), (0, count), step, rows.ndim - 2)
 
     def some(rows: Tensor, mask: Tensor | None, start: int) -> Tensor:
         count = rows.shape[-2]
