@@ -1,4 +1,4 @@
-"""Every autoencoder of diffusers, converted, against one device: the README's table, as Markdown.
+"""Every autoencoder of diffusers, converted, against one device: the table of docs/models.md.
 
     python -m benchmarks.autoencoders --worlds 2 3 4
 
