@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distpatch.errors import DistPatchError
 from distpatch.formats import memory_format
-from distpatch.meter import few
+from distpatch.meter import few, on_behalf_of
 from distpatch.stencil import Interval
 from distpatch.trace import Recorder
 
@@ -261,7 +261,7 @@ class Walk:
         if known is not None:
             return known, False
         assert recipe.compute is not None
-        part, mine = recipe.compute(self, lo, hi)
+        part, mine = on_behalf_of(recipe.op, recipe.compute, self, lo, hi)
         if recipe.consumers > 1:  # perhaps of this very recipe
             self._known[recipe, lo, hi] = part
             mine = False

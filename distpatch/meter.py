@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -121,6 +121,21 @@ def gathered() -> None:
     """The function that is running gathers its arguments: what it computes from now on, every rank computes."""
     for meter in _thread.meters:
         meter.replicated = True
+
+
+def on_behalf_of(op: str, compute: Callable[..., T], *args: Any) -> T:
+    """``compute(*args)``, put down to the torch function that asked for it, which returned before it was computed."""
+    meters = _thread.meters
+    if not meters:
+        return compute(*args)
+    running = [(meter.op, meter.replicated) for meter in meters]
+    for meter in meters:
+        meter.op, meter.replicated = op, False
+    try:
+        return compute(*args)
+    finally:
+        for meter, (outer, replicated) in zip(meters, running):
+            meter.op, meter.replicated = outer, replicated
 
 
 class Meter(LivePeak):

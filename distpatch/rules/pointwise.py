@@ -10,7 +10,7 @@ from torch import Tensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback
 from distpatch.rules.later import put_off_pointwise
-from distpatch.rules.registry import named, op_name, rows_of, rule, spread, wrap
+from distpatch.rules.registry import may_wait, named, op_name, rows_of, rule, spread, wrap
 from distpatch.rules.views import mutates, written_tensors
 from distpatch.tensor import RULES, PatchTensor, whole
 from distpatch.tree import map_tensors, tensors_in
@@ -29,11 +29,11 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
             break
     else:
         if lead is not None and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
-            if lead.region.lazy and (later := put_off_pointwise(func, args, kwargs)) is not None:
+            if may_wait(lead) and (later := put_off_pointwise(func, args, kwargs)) is not None:
                 return later
             locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]
             return _wrap(func(*locals_, **kwargs), lead, lead.rows.dim - lead.ndim)
-    if lead is not None and lead.region.lazy and (later := put_off_pointwise(func, args, kwargs)) is not None:
+    if lead is not None and may_wait(lead) and (later := put_off_pointwise(func, args, kwargs)) is not None:
         return later
     return _broadcast(func, args, kwargs)
 

@@ -90,16 +90,18 @@ def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = N
 
 def may_wait(x: PatchTensor, size_bytes: int | None = None) -> bool:
     """Whether what is made of ``x``, of so many bytes on this rank, may be computed when it is asked for."""
+    if not x.region.lazy or torch.is_grad_enabled():
+        return False
     known = x.known
+    if size_bytes is None:
+        size_bytes = known.shape.numel() * known.dtype.itemsize
     return (
-        x.region.lazy
+        size_bytes >= lazy.LEAST_BYTES
         and type(x) is PatchTensor
-        and not torch.is_grad_enabled()
         and known.dtype.is_floating_point
         and x.order is None
         and not x.cut
         and known.shape.numel() > 0
-        and (known.shape.numel() * known.dtype.itemsize if size_bytes is None else size_bytes) >= lazy.LEAST_BYTES
         and known.device.type != "meta"
         and not torch.is_autocast_enabled(known.device.type)
         and not torch.compiler.is_compiling()

@@ -343,3 +343,14 @@ def test_failed_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
         y.local  # noqa: B018
     with pytest.raises(DistPatchError, match="failed halfway"):
         y.local  # noqa: B018
+
+
+def test_measured_where_it_was_asked_for() -> None:
+    """The kernels of a convolution are the convolution's, whoever reads its result."""
+    _, x = image()
+    with distpatch.trace(measure=True) as t:
+        norm(conv(F.silu(x))).local  # type: ignore[attr-defined]  # noqa: B018
+    ops = t.ops()
+    assert ops["conv2d"].flops > 0 == ops["group_norm"].flops == ops["silu"].flops
+    assert min(ops[op].calls for op in ("conv2d", "group_norm", "silu")) == 1
+    assert ops["silu"].moved_bytes > 0
