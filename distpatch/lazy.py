@@ -8,9 +8,6 @@ reads again is carried from patch to patch; so a result may be written over rows
 
 from __future__ import annotations
 
-import sys
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from distpatch.errors import DistPatchError
 from distpatch.formats import memory_format
+from distpatch.holders import forget, holds_alone, nobody, waiting
 from distpatch.meter import few, on_behalf_of
 from distpatch.stencil import Interval
 from distpatch.trace import Recorder
@@ -110,7 +108,7 @@ class Recipe:
             patch_rows = min(of_parents, default=None)
         self.patch_rows = patch_rows
         self.value = None
-        self.owner = _nobody
+        self.owner = nobody
         self.consumers = 0  # recipes that read it, and convolutions
         for parent in self.parents:
             parent.consumers += 1
@@ -181,7 +179,7 @@ class Recipe:
                 self.value = self._collect()
             self.parents, self.compute, self.steps, self.heavy, self.aligned = (), None, 0, False, True
             self.patch_rows = None
-            _pending.recipes.discard(self)
+            forget(self)
         return self.value
 
     def _collect(self) -> Tensor:
@@ -230,7 +228,7 @@ class Recipe:
         if (rows.shape, rows.dtype, leaf.format) != (self.shape, self.dtype, self.format):
             return False
         del rows
-        return _held_by(leaf) and not any(other is not self and leaf in other.leaves() for other in _waiting())
+        return holds_alone(leaf) and not any(other is not self and leaf in other.leaves() for other in waiting())
 
 
 def _lost(recipe: Recipe, walk: Walk, lo: int, hi: int) -> Part:
@@ -291,44 +289,6 @@ class Walk:
         return rows
 
 
-class _Pending(threading.local):
-    def __init__(self) -> None:
-        self.recipes: weakref.WeakSet[Recipe] = weakref.WeakSet()
-
-
-_pending = _Pending()
-
-
-def _nobody() -> None:
-    return None
-
-
-def own(recipe: Recipe, owner: Any) -> None:
-    """Note whose rows a recipe stands for."""
-    recipe.owner = weakref.ref(owner)
-    if recipe.value is None:
-        _pending.recipes.add(recipe)
-
-
-def _waiting() -> list[Recipe]:
-    """The recipes of tensors that are alive, and not computed yet."""
-    return [recipe for recipe in list(_pending.recipes) if recipe.value is None and recipe.is_wanted]
-
-
-def anything_waits() -> bool:
-    return len(_pending.recipes) > 0
-
-
-def settle(rows: Tensor) -> None:
-    """Compute what is to be made of these rows, before they are written to."""
-    memory = rows.untyped_storage()._cdata
-    for recipe in _waiting():
-        if any(leaf.value is not None and leaf.value.untyped_storage()._cdata == memory for leaf in recipe.leaves()):
-            owner = recipe.owner()
-            if owner is not None:
-                owner.local  # noqa: B018  computes them
-
-
 def alone(recipe: Recipe) -> Recipe:
     """The same, for a tensor that will be written to: what others make of it stays as it is."""
     if not recipe.consumers:
@@ -350,28 +310,6 @@ def _plainly(device: torch.device) -> Iterator[None]:
     """No gradients, and each step in the dtype it was put off with."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-
-
-def _holders(leaf: Recipe) -> tuple[int, int]:
-    value = leaf.value
-    assert value is not None
-    return sys.getrefcount(value), torch._C._storage_Use_Count(value.untyped_storage()._cdata)
-
-
-def _held_by(leaf: Recipe) -> bool:
-    """Whether a leaf alone holds its rows, and all of their memory."""
-    value = leaf.value
-    assert value is not None
-    storage = value.untyped_storage()
-    if value.numel() * value.element_size() != storage.nbytes() or not value.is_contiguous(memory_format=leaf.format):
-        return False
-    if value.is_inference() and not torch.is_inference_mode_enabled():
-        return False  # nobody may write to it
-    del value, storage
-    return _holders(leaf) == _ALONE
-
-
-_ALONE = _holders(Recipe.of(torch.empty(1), 0))
 
 
 def put_off(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch import collectives, formats, lazy
+from distpatch import collectives, formats, holders
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
@@ -125,7 +125,7 @@ class PatchTensor(torch.Tensor):
         self: PatchTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         if isinstance(local, Recipe):
             self.recipe = local
-            lazy.own(local, self)
+            holders.own(local, self)
         else:
             self.local = local
         self.rows = rows
@@ -162,7 +162,7 @@ class PatchTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if lazy.anything_waits():
+        if holders.anything_waits():
             RULES.before_writing(func, args, kwargs or {})
         if kwargs:
             if not _NUMPY_NAMES.keys().isdisjoint(kwargs) and func in RULES:
@@ -245,7 +245,7 @@ class BlockTensor(PatchTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if lazy.anything_waits():
+        if holders.anything_waits():
             RULES.before_writing(func, args, kwargs or {})
         return RULES.on_blocks(func, args, kwargs or {})
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distpatch.lazy import MOST_HELD, MOST_STEPS, Recipe, own, put_off
+from distpatch.holders import own
+from distpatch.lazy import MOST_HELD, MOST_STEPS, Recipe, put_off
 from distpatch.rules.registry import may_wait, op_name
 from distpatch.tensor import PatchTensor
 

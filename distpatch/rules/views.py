@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from distpatch import lazy
+from distpatch import holders
 from distpatch.errors import UnsupportedOpError
+from distpatch.lazy import alone
 from distpatch.rules.registry import named, op_name
 from distpatch.tensor import RULES, PatchCopy, PatchTensor, RowCopy
 from distpatch.tree import map_tensors, tensors_in
@@ -81,10 +82,10 @@ def before_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Compute what waits for rows that the call will write to."""
     for x in written_tensors(func, args, kwargs):
         if x.waits:
-            x.recipe = lazy.alone(x.recipe)
-            lazy.own(x.recipe, x)
+            x.recipe = alone(x.recipe)
+            holders.own(x.recipe, x)
         else:
-            lazy.settle(x.local)
+            holders.settle(x.local)
 
 
 @dataclass(eq=False)
