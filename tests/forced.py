@@ -9,6 +9,7 @@ import os
 
 VARIABLE = "DISTPATCH_TESTS_FORCED"
 SPLITS = 3
+IS_ON = bool(os.environ.get(VARIABLE))
 
 
 def apply() -> None:
@@ -16,6 +17,8 @@ def apply() -> None:
     from distpatch import convert, lazy
     from distpatch.tensor import Region
 
+    global IS_ON
+    IS_ON = True
     os.environ[VARIABLE] = "1"
     lazy.LEAST_BYTES = 0
     defaults = Region.__init__.__defaults__

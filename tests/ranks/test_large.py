@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distpatch import patch_conv
+from distpatch import lazy, patch_conv
 from distpatch.group import ALONE
 from distpatch.layout import RowLayout
 from distpatch.tensor import PatchTensor, Region
@@ -63,6 +63,7 @@ class Largest(TorchDispatchMode):
 def test_no_call_is_larger(name: str, grads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x = PatchTensor(random_tensor((1, 4, 400, 50)), RowLayout(2, (0, 400)), Region(ALONE))
     monkeypatch.setattr(patch_conv, "INDEX_LIMIT", 10 * LIMIT)
+    monkeypatch.setattr(lazy, "CHUNK_BYTES", {"cpu": x.element_size() * 10 * LIMIT})  # as far below it as 256 MiB are
     with torch.set_grad_enabled(grads), Largest() as largest:
         CALLS[name](x).local  # type: ignore[attr-defined]  # noqa: B018
     assert 0 < largest.numel < 13 * LIMIT  # what parts overlap by is little of 2**31 elements

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distpatch
 from distpatch.planner import _representatives
+from tests import forced
 from tests.models import tiny_kl
 from tests.oracle import random_tensor
 
@@ -62,6 +63,7 @@ def test_real_meta_and_fake_models_plan_alike() -> None:
     assert inside == expected == distpatch.plan(fake, given, world_size=2).to_dict()
 
 
+@pytest.mark.skipif(forced.IS_ON, reason="the numbers are those of a convolution that is not cut")
 def test_numbers_by_hand() -> None:
     found = plan(Pixels(), world_size=3, device="cpu", options={"output": "shard"})
     assert [(rank.rank, rank.rows, rank.stands_for) for rank in found.ranks] == [(0, 4, 1), (1, 4, 1), (2, 4, 1)]
