@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import os
 import resource
@@ -22,6 +23,7 @@ from tests.threads import run_ranks
 # FORWARDS=10000 in the environment: the long run, on one device and on two ranks.
 FORWARDS, FORWARDS_OF_RANKS = (int(os.environ.get("FORWARDS", default)) for default in ("2000", "500"))
 SHAPES = [(1, 3, height, width) for height in range(31, 51, 2) for width in (16, 24, 32, 40, 48)]  # 50
+LIBC = ctypes.CDLL(None)
 ROUNDS_TO_SETTLE = 4  # in which plans are cached, kernels made, and malloc's free lists filled
 MOST_BYTES = 7 << 20  # the free lists of malloc, one a thread, settle late; 500 images are 15 MiB on two ranks
 
@@ -46,8 +48,10 @@ class Net(nn.Module):
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory and its own."""
+    """Bytes of this process that are in memory and its own, less what other tests have left for malloc to give out."""
     gc.collect()
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
     _, pages, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
     return (pages - shared) * resource.getpagesize()
 
