@@ -69,6 +69,8 @@ def put_off_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if recipe is lead.as_recipe:
         return lead
     if in_place:
+        if (recipe.shape, recipe.dtype) != (lead.recipe.shape, lead.recipe.dtype):
+            return None  # torch writes in the dtype that there is, and refuses another shape
         lead.recipe = recipe
         own(recipe, lead)
         return lead

@@ -354,3 +354,16 @@ def test_measured_where_it_was_asked_for() -> None:
     assert ops["conv2d"].flops > 0 == ops["group_norm"].flops == ops["silu"].flops
     assert min(ops[op].calls for op in ("conv2d", "group_norm", "silu")) == 1
     assert ops["silu"].moved_bytes > 0
+
+
+def test_written_to_in_place_it_stays_what_it_is() -> None:
+    """Of its dtype; and a shape that does not fit is refused, as on one device."""
+    plain, x = image()
+    y = F.silu(x.float())
+    y.mul_(torch.full((6, 1, 1), 1 / 3, dtype=torch.float64))
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.local, F.silu(plain.float()) / 3)
+    one = F.silu(sharded(plain[:1].clone()))
+    with pytest.raises(RuntimeError):
+        one.mul_(torch.ones(2, 1, 1, 1, dtype=torch.float64))
+    equal(one, F.silu(plain[:1]))
