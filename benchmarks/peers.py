@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "peer_worker.py"
 INSTALLED = ROOT / "out" / "peers"
 
+WIDE = 120  # columns of a table that goes to a file
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -187,7 +189,7 @@ def table(results: list[Result]) -> Table:
     """One line a peer."""
     lines = Table(title=f"{results[0].workload}, {results[0].size} x {results[0].size}", title_justify="left")
     for heading in ("peer", "ranks", "time s", "x", "live MiB", "resident +MiB", "sent MiB", "calls", "error"):
-        lines.add_column(heading, justify="left" if heading == "peer" else "right")
+        lines.add_column(heading, justify="left" if heading == "peer" else "right", no_wrap=True)
     base = median(results[0].seconds) if results[0].seconds else None
     for result in results:
         if result.problem:
@@ -281,7 +283,7 @@ def main(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them here.")] = None,
 ) -> None:
     """Every peer on the same networks: time, memory, traffic and error."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     if unknown := set(only or ()) - {peer.run for peer in PEERS}:
         raise typer.BadParameter(f"--only: there is no peer {', '.join(sorted(unknown))}")
     if size % 16:

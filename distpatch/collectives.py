@@ -12,6 +12,7 @@ cotangent. Rows of a shard are one rank's own. So, forward and backward:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -25,8 +26,9 @@ from distpatch.exchange import fetch_rows
 from distpatch.formats import in_memory_order, memory_format
 from distpatch.group import Communicator, Pretended, attempt, communicator_of
 from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
+from distpatch.stencil import ceil_div
 
-BUCKET_BYTES = 32 << 20
+BUCKET_BYTES = 32 << 20  # of gradients or rows that are moved together
 
 
 def gather_rows(
@@ -116,18 +118,41 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None) -> Tensor:
         ctx.layout, ctx.name = layout, name
         everything = (((0, layout.size),),) * layout.world_size
-        rows = fetch_rows(local, layout.dim, layout.bounds, everything, name, op, False)[0]
-        if order is not None:
-            return in_memory_order(rows, order)
+        shape = [layout.size if d == layout.dim else n for d, n in enumerate(local.shape)]
         # The kernels that will read it must be the same on all ranks: not by what few rows look like.
-        return rows.contiguous(
-            memory_format=torch.contiguous_format if has_tiny_shards(layout) else memory_format(local)
-        )
+        format = torch.contiguous_format if has_tiny_shards(layout) else memory_format(local)
+        across, parts = _parts(shape, layout.dim, local.element_size())
+
+        def fetch(rows: Tensor) -> Tensor:
+            return fetch_rows(rows, layout.dim, layout.bounds, everything, name, op, False)[0]
+
+        if parts == 1:
+            rows = fetch(local)
+            return rows.contiguous(memory_format=format) if order is None else in_memory_order(rows, order)
+        like = {"dtype": local.dtype, "device": local.device}
+        if order is None:
+            result = torch.empty(shape, memory_format=format, **like)
+        else:
+            result = torch.empty_permuted(shape, tuple(order)[::-1], **like)
+        for rows, place in zip(local.chunk(parts, across), result.chunk(parts, across)):
+            place.copy_(fetch(rows))
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rank = communicator_of(ctx.name).rank
         return shard_rows(grad, ctx.layout, rank, ctx.name), None, None, None, None
+
+
+def _parts(shape: Sequence[int], dim: int, itemsize: int) -> tuple[int, int]:
+    """A dim, and in how many parts of it to gather: rows come one after the other, and are copied to where they belong.
+
+    One where they belong one after the other, or are few.
+    """
+    across = max((d for d in range(len(shape)) if d != dim), key=lambda d: shape[d], default=dim)
+    if across == dim or math.prod(shape[:dim]) == 1:
+        return across, 1
+    return across, max(min(ceil_div(math.prod(shape) * itemsize, BUCKET_BYTES), shape[across]), 1)
 
 
 class _Shard(torch.autograd.Function):

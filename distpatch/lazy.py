@@ -202,7 +202,7 @@ class Recipe:
             part, fresh = walk.rows(self, 0, rows)
             return part if fresh else part.clone()
         result = None if spare is None else spare.value
-        for lo in few(range(0, rows, step)):
+        for lo in few(range(0, rows, step), last_too=not self.heavy and rows % step == 0):
             hi = min(lo + step, rows)
             part, _ = walk.rows(self, lo, hi)
             walk.forget()

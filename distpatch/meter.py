@@ -88,23 +88,23 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def few(items: Sequence[T]) -> Iterator[T]:
-    """Pieces that are computed one after the other and are alike but for the first and the last.
+def few(items: Sequence[T], last_too: bool = False) -> Iterator[T]:
+    """Pieces that are computed one after the other and are alike but for the first and, unless ``last_too``, the last.
 
-    Where a run is planned, one in the middle stands for all others there: nothing is asked of fake tensors
-    but their sizes. Else these are all of them.
+    Where a run is planned, one stands for all others of its kind: nothing is asked of fake tensors but their sizes.
+    Else these are all of them.
     """
-    if not _thread.brief or len(items) <= 3:
+    chosen = (0, -1) if last_too else (0, 1, -1)
+    if not _thread.brief or len(items) <= len(chosen):
         yield from items
         return
-    yield items[0]
     outside = _thread.times
-    _thread.times = outside * (len(items) - 2)
-    try:
-        yield items[1]
-    finally:
-        _thread.times = outside
-    yield items[-1]
+    for index in chosen:
+        _thread.times = outside * (len(items) - len(chosen) + 1 if index == chosen[1] else 1)
+        try:
+            yield items[index]
+        finally:
+            _thread.times = outside
 
 
 @contextmanager

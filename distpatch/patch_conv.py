@@ -57,12 +57,13 @@ class Slab:
             take = partial(_narrow, own, self.dim)
         if start <= lo and hi <= stop:
             return take(lo - start, hi - start)
-        parts = [self._padding(min(hi, 0) - lo)]
+        parts = [self._padding(min(hi, 0) - lo)] if lo < 0 else []
         for index, (first, piece) in enumerate(self.pieces):
             a, b = max(lo - first, 0), min(hi - first, piece.shape[self.dim])
             if a < b:
                 parts.append(take(a, b) if index == self.local else piece.narrow(self.dim, a, b - a))
-        parts.append(self._padding(hi - max(lo, self.size)))
+        if hi > self.size:
+            parts.append(self._padding(hi - max(lo, self.size)))
         parts = [part for part in parts if part.shape[self.dim] > 0]
         assert sum(part.shape[self.dim] for part in parts) == hi - lo, f"rows {lo}:{hi} were not all fetched"
         if isinstance(own, Recipe) or max(lo, 0) < min(hi, self.size):

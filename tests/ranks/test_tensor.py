@@ -12,6 +12,7 @@ from torch import Tensor
 
 import distpatch
 from distpatch import LayoutError, PatchTensor, RowLayout
+from distpatch.memory import LivePeak
 from tests.oracle import H, case, random_tensor
 from tests.threads import run_ranks
 
@@ -179,3 +180,41 @@ def test_deepcopy() -> None:
         assert again.rows == x.rows and torch.equal(again.local, x.local) and again.local is not x.local
 
     run_ranks(2, body)
+
+
+@pytest.mark.parametrize(
+    "shape, dim", [((2, 3, 7, 5), -2), ((1, 7, 3, 4), 1), ((2, 8, 7, 1), -2), ((7, 5, 6), 0), ((2, 7), 1)]
+)
+@pytest.mark.parametrize("format", ["contiguous", "channels_last", "transposed"])
+def test_gather_in_parts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dim: int, format: str) -> None:
+    """A large tensor is gathered a part at a time: same values, same strides, and gradients."""
+    full = random_tensor(shape)
+    if format == "channels_last":
+        full = full.contiguous(memory_format=torch.channels_last) if full.ndim == 4 else full
+    elif format == "transposed":
+        full = full.mT.contiguous().mT
+
+    def body(rank: int) -> list[Tensor]:
+        x = distpatch.shard(full.clone().requires_grad_(), dist.group.WORLD, dim=dim)
+        result = distpatch.gather(x * 2)
+        (grad,) = torch.autograd.grad((result * full).sum(), x)
+        return [result, distpatch.gather(grad)]
+
+    at_once = run_ranks(3, body)
+    monkeypatch.setattr("distpatch.collectives.BUCKET_BYTES", 200)
+    for mine, (result, grad) in zip(at_once, run_ranks(3, body)):
+        assert torch.equal(result, 2 * full) and torch.equal(grad, 2 * full)
+        assert [t.stride() for t in mine] == [result.stride(), grad.stride()]
+
+
+def test_gather_holds_one_part_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distpatch.collectives.BUCKET_BYTES", 1 << 14)
+    full = random_tensor((1, 16, 32, 64))
+
+    def body(rank: int) -> int:
+        x = distpatch.shard(full, dist.group.WORLD)
+        with LivePeak() as live:
+            distpatch.gather(x)
+        return live.peak_bytes
+
+    assert max(run_ranks(2, body)) <= full.nbytes + 2 * (1 << 14)

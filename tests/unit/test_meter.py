@@ -87,15 +87,18 @@ def test_few(count: int) -> None:
     assert list(few(range(count))) == list(range(count))
     with briefly():
         chosen = list(few(range(count)))
+        alike = list(few(range(count), last_too=True))
     assert chosen == (list(range(count)) if count <= 3 else [0, 1, count - 1])
+    assert alike == (list(range(count)) if count <= 2 else [0, count - 1])
 
 
-def test_few_counts_all() -> None:
+@pytest.mark.parametrize("last_too", [False, True])
+def test_few_counts_all(last_too: bool) -> None:
     x = random_tensor((4, 4))
 
     def run(*sizes: int) -> dict[Kernel, int]:
         with Meter() as meter:
-            for _ in few(range(sizes[0])):
+            for _ in few(range(sizes[0]), last_too=last_too):
                 y: Tensor = x * 2
                 for _ in few(range(sizes[1])):
                     y = y + 1
