@@ -5,6 +5,7 @@ Whatever a peer raises is an answer, not the end: the table shows it.
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -19,7 +20,7 @@ import before_diffusers
 import torch
 from crew import serve
 from decode_worker import FORMATS, build_decoder, draw_latents, one_device, ready, reset_resident_peak, resident_peak
-from peer_runs import RUNS, STACK_CHANNELS, Place, Run, Stack
+from peer_runs import RUNS, STACK_CHANNELS, Place, Run, Stack, plain
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -73,8 +74,8 @@ class Traffic(TorchDispatchMode):
 class Worker:
     """The orders that ``peers.py`` gives; each answers with numbers, or with the peer's ``problem``."""
 
-    def __init__(self, build: Callable[[], Run], given: Tensor, ranks: int) -> None:
-        self.build, self.given, self.ranks = build, given, ranks
+    def __init__(self, build: Callable[[], Run], exact: Callable[[], Tensor], given: Tensor, ranks: int) -> None:
+        self.build, self.exact, self.given, self.ranks = build, exact, given, ranks
         self.run: Run | None = None
         self.problem = ""
         self.result: Tensor | None = None
@@ -148,7 +149,9 @@ class Worker:
         return {"versions": found}
 
     def save(self, path: str) -> dict[str, Any]:
-        torch.save(self.result, path)
+        """The network's result in float64, for ``compare``; of the one process that is the reference."""
+        with torch.no_grad():
+            torch.save(self.exact(), path)
         return {}
 
     def compare(self, path: str) -> dict[str, Any]:
@@ -180,7 +183,11 @@ def main(peer: str, workload: str, size: int, memory_format: str, ranks: int, th
             given = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
             model = Stack().to(memory_format=layout)
         model, given = model.to(here), given.to(here)
-        worker = Worker(lambda: RUNS[peer](model, Place(group, here, size)), given, ranks)
+
+        def exact() -> Tensor:
+            return plain(copy.deepcopy(model).double())(given.double())
+
+        worker = Worker(lambda: RUNS[peer](model, Place(group, here, size)), exact, given, ranks)
         orders = ("warm_up", "time", "resident", "live", "traffic", "versions", "save", "compare")
         serve({name: getattr(worker, name) for name in orders})
 

@@ -84,8 +84,9 @@ PEERS = (
 )
 LEGEND = (
     "time: median; x: of one process with as many threads as the others have ranks; live (activations), resident, "
-    "sent and calls: the rank with the most; error: largest, over the result's largest value. What DTensor and "
-    "ShardTensor hold inside one operation is not in their live column, but in the resident one."
+    "sent and calls: the rank with the most; error: largest difference from the same network in float64, over the "
+    "largest value. What DTensor and ShardTensor hold inside one operation is not in their live column, but in the "
+    "resident one."
 )
 
 
@@ -205,7 +206,7 @@ def table(results: list[Result]) -> Table:
             f"{(result.live_bytes or 0) / MIB:.1f}",
             f"{(result.resident_bytes or 0) / MIB:.1f}",
             *traffic,
-            f"{result.error:.0e}",
+            f"{result.error:.1e}",
         )
     return lines
 
@@ -226,7 +227,7 @@ def plot(results: list[Result], path: Path) -> None:
             {
                 "time, s": lambda r: median(r.seconds) if r.seconds else 0,
                 "live activations a rank, MiB": lambda r: (r.live_bytes or 0) / MIB,
-                "largest relative error": lambda r: max(r.error or 0, 1e-9),
+                "largest error, relative to float64": lambda r: r.error or 0,
             }.items(),
             strict=True,
         ):
@@ -235,10 +236,14 @@ def plot(results: list[Result], path: Path) -> None:
             panel.barh(names, values, color=colours)
             if "error" in title:
                 panel.set_xscale("log")
-                panel.set_xlim(1e-9, 10)
-            for index, name in enumerate(names):
-                if here[name].problem:
-                    panel.annotate(" failed", (panel.get_xlim()[0], index), va="center", fontsize=8, color="tab:red")
+                panel.set_xlim(1e-8, 100)
+            else:
+                panel.set_xlim(0, 1.2 * max(values))
+            for index, (name, found) in enumerate(zip(names, values, strict=True)):
+                failed = here[name].problem
+                text = "failed" if failed else f"{found:.1e}" if "error" in title else f"{found:.3g}"
+                at = panel.get_xlim()[0] if failed else found
+                panel.annotate(f" {text}", (at, index), va="center", fontsize=8, color="tab:red" if failed else "black")
             panel.set_title(f"{workload} {size} x {size}: {title}", fontsize=9)
             panel.tick_params(labelsize=8)
     figure.savefig(path, dpi=120)

@@ -129,11 +129,10 @@ class _Gather(torch.autograd.Function):
         if parts == 1:
             rows = fetch(local)
             return rows.contiguous(memory_format=format) if order is None else in_memory_order(rows, order)
-        like = {"dtype": local.dtype, "device": local.device}
         if order is None:
-            result = torch.empty(shape, memory_format=format, **like)
+            result = torch.empty(shape, memory_format=format, dtype=local.dtype, device=local.device)
         else:
-            result = torch.empty_permuted(shape, tuple(order)[::-1], **like)
+            result = torch.empty_permuted(shape, tuple(order)[::-1], dtype=local.dtype, device=local.device)
         for rows, place in zip(local.chunk(parts, across), result.chunk(parts, across)):
             place.copy_(fetch(rows))
         return result

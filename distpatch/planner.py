@@ -114,7 +114,7 @@ def smallest_plan(
 class Faking(FakeTensorMode):
     """Fake tensors, of which rows are cut in a short way: a third of a plan is that, and torch takes long for each."""
 
-    def dispatch(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.slice.Tensor and type(args[0]) is FakeTensor and args[0].fake_mode is self:
             with in_kernel_invocation_manager(self):
                 rows = func(*args, **(kwargs or {}))
