@@ -16,17 +16,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any, Literal
 
 import typer
 from crew import Crew, machine
-from decode import MIB, PROMPT_FREE
+from decode import PROMPT_FREE
+from peer_report import LEGEND, Result, plot, show
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "peer_worker.py"
@@ -82,30 +81,6 @@ PEERS = (
     Peer("patch_conv 0.0.1b0", "patch_conv", sharded=False, packages=("patch_conv==0.0.1b0",)),
     Peer("diffusers tiling", "tiling", sharded=False),
 )
-LEGEND = (
-    "time: median; x: of one process with as many threads as the others have ranks; live (activations), resident, "
-    "sent and calls: the rank with the most; error: largest difference from the same network in float64, over the "
-    "largest value. What DTensor and ShardTensor hold inside one operation is not in their live column, but in the "
-    "resident one."
-)
-
-
-@dataclass
-class Result:
-    """What was measured of one peer on one network; of ranks, the worst."""
-
-    peer: str
-    workload: str
-    size: int
-    ranks: int
-    problem: str = ""
-    seconds: list[float] = field(default_factory=list)
-    live_bytes: int | None = None
-    resident_bytes: int | None = None
-    sent_bytes: int | None = None
-    calls: int | None = None
-    error: float | None = None
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 class Bench:
@@ -186,69 +161,6 @@ class Bench:
         return answers
 
 
-def table(results: list[Result]) -> Table:
-    """One line a peer."""
-    lines = Table(title=f"{results[0].workload}, {results[0].size} x {results[0].size}", title_justify="left")
-    for heading in ("peer", "ranks", "time s", "x", "live MiB", "resident +MiB", "sent MiB", "calls", "error"):
-        lines.add_column(heading, justify="left" if heading == "peer" else "right", no_wrap=True)
-    base = median(results[0].seconds) if results[0].seconds else None
-    for result in results:
-        if result.problem:
-            lines.add_row(result.peer, str(result.ranks), "failed", *[""] * 6)
-            continue
-        seconds = median(result.seconds)
-        traffic = (f"{(result.sent_bytes or 0) / MIB:.1f}", str(result.calls)) if result.ranks > 1 else ("", "")
-        lines.add_row(
-            result.peer,
-            str(result.ranks),
-            f"{seconds:.3f}",
-            f"{seconds / base:.2f}" if base else "",
-            f"{(result.live_bytes or 0) / MIB:.1f}",
-            f"{(result.resident_bytes or 0) / MIB:.1f}",
-            *traffic,
-            f"{result.error:.1e}",
-        )
-    return lines
-
-
-def plot(results: list[Result], path: Path) -> None:
-    """Time, memory and error of every peer, one row of panels a network."""
-    from matplotlib.figure import Figure
-
-    workloads = list(dict.fromkeys(result.workload for result in results))
-    names = list(dict.fromkeys(result.peer for result in results))[::-1]
-    figure = Figure(figsize=(11, 0.5 + 2.6 * len(workloads)), layout="constrained")
-    axes = figure.subplots(len(workloads), 3, squeeze=False, sharey=True)
-    for row, workload in zip(axes, workloads, strict=True):
-        here = {result.peer: result for result in results if result.workload == workload}
-        size = next(iter(here.values())).size
-        for panel, (title, value) in zip(
-            row,
-            {
-                "time, s": lambda r: median(r.seconds) if r.seconds else 0,
-                "live activations a rank, MiB": lambda r: (r.live_bytes or 0) / MIB,
-                "largest error, relative to float64": lambda r: r.error or 0,
-            }.items(),
-            strict=True,
-        ):
-            values = [0 if here[name].problem else value(here[name]) for name in names]
-            colours = ["tab:blue" if name == "distpatch" else "tab:gray" for name in names]
-            panel.barh(names, values, color=colours)
-            if "error" in title:
-                panel.set_xscale("log")
-                panel.set_xlim(1e-8, 100)
-            else:
-                panel.set_xlim(0, 1.2 * max(values))
-            for index, (name, found) in enumerate(zip(names, values, strict=True)):
-                failed = here[name].problem
-                text = "failed" if failed else f"{found:.1e}" if "error" in title else f"{found:.3g}"
-                at = panel.get_xlim()[0] if failed else found
-                panel.annotate(f" {text}", (at, index), va="center", fontsize=8, color="tab:red" if failed else "black")
-            panel.set_title(f"{workload} {size} x {size}: {title}", fontsize=9)
-            panel.tick_params(labelsize=8)
-    figure.savefig(path, dpi=120)
-
-
 def install(peers: list[Peer], console: Console) -> None:
     """With pip, each into a folder of its own; those with an environment of their own get the torch of this one."""
     constraints = ["--quiet", "--constraint", str(ROOT / "constraints.txt")]
@@ -284,6 +196,9 @@ def main(
         Literal["cpu", "cuda"] | None, typer.Option(help="GPUs where there are any, one a rank, if not given.")
     ] = None,
     install_first: Annotated[bool, typer.Option("--install", help="Install the peers, and stop.")] = False,
+    read_file: Annotated[
+        Path | None, typer.Option("--from", exists=True, help="Measure nothing: show what --json wrote here.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them here.")] = None,
 ) -> None:
@@ -296,22 +211,30 @@ def main(
     peers = [peer for peer in PEERS if not only or peer.run in only or peer is REFERENCE]
     if install_first:
         return install(peers, console)
-    about = machine()
-    console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {ranks} ranks, {rounds} rounds")
-    results: list[Result] = []
-    with Progress(console=console, transient=True) as bar:
-        bar.add_task("starting", total=None)
-        for name in ("decode", "stack") if workload == "both" else (workload,):
-            config = {"workload": name, "size": size, "memory_format": memory_format, "device": device}
-            measured = Bench(peers, config, ranks, bar).run(rounds)
-            console.print(table(measured))
-            for result in measured:
-                if result.problem:
-                    console.print(f"{result.peer} failed: {result.problem}", markup=False)
-            results += measured
+    if read_file is not None:
+        report = json.loads(read_file.read_text())
+        results = [Result(**result) for result in report["results"]]
+    else:
+        report = {"machine": machine(), "ranks": ranks, "rounds": rounds, "memory_format": memory_format}
+        results = []
+    about = report["machine"]
+    console.print(
+        f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {report['ranks']} ranks, "
+        f"{report['rounds']} rounds"
+    )
+    if read_file is not None:
+        for name in dict.fromkeys(result.workload for result in results):
+            show([result for result in results if result.workload == name], console)
+    else:
+        with Progress(console=console, transient=True) as bar:
+            bar.add_task("starting", total=None)
+            for name in ("decode", "stack") if workload == "both" else (workload,):
+                config = {"workload": name, "size": size, "memory_format": memory_format, "device": device}
+                measured = Bench(peers, config, ranks, bar).run(rounds)
+                show(measured, console)
+                results += measured
     console.print(LEGEND)
     if json_file is not None:
-        report = {"machine": about, "ranks": ranks, "rounds": rounds, "memory_format": memory_format}
         report["results"] = [asdict(result) for result in results]
         json_file.write_text(json.dumps(report, indent=1) + "\n")
     if plot_file is not None:

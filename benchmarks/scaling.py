@@ -1,6 +1,6 @@
 """Stable Diffusion's VAE decoder on 1, 2, 4 ... ranks: what was planned, and what was measured.
 
-    python benchmarks/scaling.py --size 256 --json scaling.json --plot docs/scaling.png
+    python benchmarks/scaling.py --size 512 --json scaling.json --plot docs/scaling.png
 
 Each world size runs by itself, one thread a rank (one GPU a rank where there are enough), with random weights in
 float32. Planned numbers come from fake tensors alone, before anything runs. On a CPU with fewer cores than ranks
@@ -10,7 +10,7 @@ the ranks take turns, and the wall clock says nothing of their speed: what is co
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,7 @@ import distpatch
 
 WORKER = Path(__file__).parent / "scaling_worker.py"
 MIB = 1 << 20
+WIDE = 120  # columns of a table that goes to a file
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -68,7 +69,7 @@ def table(measured: dict[int, Measured], plans: distpatch.Scaling) -> Table:
     found = Table(title="planned | measured, the rank that has most", title_justify="left")
     headings = ("ranks", "activations MiB", "sent MiB", "messages", "GFLOPs", "CPU s a rank", "CPU s in all", "wall s")
     for heading in headings:
-        found.add_column(heading, justify="right")
+        found.add_column(heading, justify="right", no_wrap=True)
     for plan in plans:
         real = measured.get(plan.world_size)
         flops = max(rank.flops for rank in plan.ranks)
@@ -116,11 +117,11 @@ def plot(path: Path, measured: dict[int, Measured], plans: distpatch.Scaling, ti
         ),
     ]
     for axes, (label, planned, seen) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.plot(sizes, [value or math.nan for value in planned], "-", label="planned")  # log scales have no 0
-        axes.plot(where, [value or math.nan for value in seen], "o", label="measured")
+        axes.plot(sizes, planned, "-", label="planned")
+        axes.plot(where, seen, "o", label="measured")
         if planned[0] > 0:
             axes.plot(sizes, [planned[0] / size for size in sizes], color="grey", lw=0.8, ls=":", label="1/N")
-        axes.set(xlabel="ranks", title=label, xscale="log", yscale="log")
+        axes.set(xlabel="ranks", title=label, xscale="log", yscale="log" if planned[0] > 0 else "linear")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -131,7 +132,7 @@ def plot(path: Path, measured: dict[int, Measured], plans: distpatch.Scaling, ti
 
 @app.command()
 def main(
-    size: Annotated[int, typer.Option(min=16, help="Side of the picture.")] = 256,
+    size: Annotated[int, typer.Option(min=16, help="Side of the picture.")] = 512,
     world: Annotated[list[int] | None, typer.Option(help="World sizes to measure (1, 2, 4, 8).")] = None,
     most: Annotated[int, typer.Option(min=1, help="Plan for 1, 2, 4 ... ranks up to here.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="How often each world size is timed.")] = 1,
@@ -139,7 +140,7 @@ def main(
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw them here.")] = None,
 ) -> None:
     """Memory, traffic and work of a rank against the number of ranks, planned and measured."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     about: dict[str, Any] = machine()
     console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}; {size} x {size}, float32")
     worlds = sorted(set(world or [1, 2, 4, 8]))

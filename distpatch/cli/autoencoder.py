@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
 import distpatch
@@ -38,6 +39,40 @@ def takes_clips(model: nn.Module, part: str) -> bool:
     weights = (getattr(module, "weight", None) for module in modules)
     dims = next((w.ndim for w in weights if isinstance(w, Tensor) and w.ndim >= 4), 4)
     return dims == 5
+
+
+def check_input(model: nn.Module, method: str, shape: Sequence[int], source: str) -> None:
+    """Raises ``typer.BadParameter`` where a tensor has other channels than the model's config says, or no frames."""
+    config: Any = getattr(model, "config", {})
+    names = {"decode": ("latent_channels", "z_dim"), "encode": ("in_channels",)}.get(method, ())
+    channels = next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    clips = takes_clips(model, "encoder" if method == "encode" else "decoder")
+    wanted = f"(B, {channels or 'C'}, {'T, ' * clips}H, W)"
+    if (channels is not None and shape[1] != channels) or (clips and len(shape) < 5):
+        raise typer.BadParameter(
+            f"{source}: {type(model).__name__}.{method} takes {wanted}, and this is {tuple(shape)}"
+        )
+
+
+def stable_diffusion(dtype: torch.dtype) -> nn.Module:
+    """Stable Diffusion's autoencoder, 84 million parameters; the same random weights on every rank."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    channels = (128, 256, 512, 512)
+    vae: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    return in_dtype(vae.eval().requires_grad_(False), dtype)
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another dtype; diffusers' own ``to`` warns of weights to be kept in fp32, and there are none."""
+    return nn.Module.to(model, dtype)
 
 
 def run(session: Session, model: nn.Module, call: Call, given: Tensor, what: str) -> tuple[Tensor, dict[str, Any]]:

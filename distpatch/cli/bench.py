@@ -18,7 +18,7 @@ import distpatch
 import launch
 from distpatch.cli import files
 from distpatch.cli import options as o
-from distpatch.cli.autoencoder import Call, decoded, encoded
+from distpatch.cli.autoencoder import Call, check_input, decoded, encoded, stable_diffusion
 from distpatch.cli.session import Session, first, parse_shape, session
 from distpatch.memory import MIB, LivePeak
 
@@ -62,7 +62,13 @@ def bench(
     size = parse_shape(shape)
     with session(as_json=as_json, device=device, threads=threads, timeout=timeout) as here:
         precision = getattr(torch, dtype)
-        vae = first(here, lambda: files.load_model(model, precision) if model else stable_diffusion(precision))
+
+        def load() -> nn.Module:
+            loaded = files.load_model(model, precision) if model else stable_diffusion(precision)
+            check_input(loaded, method, size, f"--shape {shape}")
+            return loaded
+
+        vae = first(here, load)
         vae = vae.to(here.device)
         given = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(here.device, precision)
         call = CALLS[method]
@@ -79,22 +85,6 @@ def bench(
                 numbers["alone"] = asdict(single[1])
                 numbers["error"] = ((result - single[0]).abs().max() / single[0].abs().max()).item()
         here.report(numbers, table(numbers))
-
-
-def stable_diffusion(dtype: torch.dtype) -> nn.Module:
-    """Stable Diffusion's autoencoder, 84 million parameters; the same random weights on every rank."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    channels = (128, 256, 512, 512)
-    vae: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=channels,
-        layers_per_block=2,
-        latent_channels=4,
-    )
-    return nn.Module.to(vae.eval().requires_grad_(False), dtype)  # as in plan.py
 
 
 def measure(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distpatch.cli import files
 from distpatch.cli import options as o
-from distpatch.cli.autoencoder import decoded, difference, run, summary
+from distpatch.cli.autoencoder import check_input, decoded, difference, run, summary
 from distpatch.cli.session import first, session
 
 OUTPUTS = (".png", ".tif", ".tiff", ".npy", *files.CLIPS)
@@ -48,7 +48,7 @@ def decode(
             files.check_output(output, OUTPUTS)
             given = files.read_tensor(latents, key)
             loaded = files.load_model(model, precision)
-            _check_channels(loaded, given, latents)
+            check_input(loaded, "decode", given.shape, str(latents))
             return loaded, unscale(loaded, given) if scaled else given
 
         vae, given = first(here, load)
@@ -59,16 +59,6 @@ def decode(
         if check:
             numbers["error"] = difference(here, vae, decoded, given, result)
         here.report(numbers, summary(numbers, "Decoded", output))
-
-
-def _check_channels(model: nn.Module, latents: Tensor, path: Path) -> None:
-    config: Any = getattr(model, "config", {})
-    channels = config.get("latent_channels") or config.get("z_dim")
-    if channels is not None and latents.shape[1] != channels:
-        raise typer.BadParameter(
-            f"{path}: {tuple(latents.shape)} has {latents.shape[1]} channels; the latents of this "
-            f"{type(model).__name__} have {channels}: (B, {channels}, ..., H, W)"
-        )
 
 
 def unscale(model: nn.Module, latents: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import distpatch
 import launch
 from distpatch.cli import files
 from distpatch.cli import options as o
-from distpatch.cli.autoencoder import difference, encoded, run, summary, takes_clips
+from distpatch.cli.autoencoder import check_input, difference, encoded, run, summary, takes_clips
 from distpatch.cli.session import first, session
 
 
@@ -49,6 +49,7 @@ def encode(
             loaded = files.load_model(model, precision)
             if is_picture and takes_clips(loaded, "encoder"):
                 given = given.unsqueeze(2)  # a clip of one frame
+            check_input(loaded, "encode", given.shape, str(source))
             return loaded, given
 
         vae, given = first(here, load)

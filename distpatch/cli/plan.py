@@ -12,13 +12,20 @@ from torch import nn
 import distpatch
 from distpatch.cli import files
 from distpatch.cli import options as o
-from distpatch.cli.session import FAILED, WRONG_INPUT, parse_shape
+from distpatch.cli.autoencoder import check_input, in_dtype, stable_diffusion
+from distpatch.cli.session import FAILED, WRONG_INPUT, parse_shape, session
 
 GIB = 1 << 30
+DRAWN = (1, 2, 4, 8, 16, 32, 64)  # world sizes of a plot, where none are given
 
 
 def plan(
-    model: o.Folder,
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder of a diffusers model, of which its config is read; Stable Diffusion's autoencoder if none."
+        ),
+    ] = None,
     shape: o.ShapeOption = "1,4,64,64",
     world_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Ranks to plan for (8); several times for a line each.")
@@ -27,49 +34,84 @@ def plan(
     dtype: o.DtypeOption = "float32",
     device: Annotated[str, typer.Option(help="Whose rates make the estimate of time; 'cpu' for no estimate.")] = "H100",
     link: Annotated[str | None, typer.Option(help="Between ranks; the device's own if not given.")] = None,
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine's rates, and use them.")] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Use the rates of this machine, and under torchrun of its links, measured."),
+    ] = False,
     fits: Annotated[
-        float | None, typer.Option(min=0, help="GiB of a rank: find the fewest of the given ranks that fit in them.")
+        float | None,
+        typer.Option(min=0, help="GiB of a rank: find the fewest ranks, or the fewest of those given, that fit."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw memory and time against ranks, here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw memory and time against ranks (1 to 64, or those given), here.")
+    ] = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Memory, bytes and messages of a run on N ranks, from fake tensors: no GPU, and no weights are read.
 
-    Exits with 1 where none of the given numbers of ranks fits.
+    Exits with 1 where no number of ranks, or none of those given, fits.
 
     Examples:
 
-        distpatch plan vae/ --shape 1,4,1024,1024 --world-size 8
+        distpatch plan --shape 1,4,1024,1024 --world-size 8
 
-        distpatch plan wan/ --shape 1,16,21,90,160 --world-size 1 --world-size 2 --world-size 4 --fits 24 --json
+        distpatch plan vae/ --shape 1,4,512,512 --fits 16
+
+        distpatch plan wan/ --shape 1,16,21,90,160 --world-size 1 --world-size 2 --world-size 4 --json
+
+        torchrun --nproc_per_node=2 -m distpatch plan --calibrate --plot scaling.png
     """
-    found, where = files.model_class(model)
-    precision = getattr(torch, dtype)
-    with torch.device("meta"):
-        built = found.from_config(found.load_config(where)).eval().requires_grad_(False)
-        given = torch.empty(parse_shape(shape), dtype=precision)
-    built = nn.Module.to(built, precision)  # diffusers' own warns of weights to be kept in fp32; here are none
-    api: Any = distpatch
-    options: dict[str, Any] = {
-        "method": None if method == "forward" else method,
-        "device": api.calibrate() if calibrate else device,
-        "link": link,
-    }
-    sizes = world_size or [8]
-    try:
-        if len(sizes) == 1 and fits is None and plot is None:
-            planned = api.plan(built, given, world_size=sizes[0], **options)
-        else:
-            planned = api.scaling(built, given, world_sizes=sizes, **options)
-    except (ValueError, KeyError) as error:  # a device, a link or a shape that it does not take
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(WRONG_INPUT) from error
-    typer.echo(planned.to_json() if as_json else planned.table())
-    if plot is not None:
-        planned.plot(plot)
+    size, precision = parse_shape(shape), getattr(torch, dtype)
+    with session(as_json=as_json) as here:
+        rates: Any = {"device": device, "link": link}
+        if calibrate:
+            measured = distpatch.calibrate(here.group, device=here.device)
+            rates = {"device": measured[0], "link": link or measured[1]}
+        if not here.is_first:
+            return
+        with torch.device("meta"):
+            built, given = _model(model, precision), torch.empty(size, dtype=precision)
+        check_input(built, method, size, f"--shape {shape}")
+        call = {"method": None if method == "forward" else method, **rates}
+        try:
+            with here.notes.status(f"planning {method} of {tuple(size)}"):
+                planned, smallest = _planned(built, given, world_size, fits, plot is not None, call)
+        except (ValueError, KeyError) as error:  # a device, a link or a shape that it does not take
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(WRONG_INPUT) from error
+        if planned is not None:
+            typer.echo(planned.to_json() if as_json else planned.table())
+        if plot is not None and isinstance(planned, distpatch.Scaling):
+            planned.plot(plot)
+        if fits is not None:
+            typer.echo(
+                f"fits in {fits:g} GiB: {smallest.world_size if smallest else 'none of these'} rank(s)", err=True
+            )
+            if smallest is None:
+                raise typer.Exit(FAILED)
+
+
+def _model(folder: Path | None, dtype: torch.dtype) -> nn.Module:
+    if folder is None:
+        return stable_diffusion(dtype)
+    found, where = files.model_class(folder)
+    built: nn.Module = found.from_config(found.load_config(where))
+    return in_dtype(built.eval().requires_grad_(False), dtype)
+
+
+def _planned(
+    model: nn.Module,
+    given: torch.Tensor,
+    sizes: list[int] | None,
+    fits: float | None,
+    drawn: bool,
+    call: dict[str, Any],
+) -> tuple[distpatch.Plan | distpatch.Scaling | None, distpatch.Plan | None]:
+    """What is printed, and the plan that fits."""
+    if drawn or (sizes and (len(sizes) > 1 or fits is not None)):
+        several = distpatch.scaling(model, given, world_sizes=sizes or DRAWN, **call)
+        return several, None if fits is None else several.smallest(fits * GIB)
     if fits is not None:
-        smallest = planned.smallest(fits * GIB)
-        typer.echo(f"fits in {fits:g} GiB: {smallest.world_size if smallest else 'none of these'} rank(s)", err=True)
-        if smallest is None:
-            raise typer.Exit(FAILED)
+        found = distpatch.smallest_plan(model, given, memory_bytes=fits * GIB, **call)
+        return found, found
+    return distpatch.plan(model, given, world_size=(sizes or [8])[0], **call), None

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -112,49 +111,58 @@ def test_doctor_of_one_process() -> None:
     assert numbers["ok"] and numbers["versions"]["torch"] == torch.__version__ and "gloo" in numbers["backend"]
 
 
-class StandIn:
-    """For the planner: the numbers of ranks it was asked for."""
+def test_plan_is_the_planners(folder: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
 
-    def __init__(self, ranks: list[int]) -> None:
-        self.ranks = ranks
+    given = ("plan", folder, "--shape", "1,4,32,32", "--dtype", "bfloat16")
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")).bfloat16()
+        latents = torch.empty(1, 4, 32, 32, dtype=torch.bfloat16)
+    right = distpatch.plan(vae, latents, method="decode", world_size=16, device="A100")
+    done = invoke(*given, "--world-size", 16, "--device", "A100", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout) == json.loads(right.to_json()), done.output
+    assert "AutoencoderKL.decode of (1, 4, 32, 32) on 8 ranks" in invoke(*given).stdout
+    several = distpatch.scaling(vae, latents, method="decode", world_sizes=[2, 4])
+    done = invoke(*given, "--world-size", 2, "--world-size", 4, "--plot", tmp_path / "a.png")
+    assert done.stdout.strip() == several.table() and (tmp_path / "a.png").stat().st_size > 0
 
-    def table(self) -> str:
-        return f"table of {self.ranks}"
 
-    def to_json(self) -> str:
-        return json.dumps(self.ranks)
+def test_plan_finds_the_fewest_ranks_that_fit(folder: Path) -> None:
+    given = ["plan", folder, "--shape", "1,4,64,64"]
+    alone, halved = (
+        json.loads(invoke(*given, "--world-size", n, "--json").stdout)["memory_bytes"] / (1 << 30) for n in (1, 2)
+    )
+    assert halved < alone
+    done = invoke(*given, "--json", "--fits", (alone + halved) / 2)
+    assert done.exit_code == 0 and json.loads(done.stdout)["world_size"] == 2 and "2 rank(s)" in done.stderr
+    done = invoke(*given, "--world-size", 1, "--world-size", 4, "--fits", halved)
+    assert done.exit_code == 0 and "4 rank(s)" in done.stderr
+    done = invoke(*given, "--world-size", 1, "--fits", halved)
+    assert done.exit_code == 1 and "none of these rank(s)" in done.stderr
+    assert invoke(*given, "--fits", 1e-6).exit_code == 1
 
-    def smallest(self, memory_bytes: float) -> Any:
-        fitting = [ranks for ranks in self.ranks if 64 * 2**30 / ranks <= memory_bytes]
-        return SimpleNamespace(world_size=fitting[0]) if fitting else None
+
+def test_plan_without_a_model_and_calibrated() -> None:
+    """Stable Diffusion's autoencoder; and this machine's rates, under torchrun its links too."""
+    done = torchrun("-m", "distpatch", "plan", "--shape", "1,4,16,16", "--world-size", "2", "--calibrate", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["parameter_bytes"] > 300e6 and plan["seconds"] > 0
+    assert plan["link"]["name"] == "2 ranks on cpu, 1 thread, measured" and plan["link"]["bandwidth"] > 0
 
 
-def test_plan_passes_its_options_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-
-    def plan(model: Any, *args: torch.Tensor, world_size: int, **options: Any) -> StandIn:
-        given.update(options, model=type(model).__name__, shape=tuple(args[0].shape), dtype=args[0].dtype)
-        assert args[0].is_meta and all(parameter.is_meta for parameter in model.parameters())
-        if world_size == 3:
-            raise ValueError("no such link")
-        return StandIn([world_size])
-
-    def scaling(model: Any, *args: torch.Tensor, world_sizes: list[int], **options: Any) -> StandIn:
-        return StandIn(world_sizes)
-
-    monkeypatch.setattr(distpatch, "plan", plan, raising=False)
-    monkeypatch.setattr(distpatch, "scaling", scaling, raising=False)
-    done = invoke("plan", folder, "--shape", "1,4,32,32", "--world-size", 64, "--dtype", "bfloat16")
-    assert done.exit_code == 0 and done.stdout == "table of [64]\n", done.output
-    assert (given.pop("dtype"), given.pop("device"), given.pop("link")) == (torch.bfloat16, "H100", None)
-    assert given == {"method": "decode", "model": "AutoencoderKL", "shape": (1, 4, 32, 32)}
-    assert json.loads(invoke("plan", folder, "--json").stdout) == [8]
-    several = ["plan", folder, "--world-size", 2, "--world-size", 4, "--fits"]
-    done = invoke(*several, 16)
-    assert (done.exit_code, done.stdout) == (0, "table of [2, 4]\n") and "fits in 16 GiB: 4 rank(s)" in done.stderr
-    assert invoke(*several, 8).exit_code == 1
-    done = invoke("plan", folder, "--world-size", 3)
-    assert done.exit_code == 2 and "no such link" in done.stderr
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--device", "Z80"], "device is one of"),
+        (["--link", "string"], "link is one of"),
+        (["--shape", "1,5,32,32"], "AutoencoderKL.decode takes (B, 4, H, W), and this is (1, 5, 32, 32)"),
+        (["--world-size", "100000"], "world_size is a number from 1 to"),
+    ],
+)
+def test_plan_refuses(folder: Path, options: list[str], said: str) -> None:
+    done = invoke("plan", folder, "--shape", "1,4,32,32", *options)
+    assert done.exit_code == 2 and said in " ".join(done.stderr.replace("│", " ").split()), done.output
 
 
 def wrong(folder: Path, tmp_path: Path, case: str) -> list[Any]:
@@ -194,7 +202,7 @@ def wrong(folder: Path, tmp_path: Path, case: str) -> list[Any]:
         ("other suffix", "the output is one of .png"),
         ("no output folder", "there is no folder"),
         ("three dims", "this one is (4, 9, 6)"),
-        ("five channels", "the latents of this AutoencoderKL have 4"),
+        ("five channels", "AutoencoderKL.decode takes (B, 4, H, W), and this is (1, 5, 9, 6)"),
         ("two tensors", "which of its tensors? --key, one of: a, b"),
         ("no such key", "no tensor c in it; it has: a, b"),
         ("no picture", "there is no such file"),

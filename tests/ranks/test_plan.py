@@ -141,3 +141,18 @@ def test_ranges_in_a_profile(tmp_path: Path) -> None:
     names = [event["name"] for event in events if str(event.get("name")).startswith("distpatch ")]
     assert names == ["distpatch p2p of conv2d", "distpatch all_gather of group_norm"]
     assert all(event["dur"] > 0 for event in events if event["name"] in names)
+
+
+def test_calibrated_link() -> None:
+    """With a group, the link between neighbours is measured too, and a plan's transfers take their time by it."""
+
+    def body(rank: int) -> tuple[distpatch.Device, distpatch.Link | None]:
+        return distpatch.calibrate(dist.group.WORLD, seconds=0.1)
+
+    subject = SUBJECTS["sd"]
+    for device, link in run_ranks(2, body, timeout=60):
+        assert link is not None and link.name.startswith("2 ranks on cpu")
+        assert 1e6 < link.bandwidth < 1e12 and 0 < link.start_seconds < 1
+        plan = distpatch.plan(subject.build(), *subject.args, world_size=2, method="decode", device=device, link=link)
+        seconds = plan.transfer_seconds_of(plan.busiest)
+        assert seconds is not None and seconds > plan.busiest.sent_bytes / link.bandwidth
