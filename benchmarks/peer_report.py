@@ -101,15 +101,9 @@ def plot(results: list[Result], path: Path) -> None:
                 panel.set_xlim(0, 1.2 * max(values))
             for index, (name, found) in enumerate(zip(names, values, strict=True)):
                 failed = here[name].problem
-                text = (
-                    "not for it"
-                    if NOT_FOR_IT in failed
-                    else "failed"
-                    if failed
-                    else f"{found:.1e}"
-                    if "error" in title
-                    else f"{found:.3g}"
-                )
+                text = f"{found:.1e}" if "error" in title else f"{found:.3g}"
+                if failed:
+                    text = "not for it" if NOT_FOR_IT in failed else "failed"
                 at = panel.get_xlim()[0] if failed else found
                 panel.annotate(f" {text}", (at, index), va="center", fontsize=8, color="tab:red" if failed else "black")
             panel.set_title(f"{workload}, {size} x {size}: {title}", fontsize=8)

@@ -45,6 +45,8 @@ def check_input(model: nn.Module, method: str, shape: Sequence[int], source: str
     """Raises ``typer.BadParameter`` where a tensor has other channels than the model's config says, or no frames."""
     config: Any = getattr(model, "config", {})
     names = {"decode": ("latent_channels", "z_dim"), "encode": ("in_channels",)}.get(method, ())
+    if method == "encode" and config.get("patch_size"):  # in_channels are then those of a patch
+        names = ()
     channels = next((config[name] for name in names if isinstance(config.get(name), int)), None)
     clips = takes_clips(model, "encoder" if method == "encode" else "decoder")
     wanted = f"(B, {channels or 'C'}, {'T, ' * clips}H, W)"
