@@ -195,13 +195,15 @@ class Plan:
 
     def _summary(self) -> list[str]:
         worst, busiest, given = self.worst, self.busiest, ", ".join(str(shape) for shape in self.shapes)
+        unit, size = ("GiB", GIB) if self.memory_bytes >= GIB else ("MiB", MIB)
+        prefix, flops = ("T", 1e12) if self.flops >= 1e12 else ("G", 1e9)
         lines = [
             f"{self.model}.{self.method} of {given} on {self.world_size} rank{'s' * (self.world_size > 1)}",
-            f"memory    {self.memory_bytes / GIB:,.2f} GiB a rank: activations {worst.peak_bytes / GIB:,.2f} (rank "
-            f"{worst.rank}, at {worst.peak_op}), parameters {self.parameter_bytes / GIB:,.2f}, buffers "
-            f"{self.buffer_bytes / GIB:,.2f}, inputs {self.input_bytes / GIB:,.2f}",
-            f"compute   {self.flops / 1e12:,.2f} TFLOPs in all, the busiest rank {self.imbalance:.3f} times the mean; "
-            f"{self.replicated_share:.1%} computed by every rank in full",
+            f"memory    {self.memory_bytes / size:,.2f} {unit} a rank: activations {worst.peak_bytes / size:,.2f} "
+            f"(rank {worst.rank}, at {worst.peak_op}), parameters {self.parameter_bytes / size:,.2f}, buffers "
+            f"{self.buffer_bytes / size:,.2f}, inputs {self.input_bytes / size:,.2f}",
+            f"compute   {self.flops / flops:,.2f} {prefix}FLOPs in all, the busiest rank {self.imbalance:.3f} "
+            f"times the mean; {self.replicated_share:.1%} computed by every rank in full",
             f"transfer  {self.sent_bytes / MIB:,.1f} MiB and {self.messages:,} messages sent by the rank with the most",
         ]
         seconds = self.seconds

@@ -22,7 +22,7 @@ import launch
 from distpatch.cli import options as o
 from distpatch.cli.session import FAULT, Session, session
 
-LIBRARIES = ("torch", "einops", "diffusers", "numpy", "tifffile", "pypng", "av", "safetensors")
+LIBRARIES = ("torch", "diffusers", "numpy", "tifffile", "pypng", "av", "safetensors")
 LINKS_SHOWN = 64
 
 
