@@ -26,6 +26,7 @@ from distpatch.stencil import Interval
 # Rows are read twice, for the mean and around it: on a CPU from a cache of this size.
 CHUNK_BYTES = {"cpu": 512 << 10}
 CHUNK_BYTES_ELSEWHERE = 64 << 20
+CACHED = {"cpu"}  # where a second reading comes from a cache; elsewhere torch's own Welford reads once
 
 
 def moments(
@@ -34,8 +35,9 @@ def moments(
     """Count, mean and centred second moment over ``dims``, which stay as dims of size 1, in fp64.
 
     Taken around a rounded mean, in fp32 or better, and corrected: where the mean is a thousand deviations
-    from 0, its rounding alone is as large as torch's whole error. ``exact``: squares are added in
-    fp64, for a variance that somebody sees. Without gradients in chunks of rows of the dim ``along``, one of ``dims``.
+    from 0, its rounding alone is as large as torch's whole error. On devices without a large cache in one reading
+    by Welford's update, with torch's error. ``exact``: squares are added in fp64, for a variance that somebody sees,
+    in either case around the mean. Without gradients in chunks of rows of the dim ``along``, one of ``dims``.
     """
     precise = torch.promote_types(local.dtype, torch.float32)
     double = torch.float64 if local.device.type != "mps" else precise  # which has none
@@ -50,6 +52,12 @@ def moments(
     for lo, hi in few(intervals):
         chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
         count = math.prod(chunk.shape[d] for d in dims)
+        counts.append(count)
+        if count and not grads and not exact and chunk.device.type not in CACHED:
+            var, mean = torch.var_mean(chunk.to(precise), dims, correction=0, keepdim=True)
+            m2s.append(var.to(double) * count)
+            means.append(mean.to(double))
+            continue
         middle = chunk.detach().sum(dims, keepdim=True, dtype=precise) / max(count, 1)
         centred = chunk - middle
         rest = centred.sum(dims, keepdim=True) / max(count, 1)
@@ -59,7 +67,6 @@ def moments(
             - count * rest.to(double).square()
         )
         means.append(middle.to(double) + rest)
-        counts.append(count)
     if len(counts) == 1:
         return counts[0], means[0], m2s[0]
     return merge_moments(counts, torch.stack(means), torch.stack(m2s))
