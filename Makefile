@@ -5,7 +5,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test fuzz lint bench memory displaced coverage clean autoencoders
+.PHONY: demo test fuzz lint bench memory peers displaced coverage clean autoencoders
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,12 +35,17 @@ coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
 bench: $(VENV)/installed  ## the README's tables
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/scaling.py --plot docs/scaling.png
 
 memory: $(VENV)/installed  ## peak memory beside the peers', and docs/memory.png (about an hour)
 	mkdir -p out
 	$(BIN)/python benchmarks/memory.py $(addprefix --conv-size ,256 512 1024 2048) \
 		$(addprefix --decode-size ,256 512 1024) --json out/memory.json --plot docs/memory.png
+
+peers: $(VENV)/installed  ## time, memory and error beside the peers', and docs/peers.png (twenty minutes)
+	mkdir -p out
+	$(BIN)/python benchmarks/peers.py --install
+	$(BIN)/python benchmarks/peers.py --size 512 --rounds 3 --json out/peers.json --plot docs/peers.png
 
 autoencoders: $(VENV)/installed  ## every autoencoder of diffusers, converted, against one device
 	$(BIN)/python -m benchmarks.autoencoders

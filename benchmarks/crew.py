@@ -17,6 +17,7 @@ import torch
 
 Answer = dict[str, Any]
 PATIENCE_SECONDS = 60
+WIDE = 120  # columns of a table that goes to a file
 
 
 class Crew:
@@ -118,6 +119,13 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def wide_console() -> Any:
+    """Where a benchmark prints: a terminal as it is, a file with lines that hold a table."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 
 
 def machine() -> dict[str, Any]:

@@ -20,8 +20,7 @@ from statistics import median
 from typing import Annotated, Any, Literal
 
 import typer
-from crew import Crew, machine
-from rich.console import Console
+from crew import Crew, machine, wide_console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -188,7 +187,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
 ) -> None:
     """Time and memory of decoding a random latent."""
-    console = Console()
+    console = wide_console()
     contestants = (*CONTESTANTS, PATCH_CONV) if patch_conv else CONTESTANTS
     layouts = ("NCHW", "channels_last") if memory_format == "both" else (memory_format,)
     cells = list(product(size or [512], layouts))

@@ -20,10 +20,9 @@ from statistics import median
 from typing import Annotated, Any, Literal
 
 import typer
-from crew import Crew, machine
+from crew import Crew, machine, wide_console
 from decode import MIB, PROMPT_FREE
 from memory_worker import CONV_CHANNELS
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -210,7 +209,7 @@ def main(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw peak memory over activation size.")] = None,
 ) -> None:
     """Peak memory and time, side by side."""
-    console = Console()
+    console = wide_console()
     everyone = [PLAIN, *PEERS, *OURS, *LAZY]
     if only:
         everyone = [c for c in everyone if c is PLAIN or any(word in c.name for word in only)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from crew import Crew, machine
+from crew import Crew, machine, wide_console
 from decode import PROMPT_FREE
 from peer_report import LEGEND, Result, plot, show
 from rich.console import Console
@@ -31,7 +31,6 @@ ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "peer_worker.py"
 INSTALLED = ROOT / "out" / "peers"
 
-WIDE = 120  # columns of a table that goes to a file
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -203,7 +202,7 @@ def main(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them here.")] = None,
 ) -> None:
     """Every peer on the same networks: time, memory, traffic and error."""
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console = wide_console()
     if unknown := set(only or ()) - {peer.run for peer in PEERS}:
         raise typer.BadParameter(f"--only: there is no peer {', '.join(sorted(unknown))}")
     if size % 16:

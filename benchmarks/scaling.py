@@ -10,7 +10,6 @@ the ranks take turns, and the wall clock says nothing of their speed: what is co
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,9 +17,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from crew import Crew, machine
+from crew import Crew, machine, wide_console
 from decode_worker import FORMATS, build_decoder, draw_latents
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -28,7 +26,6 @@ import distpatch
 
 WORKER = Path(__file__).parent / "scaling_worker.py"
 MIB = 1 << 20
-WIDE = 120  # columns of a table that goes to a file
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -140,7 +137,7 @@ def main(
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw them here.")] = None,
 ) -> None:
     """Memory, traffic and work of a rank against the number of ranks, planned and measured."""
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console = wide_console()
     about: dict[str, Any] = machine()
     console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}; {size} x {size}, float32")
     worlds = sorted(set(world or [1, 2, 4, 8]))
