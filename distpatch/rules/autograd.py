@@ -228,10 +228,14 @@ class _HookNode:
         return self._node.register_hook(on_rows)
 
 
-_plain_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+_own_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")  # a classmethod; since torch 2.14 one of C
 
 
-@functools.wraps(_plain_apply)
+def _plain_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return _own_apply.__get__(None, cls)(*args, **kwargs)
+
+
+@functools.wraps(getattr(_own_apply, "__func__", _own_apply))
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if not any(isinstance(arg, (PatchTensor, RowCopy)) for arg in (*args, *kwargs.values())):
         return _plain_apply(cls, *args, **kwargs)
