@@ -186,8 +186,11 @@ def test_deepcopy() -> None:
     "shape, dim", [((2, 3, 7, 5), -2), ((1, 7, 3, 4), 1), ((2, 8, 7, 1), -2), ((7, 5, 6), 0), ((2, 7), 1)]
 )
 @pytest.mark.parametrize("format", ["contiguous", "channels_last", "transposed"])
-def test_gather_in_parts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dim: int, format: str) -> None:
-    """A large tensor is gathered a part at a time: same values, same strides, and gradients."""
+@pytest.mark.parametrize("ranks", [3, 6])
+def test_gather_in_parts(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dim: int, format: str, ranks: int
+) -> None:
+    """A large tensor is gathered a part at a time: same values, strides and gradients, also of shards of one row."""
     full = random_tensor(shape)
     if format == "channels_last":
         full = full.contiguous(memory_format=torch.channels_last) if full.ndim == 4 else full
@@ -198,13 +201,14 @@ def test_gather_in_parts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
         x = distpatch.shard(full.clone().requires_grad_(), dist.group.WORLD, dim=dim)
         result = distpatch.gather(x * 2)
         (grad,) = torch.autograd.grad((result * full).sum(), x)
-        return [result, distpatch.gather(grad)]
+        moved = distpatch.shard(full, dist.group.WORLD, dim=dim).movedim(0, -1)
+        return [result, distpatch.gather(grad), distpatch.gather(moved)]
 
-    at_once = run_ranks(3, body)
+    at_once = run_ranks(ranks, body)
     monkeypatch.setattr("distpatch.collectives.BUCKET_BYTES", 200)
-    for mine, (result, grad) in zip(at_once, run_ranks(3, body)):
-        assert torch.equal(result, 2 * full) and torch.equal(grad, 2 * full)
-        assert [t.stride() for t in mine] == [result.stride(), grad.stride()]
+    for mine, (result, grad, moved) in zip(at_once, run_ranks(ranks, body)):
+        assert torch.equal(result, 2 * full) and torch.equal(grad, 2 * full) and torch.equal(moved, full.movedim(0, -1))
+        assert [t.stride() for t in mine] == [result.stride(), grad.stride(), moved.stride()]
 
 
 def test_gather_holds_one_part_twice(monkeypatch: pytest.MonkeyPatch) -> None:
