@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import distpatch
 from distpatch.cli import app
+from distpatch.cli.autoencoder import check_input
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("plan", "decode", "encode", "bench", "doctor")
@@ -234,3 +236,18 @@ def test_doctor_names_a_rank_that_never_answers() -> None:
     faults = json.loads(done.stdout)["faults"]
     assert [(fault["sender"], fault["receiver"]) for fault in faults] == [(0, 1), (0, 2)]
     assert all(fault["problem"].startswith("no answer within 10 s") for fault in faults)
+
+
+def test_what_an_input_must_look_like() -> None:
+    """Clips have frames; a config's in_channels may be those of a patch, and says nothing then."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        config = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
+        plain, patched = AutoencoderKLWan(**config), AutoencoderKLWan(**config, in_channels=12, patch_size=2)
+    check_input(plain, "decode", (1, 4, 2, 8, 8), "x.npy")
+    with pytest.raises(typer.BadParameter, match=r"x.npy: AutoencoderKLWan.decode takes \(B, 4, T, H, W\)"):
+        check_input(plain, "decode", (1, 4, 8, 8), "x.npy")
+    with pytest.raises(typer.BadParameter, match=r"encode takes \(B, 3, T, H, W\), and this is \(1, 4, 2, 8, 8\)"):
+        check_input(plain, "encode", (1, 4, 2, 8, 8), "x.npy")
+    check_input(patched, "encode", (1, 3, 2, 8, 8), "x.npy")
