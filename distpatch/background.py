@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distpatch.exchange import Transfer, start
 from distpatch.group import Communicator, Parts
+from distpatch.transport import Batch as Messages
 
 ALIGNED_BYTES = 16  # of each part of a message: as large as any number
 Key = tuple[object, ...]
@@ -53,7 +54,7 @@ class Batch:
     """Call sites that share their messages."""
 
     def __init__(self, lane: Communicator, sends: Sequence[Parts], kept: Sequence[Parts], device: torch.device) -> None:
-        self.lane = lane
+        self.lane, self.device = lane, device
         self.outgoing, self.landing = Flat.of(sends, device), Flat.of(kept, device)
         for views, parts in zip(self.landing.views, kept, strict=True):
             _copy(views, _tensors(parts))
@@ -63,9 +64,8 @@ class Batch:
         """Send what the sites have put into the buffers."""
         to, source = self.outgoing.buffers, self.landing.buffers
         self.lane.recorder.record("displaced", "messages", 0, len(to))
-        self.under_way = start(
-            self.lane, "displaced step", list(to), list(to.values()), list(source), list(source.values())
-        )
+        messages = (list(to), list(to.values()), list(source), list(source.values()))
+        self.under_way = start(self.lane, Messages("displaced step", *messages, self.device))
 
     def wait(self) -> None:
         """Until the last messages that were started have gone and landed."""

@@ -51,7 +51,7 @@ def calibrate(
         bandwidth = 2 * BIG_BYTES / _seconds(lambda: big.add_(1), place, each)
         one = torch.ones(1, device=place)
         overhead = _seconds(lambda: one.add_(1), place, each)
-        comm = communicator(group)
+        comm = communicator(group, place)
         link = _link(comm, place) if comm.size > 1 else None
     return Device(_name(place), rates, bandwidth, _memory_bytes(place), overhead_seconds=overhead), link
 

@@ -18,13 +18,12 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
 
 from distpatch.exchange import fetch_rows
 from distpatch.formats import in_memory_order, memory_format
-from distpatch.group import Communicator, Pretended, attempt, communicator_of
+from distpatch.group import Communicator, attempt, communicator_of
 from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
 from distpatch.stencil import ceil_div
 
@@ -272,8 +271,9 @@ class _Stack(torch.autograd.Function):
 def _all_reduce(tensor: Tensor, name: str, op: str) -> Tensor:
     comm = communicator_of(name)
     total = tensor.clone(memory_format=torch.contiguous_format)
+    transport = comm.transport(total.device)
     with comm.recorder.transfer(*_ring(comm, "all_reduce", op, total), total.device):
-        attempt(comm, op, lambda: dist.all_reduce(total, group=comm.pg), None)
+        attempt(comm, op, lambda: transport.all_reduce(total), None)
     return total
 
 
@@ -281,11 +281,9 @@ def _all_reduce(tensor: Tensor, name: str, op: str) -> Tensor:
 def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
     comm = communicator_of(name)
     mine = tensor.contiguous()
-    stacked = mine.new_empty((comm.size, *mine.shape))
-    everyone, own = (t.view(-1).view(torch.uint8) for t in (stacked, mine))  # gloo knows few dtypes
+    transport = comm.transport(mine.device)
     with comm.recorder.transfer(*_ring(comm, "all_gather", op, mine), mine.device):
-        attempt(comm, op, lambda: dist.all_gather_single(everyone, own, group=comm.pg), None)
-    return stacked
+        return attempt(comm, op, lambda: transport.all_gather(mine), None)
 
 
 for _op in (_all_reduce, _all_gather):  # as transfers (exchange.py)
@@ -307,8 +305,7 @@ def _(tensor: Tensor, name: str, op: str) -> Tensor:
 def _pretend(kind: str, tensor: Tensor, name: str, op: str) -> None:
     """Record what a rank of a pretended group would send."""
     comm = communicator_of(name)
-    if isinstance(comm, Pretended):
-        comm.recorder.record(*_ring(comm, kind, op, tensor))
+    comm.planned(*_ring(comm, kind, op, tensor))
 
 
 def _ring(comm: Communicator, kind: str, op: str, tensor: Tensor) -> tuple[str, str, int, int]:

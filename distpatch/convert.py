@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distpatch import devices
 from distpatch import rules as _rules
 from distpatch.collectives import gather_rows, spread_all
 from distpatch.compiled import enter, enter_compiled, meet
@@ -104,7 +105,7 @@ def convert_model(
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
     warn_of_known_faults(model)
-    comm = communicator(group)
+    comm = communicator(group, devices.of_model(model))
     if comm.size > 1 and not isinstance(comm, Pretended):
         comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
     region = Region(

@@ -1,4 +1,4 @@
-"""Rows that move between ranks: the only place that sends point to point.
+"""Rows that move between ranks: the only place that makes messages of them.
 
 ``fetch_rows`` gives each rank the intervals of global rows that it asks for, ``return_rows`` is its
 transpose (rows of gradient go back to their owners and are added); each is the other's backward.
@@ -15,17 +15,16 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
 
-from distpatch.group import Communicator, Parts, Pretended, attempt, communicator_of
+from distpatch.group import Communicator, Parts, attempt, communicator_of
 from distpatch.layout import Bounds, Needs, TransferPlan, plan_transfer
-from distpatch.relay import relay
+from distpatch.transport import Batch, Works
 
 # What leaves the sharded computation, or stands in for an operation without a rule, is never an earlier step's.
 AT_ONCE = frozenset({"gather", "output"})
@@ -113,8 +112,7 @@ def transfer(comm: Communicator, op: str, sends: Parts, recvs: Parts, device: to
     """Send and receive, one message a peer: NCCL has no tags to tell several apart."""
     landing = [_buffer(parts) for _, parts in recvs]
     outgoing = [_message(parts) for _, parts in sends]
-    send = post if not comm.by_collectives else partial(relay, device=device)
-    send(comm, op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing)
+    post(comm, Batch(op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing, device))
     for (_, parts), message in zip(recvs, landing, strict=True):
         if len(parts) > 1:
             sizes = [part.numel() for part in parts]
@@ -122,20 +120,14 @@ def transfer(comm: Communicator, op: str, sends: Parts, recvs: Parts, device: to
                 part.copy_(rows.view(part.shape))
 
 
-def post(
-    comm: Communicator,
-    op: str,
-    to: list[int],
-    outgoing: list[Tensor],
-    source: list[int],
-    landing: list[Tensor],
-) -> None:
-    """One batch of point-to-point messages of flat, contiguous tensors; returns when they landed."""
-    if not to and not source:
-        return
-    sent_bytes = sum(message.numel() * message.element_size() for message in outgoing)
-    with comm.recorder.transfer("p2p", op, sent_bytes, len(outgoing), (*landing, *outgoing)[0].device):
-        start(comm, op, to, outgoing, source, landing).wait()
+def post(comm: Communicator, batch: Batch) -> None:
+    """Exchange messages; returns when they landed (on a GPU: for the stream that computes). Raises ``RankError``."""
+    transport = comm.transport(batch.device)
+    if transport.collective:  # records what it sends itself
+        start(comm, batch).wait()
+    elif not batch.empty:
+        with comm.recorder.transfer("p2p", batch.op, batch.sent_bytes, len(batch.to), batch.device):
+            start(comm, batch).wait()
 
 
 @dataclass
@@ -144,7 +136,7 @@ class Transfer:
 
     comm: Communicator
     op: str
-    works: list[tuple[Any, int | None]] = field(default_factory=list)
+    works: Works = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
     def wait(self) -> None:
@@ -154,35 +146,19 @@ class Transfer:
         self.works = []
 
 
-def start(
-    comm: Communicator,
-    op: str,
-    to: list[int],
-    outgoing: list[Tensor],
-    source: list[int],
-    landing: list[Tensor],
-) -> Transfer:
+def start(comm: Communicator, batch: Batch) -> Transfer:
     """As ``post``, but returns at once."""
-    under_way = Transfer(comm, op)
-    if not to and not source:
-        return under_way
-    peers = [*source, *to]
-    batch = [
-        *(dist.P2POp(dist.irecv, t, group=comm.pg, group_peer=p) for p, t in zip(source, landing)),
-        *(dist.P2POp(dist.isend, t, group=comm.pg, group_peer=p) for p, t in zip(to, outgoing)),
-    ]
-    works: list[Any] = []
-    attempt(comm, op, lambda: works.extend(dist.batch_isend_irecv(batch)), None)
-    named = peers if len(works) == len(peers) else [None] * len(works)
-    under_way.works = list(zip(works, named, strict=True))
+    under_way = Transfer(comm, batch.op)
+    transport = comm.transport(batch.device)
+    attempt(comm, batch.op, lambda: under_way.works.extend(transport.start(batch)), None)
     return under_way
 
 
 def _pretend(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:
     """Record what a rank of a pretended group would send."""
-    if isinstance(comm, Pretended) and (to or source):
+    if to or source:
         a_row = math.prod(n for d, n in enumerate(like.shape) if d != dim)
-        comm.recorder.record("p2p", op, sent_rows * a_row * like.element_size(), to)
+        comm.planned("p2p", op, sent_rows * a_row * like.element_size(), to)
 
 
 def _message(parts: list[Tensor]) -> Tensor:

@@ -1,12 +1,10 @@
-"""The ranks that share a tensor: their own process group, its warm-up, and the handshake."""
+"""The ranks that share a tensor: their own process group, and how their tensors travel."""
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,13 +12,16 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from distpatch.errors import LayoutError, RankError
+from distpatch import devices, process_groups
+from distpatch.errors import DistPatchError, LayoutError, RankError
+from distpatch.meeting import GRACE, Meeting
+from distpatch.relay import ByAllGather
 from distpatch.trace import Recorder
+from distpatch.transport import Factory, Transport, factory
 
+T = TypeVar("T")
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Pretended | None"
 Parts: TypeAlias = "list[tuple[int, list[Tensor]]]"  # by peer: the pieces of one message, in order
-
-GRACE = timedelta(seconds=2)  # between the first and the last rank that notices a failed collective
 
 
 class Policy(Protocol):
@@ -36,34 +37,33 @@ class Policy(Protocol):
         """Count, mean and centred second moment of all ranks' samples; ``counts``: how many each rank has."""
 
 
-class Communicator:
+class Communicator(Meeting):
     """One rank's end of a group.
 
     Transfers run on a duplicate of the user's group: point-to-point messages that share a
     communicator with the user's own collectives can be matched with the wrong ones. The handshake
-    runs on the group's key-value store, so that it can time out without harming either group.
-    ``Communicator(None)`` is a group of this rank alone. Both groups are referred to weakly: torch keeps
-    them while they are open, and a closed one must be freed.
+    runs on the group's key-value store. ``Communicator(None)`` is a group of this rank alone. Both groups
+    are referred to weakly: torch keeps them while they are open, and a closed one must be freed.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group: Callable[[], dist.ProcessGroup | None] = _nothing
+        if group is None:
+            super().__init__(None, 0, 1, GRACE)  # nobody is waited for in a group of one
+        else:
+            super().__init__(group.get_group_store(), group.rank(), group.size(), process_groups.timeout_of(group))
+        self._group: Callable[[], dist.ProcessGroup | None] = _nothing if group is None else weakref.ref(group)
         self._pg: Callable[[], dist.ProcessGroup | None] = _nothing
         self.recorder = Recorder()
-        self.rank, self.size, self.name = 0, 1, ""
+        self.name = ""
+        self.device: torch.device | None = None  # that the duplicate was made on
         self.broken = False
         self.by_collectives = False  # rows move by all_gather: point to point is broken here (self_test)
-        self.call = 0
         self.policy: Policy | None = None  # of the step that runs now, where it is a displaced one
         self.lane: Communicator | None = None  # another duplicate, for what runs behind the computation
         self.serves = ""  # of a lane: the name of whose it is
-        self.timeout = GRACE  # nobody is waited for in a group of one
-        if group is None:
-            return
-        self._group = weakref.ref(group)
-        self.rank, self.size = group.rank(), group.size()
-        self.store = group.get_group_store()
-        self.timeout = _timeout(group)
+        self._opened: set[torch.device] = set()
+        self._made_by: Factory | None = None
+        self._transports: dict[torch.device, Transport] = {}
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -75,95 +75,74 @@ class Communicator:
         """The duplicate that transfers run on."""
         return self._pg()
 
-    def connect(self) -> None:
+    def connect(self, given: torch.device | None = None) -> None:
         """Create the group's duplicate and open its channels; every rank of the group calls it.
 
-        One collective goes first: communicators are made lazily, and a first point-to-point batch
-        that not all ranks join hangs or fails under CUDA-graph capture.
+        ``given``: where the tensors are that will move, if that is known. Raises ``RankError`` where the ranks'
+        devices cannot be connected, such as one GPU for two of them.
         """
         group = self.group
         if group is None or (self.pg is not None and not self.broken):
             return
-        members = dist.get_process_group_ranks(group)
-        known = len(c10d._world.pg_names)
-        counts = self.agree("set-up", "", {"groups": known})
-        # torch names a locally synchronised group by its ranks and by how many groups this process
-        # knows. Ranks that know different numbers would wait for each other under different names.
-        for _ in range(max(int(str(peer["groups"])) for peer in counts) - known):
-            dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        pg = dist.new_group(
-            members,
-            timeout=self.timeout,
-            backend=dist.get_backend_config(group),
-            use_local_synchronization=True,
-            group_desc="distpatch",
-            sort_ranks=False,
-        )
+        device = self.device = devices.choose(group, given or self.device)
+        told = {"groups": process_groups.known(), **devices.identity(group, device)}
+        answers = self.agree("set-up", "", told)
+        devices.check(answers, self.rank)
+        with devices.current(device):
+            pg = process_groups.by_members(
+                dist.get_process_group_ranks(group),
+                [int(str(answer["groups"])) for answer in answers],
+                backend=str(dist.get_backend_config(group)),
+                timeout=self.timeout,
+            )
         self._pg = weakref.ref(pg)
         self.name = f"{pg.group_name} {self.rank}/{self.size}"
         self.broken = False
+        self._transports, self._opened = {}, {device}
         _by_pg[pg] = self
         self.warmup()
 
     def warmup(self) -> None:
-        """One small collective on every backend of the group (gloo's channels are those of the CPU)."""
+        """Open the channels for tensors of the communicator's device; every rank of the group calls it."""
+        if self.device is not None:
+            self._open(self.transport(self.device), self.device)
+
+    def transport(self, device: torch.device) -> Transport:
+        """How tensors of this device travel. The first time every rank of the group calls it: it opens the channels.
+
+        Raises ``RankError`` where the last transfers of the group failed: what their messages did, nobody knows.
+        """
+        if self.broken:
+            raise RankError(
+                f"the transfers of this group have failed and were given up (this is rank {self.rank}). The next "
+                "call of a converted model begins anew, on all ranks."
+            )
+        if self._made_by is not factory():
+            self._made_by, self._transports = factory(), {}
+        made = self._transports.get(device)
+        if made is None:
+            made = self._transports[device] = self._make(device)
+        return ByAllGather(made, self.rank, self.size, self.recorder) if self.by_collectives else made
+
+    def _make(self, device: torch.device) -> Transport:
         pg = self.pg
         if pg is None:
-            return
-        for device in pg._device_types:
-            if device.type != "cpu" and pg._get_backend(device).name() == "gloo":
-                continue
-            dist.all_reduce(torch.zeros(1, device=device), group=pg)
+            raise RankError(f"the process group is closed (this is rank {self.rank})")
+        made = factory()(pg, device)
+        if device not in self._opened:
+            if device.type != "cpu":
+                devices.check(self.agree("set-up of a device", "", devices.identity(pg, device)), self.rank)
+            self._opened.add(device)
+            self._open(made, device)
+        return made
 
-    def agree(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
-        """Meet all ranks of the group, which must all come with the same signature.
+    def _open(self, transport: Transport, device: torch.device) -> None:
+        """One collective goes first: communicators are made lazily.
 
-        Returns every rank's payload. Raises ``RankError`` on every rank if one is missing for longer
-        than the group's timeout or came with something else. The first rank that knows the outcome
-        writes the verdict, and all follow it: a rank that arrives as the others give up cannot go on
-        alone.
+        A first point-to-point batch that not all ranks join hangs, or fails under CUDA-graph capture.
         """
-        answers, missing = self.meet({"what": what, "signature": signature, **(payload or {})}, self.timeout)
-        if missing:
-            raise RankError(
-                f"{what}: rank(s) {missing} of {self.size} did not call it within "
-                f"{self.timeout.total_seconds():g} s (this is rank {self.rank}). Every rank of the "
-                "group must make the same calls in the same order."
-            )
-        if len({(answer["what"], answer["signature"]) for answer in answers}) > 1:
-            called = "\n".join(
-                f"  rank {rank}: {answer['what']} {answer['signature']}" for rank, answer in enumerate(answers)
-            )
-            raise RankError(f"the ranks were called differently (this is rank {self.rank}):\n{called}")
-        return answers
-
-    def meet(self, mine: dict[str, object], patience: timedelta) -> tuple[list[dict[str, Any]], list[int]]:
-        """What every rank brought to this meeting, and the ranks that did not come within ``patience``.
-
-        Where one is missing there are no answers. The first rank that knows the outcome writes the verdict.
-        """
-        if self.size == 1:
-            return [mine], []
-        store, size = self.store, self.size
-        call = self.call = store.add(f"distpatch/{self.rank}/calls", 1)
-        keys = [f"distpatch/{call}/{rank}" for rank in range(size)]
-        store.set(keys[self.rank], json.dumps(mine))
-        try:
-            store.wait(keys, patience)
-            outcome: list[int] = []
-        except dist.DistStoreError:
-            outcome = [rank for rank in range(size) if not store.check([keys[rank]])]
-        verdict_key = f"distpatch/{call}/verdict"
-        verdict = store.compare_set(verdict_key, "", json.dumps(outcome))
-        missing: list[int] = json.loads(verdict)
-        if missing:
-            return [], missing
-        answers = [json.loads(answer) for answer in store.multi_get(keys)]
-        if call > 1:  # everyone has passed the call before
-            store.delete_key(f"distpatch/{call - 1}/{self.rank}")
-            if self.rank == 0:
-                store.delete_key(f"distpatch/{call - 1}/verdict")
-        return answers, []
+        with devices.current(device):
+            attempt(self, "set-up", lambda: transport.open(device), None)
 
     @property
     def closed(self) -> bool:
@@ -189,28 +168,10 @@ class Communicator:
         """Say that this rank gives up the call, and why, for the others to read; the first note counts."""
         self.broken = True
         if self.name and not self.closed:
-            self.store.compare_set(self._note_key(self.rank), "", note)
+            self.leave_note(note)
 
-    def why(self, rank: int) -> str:
-        """The note that another rank left when it gave up this call, or nothing."""
-        key = self._note_key(rank)
-        try:
-            note = self.store.get(key).decode() if self.store.check([key]) else ""
-        except (RuntimeError, dist.DistError):
-            return "; the rendezvous store does not answer either"
-        return f"; rank {rank} {note}" if note else ""
-
-    def silent(self) -> list[int]:
-        """The ranks that leave no note in this call, within ``GRACE``: dead, or busy with something else."""
-        keys = [self._note_key(rank) for rank in range(self.size)]
-        try:
-            self.store.wait(keys, min(self.timeout, GRACE))
-        except dist.DistStoreError:
-            return [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-        return []
-
-    def _note_key(self, rank: int) -> str:
-        return f"distpatch/{self.call}/note/{rank}"
+    def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
+        """Where tensors are fake, what this rank would send: of a group that exists, a real run records it."""
 
 
 class Pretended(Communicator):
@@ -228,12 +189,18 @@ class Pretended(Communicator):
     def agree(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         return [payload or {}] * self.size
 
+    def transport(self, device: torch.device) -> Transport:
+        raise DistPatchError("a pretended group sends nothing: it is for fake tensors (FakeTensorMode)")
+
     def enter(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         """There is nobody to meet."""
         return [{"broken": False, **(payload or {})}]
 
     def leave_broken(self, note: str) -> None:
         """There is nobody to tell."""
+
+    def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
+        self.recorder.record(kind, op, sent_bytes, messages)
 
 
 def _nothing() -> None:
@@ -247,10 +214,11 @@ _pretended: weakref.WeakValueDictionary[str, Pretended] = weakref.WeakValueDicti
 ALONE = Communicator(None)
 
 
-def communicator(group: Group, *, connect: bool = True) -> Communicator:
+def communicator(group: Group, device: torch.device | None = None, *, connect: bool = True) -> Communicator:
     """The communicator of a user's group, connected; every rank of the group calls it the first time.
 
-    ``connect=False`` leaves it as it is, perhaps without channels yet.
+    ``device``: where the tensors are that will move, if that is known. ``connect=False`` leaves it as it is,
+    perhaps without channels yet.
 
     Raises ``RankError`` where this rank is not a member or the group is closed, ``LayoutError`` for a
     mesh of more than one dimension.
@@ -279,8 +247,17 @@ def communicator(group: Group, *, connect: bool = True) -> Communicator:
     if known is None:
         known = _by_group[group] = Communicator(group)
     if connect:
-        known.connect()
+        known.connect(device)
     return known
+
+
+def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A new group of these global ranks, of the default group's kind; each of them calls it, and nobody else."""
+    world = c10d._get_default_group()
+    store = c10d.PrefixStore(f"distpatch/{'_'.join(map(str, ranks))}", world.get_group_store())
+    meeting = Meeting(store, ranks.index(dist.get_rank()), len(ranks), process_groups.timeout_of(world))
+    answers = meeting.agree("set-up of a group", str(list(ranks)), {"groups": process_groups.known()})
+    return process_groups.by_members(ranks, [int(str(answer["groups"])) for answer in answers])
 
 
 def communicator_of(name: str) -> Communicator:
@@ -299,11 +276,13 @@ def warmup(group: Group) -> None:
     communicator(group).warmup()
 
 
-def attempt(comm: Communicator, what: str, wait: Callable[[], object], peer: int | None) -> None:
+def attempt(comm: Communicator, what: str, wait: Callable[[], T], peer: int | None) -> T:
     """Run one wait of a transfer; a failure becomes a ``RankError`` that names the rank waited for."""
     try:
-        wait()
-    except RuntimeError as error:
+        return wait()
+    except DistPatchError:
+        raise
+    except Exception as error:
         blamed = f"rank {peer}" if peer is not None else "another rank"
         comm.leave_broken(f"waited for {blamed} in vain")
         others = [rank for rank in range(comm.size) if rank != comm.rank] if peer is None else [peer]
@@ -314,9 +293,3 @@ def attempt(comm: Communicator, what: str, wait: Callable[[], object], peer: int
             pass  # why() says that the store is gone
         reasons = "".join(comm.why(rank) for rank in others)
         raise RankError(f"{what}: rank {comm.rank} waited for {blamed} in vain{reasons} ({error})") from error
-
-
-def _timeout(group: dist.ProcessGroup) -> timedelta:
-    backend = group._get_backend(torch.device(group._device_types[0]))
-    timeout: timedelta = backend.options._timeout
-    return timeout

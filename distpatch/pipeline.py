@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distpatch.convert import convert_model, restore_model
 from distpatch.displaced import POLICIES, displaced
-from distpatch.group import Communicator, Group, communicator
+from distpatch.group import Communicator, Group, communicator, group_of
 from distpatch.guidance import check_mesh, on_all_ranks, split_guidance
 from distpatch.tensor import PatchTensor, gather
 from distpatch.tree import map_tensors
@@ -88,7 +88,7 @@ def parallelize_pipeline(
         check_mesh(halves)
         ranks = sorted(halves.mesh.flatten().tolist())
         whole_world = len(ranks) == dist.get_world_size()
-        everyone = dist.group.WORLD if whole_world else dist.new_group(ranks, use_local_synchronization=True)
+        everyone = dist.group.WORLD if whole_world else group_of(ranks)
     with ExitStack() as undo:
         for name in named:
             model = getattr(pipe, name)

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distpatch import devices
 from distpatch.collectives import stack_ranks, sum_partials
 from distpatch.errors import RankError
 from distpatch.exchange import fetch_rows, post
-from distpatch.group import GRACE, Communicator, Group, Pretended, communicator
+from distpatch.group import Communicator, Group, communicator
 from distpatch.layout import even_bounds
+from distpatch.meeting import GRACE
+from distpatch.transport import Batch
 
 SIZES = (1, 1000, *[1 << 20] * 3, *[1] * 5)  # elements of fp32 in a message; the last ones for rate and latency
 LONGEST = max(SIZES)
@@ -93,15 +96,16 @@ def self_test(group: Group, *, fallback: bool = True) -> SelfTest:
     """
     comm = communicator(group, connect=False)
     report = SelfTest(comm.size)
-    if comm.size == 1 or isinstance(comm, Pretended):
+    if comm.size == 1 or comm.group is None:  # alone, or pretended
         return report
     _, missing = comm.meet({}, comm.timeout)
     if missing:
         report.absent, report.faults = missing, _absent(comm, missing, "start", comm.timeout)
         return report
     tested = _Tester(comm, report)
-    if tested.run("set-up", tested.connect):
-        _test_all(tested, fallback)
+    with devices.current(tested.device):
+        if tested.run("set-up", tested.connect):
+            _test_all(tested, fallback)
     if report.by_collectives:
         warnings.warn(
             f"point-to-point transfers are broken in this group of {comm.size} ranks ({report.faults[0]}). Its rows "
@@ -136,8 +140,9 @@ class _Tester:
     """Runs one test after the other on this rank, and shares what all ranks found after each."""
 
     def __init__(self, comm: Communicator, report: SelfTest) -> None:
+        assert comm.group is not None
         self.comm, self.report = comm, report
-        self.device = _device(comm)
+        self.device = comm.device or devices.choose(comm.group, None)
         self.link: Link | None = None
 
     def run(self, test: str, body: Callable[[], list[Fault]]) -> bool:
@@ -174,7 +179,7 @@ class _Tester:
         return True
 
     def connect(self) -> list[Fault]:
-        self.comm.connect()
+        self.comm.connect(self.device)
         return []
 
     def pair(self, partner: int | None) -> list[Fault]:
@@ -186,8 +191,9 @@ class _Tester:
             sent = _known(comm.rank, partner, numel, self.device)
             landed = torch.full_like(sent, -1)
             started = time.perf_counter()
+            batch = Batch("self-test", [partner], [sent], [partner], [landed], self.device)
             try:
-                post(comm, "self-test", [partner], [sent], [partner], [landed])
+                post(comm, batch)
                 self._await(landed, partner)
             except RankError as error:
                 return [Fault(test, partner, comm.rank, str(error))]
@@ -298,12 +304,3 @@ def _difference(landed: Tensor, sent: Tensor) -> str:
     return (
         f"{len(wrong)} of {sent.numel()} elements are wrong; element {place} was sent as {was:g} and came as {came:g}"
     )
-
-
-def _device(comm: Communicator) -> torch.device:
-    """Where the group's transfers run: the GPU of this process, or the CPU."""
-    assert comm.group is not None
-    types = {device.type for device in comm.group._device_types}
-    if "cuda" in types and comm.group._get_backend(torch.device("cuda")).name() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

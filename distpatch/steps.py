@@ -241,7 +241,7 @@ def lane_of(comm: Communicator) -> Communicator:
     lane = comm.lane
     if lane is None or lane.serves != comm.name:
         lane = Communicator(comm.group)
-        lane.connect()
+        lane.connect(comm.device)
         lane.serves = comm.name
         comm.lane = lane
     lane.call = comm.call  # under which the ranks leave their notes

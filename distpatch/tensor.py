@@ -218,7 +218,7 @@ class PatchTensor(torch.Tensor):
         ``bounds[r]:bounds[r + 1]``. Without bounds the ranks tell each other their row counts. Raises
         ``LayoutError`` where the rows do not fit the bounds, ``RankError`` where the other dims differ.
         """
-        comm = communicator(group)
+        comm = communicator(group, local.device)
         dim = check_dim(local, dim)
         if bounds is None:
             others = [size for d, size in enumerate(local.shape) if d != dim]
@@ -282,7 +282,7 @@ def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] 
     ``tensor``: the same full value on every rank, for example (B, C, H, W). Returns a PatchTensor of
     the same (global) shape. Raises ``LayoutError`` for a dim or bounds that do not fit it.
     """
-    comm = communicator(group)
+    comm = communicator(group, tensor.device)
     dim = check_dim(tensor, dim)
     layout = _layout(comm, dim, bounds, tensor.shape[dim])
     return shard_in(Region(comm), tensor, layout)

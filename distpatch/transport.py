@@ -10,6 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -99,10 +100,14 @@ class PointToPoint(Transport):
             return []
         pg, peers = self.pg, [*batch.source, *batch.to]
         ops = [
-            *(dist.P2POp(dist.irecv, as_bytes(t), pg, group_peer=p) for p, t in zip(batch.source, batch.landing)),
-            *(dist.P2POp(dist.isend, as_bytes(t), pg, group_peer=p) for p, t in zip(batch.to, batch.outgoing)),
+            *(dist.P2POp(dist.irecv, as_bytes(t), group=pg, group_peer=p) for p, t in zip(batch.source, batch.landing)),
+            *(dist.P2POp(dist.isend, as_bytes(t), group=pg, group_peer=p) for p, t in zip(batch.to, batch.outgoing)),
         ]
-        works = dist.batch_isend_irecv(ops)
+        try:
+            works = dist.batch_isend_irecv(ops)
+        except BaseException:
+            _end_batch(pg, batch.device)
+            raise
         named: Sequence[int | None] = peers if len(works) == len(peers) else [None] * len(works)
         return list(zip(works, named, strict=True))
 
@@ -121,6 +126,20 @@ class PointToPoint(Transport):
         everyone = tensor.new_empty((pg.size(), *tensor.shape))
         dist.all_gather_single(as_bytes(everyone.view(-1)), as_bytes(tensor.view(-1)), group=pg)
         return everyone
+
+
+def _end_batch(pg: dist.ProcessGroup, device: torch.device) -> None:
+    """End what an exception inside a batch left open, and what of it is under way.
+
+    torch does not: the thread's next calls of this group would return and do nothing, and NCCL's of any group
+    would be queued and never run.
+    """
+    c10d._world.pg_coalesce_state.pop(pg, None)
+    backend = pg._get_backend(device)
+    if backend.supports_coalescing:
+        for end in (partial(pg._end_coalescing, device), backend.abort):
+            with contextlib.suppress(Exception):  # the first one is what is told
+                end()
 
 
 class Staged(Transport):
@@ -176,7 +195,7 @@ def between(pg: dist.ProcessGroup, device: torch.device) -> Transport:
     Raises ``RankError`` where the group has no backend for them, and none for the CPU that they can go by.
     """
     direct = PointToPoint(pg)
-    if backend_name(pg, device) not in ("", "gloo") or device.type == "cpu" and backend_name(pg, device):
+    if backend_name(pg, device) not in ("" if device.type == "cpu" else "gloo", ""):
         return direct
     if device.type != "cpu" and backend_name(pg, torch.device("cpu")):
         return Staged(direct)

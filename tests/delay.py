@@ -5,53 +5,65 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import dataclass, replace
 
-import torch.distributed as dist
+from torch import Tensor
 
-from distpatch import collectives, exchange
+from distpatch.transport import Batch, Transport, Work, Works, between, using
 
 
+@dataclass
 class Late:
-    """A ``Work`` that ends at ``due`` at the earliest; what it receives is not there before it was waited for."""
+    """A ``Work`` that ends at ``due`` at the earliest."""
 
-    def __init__(self, op: Any, due: float) -> None:
-        self.due, self.to, self.tensor = due, op.tensor, op.tensor
-        if op.op is dist.irecv:
-            self.tensor = op.tensor = op.tensor.clone()
-        self.work: Any = None
+    due: float
+    work: Work
 
     def wait(self) -> None:
         self.work.wait()
         time.sleep(max(self.due - time.perf_counter(), 0))
-        if self.tensor is not self.to:
-            self.to.copy_(self.tensor)
+
+
+@dataclass
+class Landed:
+    """What was received is not there before it was waited for."""
+
+    to: list[Tensor]
+    landed: list[Tensor]
+
+    def wait(self) -> None:
+        for place, message in zip(self.to, self.landed, strict=True):
+            place.copy_(message)
+
+
+class Delayed(Transport):
+    """Messages take longer from when they are posted, collectives from when they are called."""
+
+    def __init__(self, inner: Transport, delay_s: float) -> None:
+        self.inner, self.delay_s = inner, delay_s
+
+    def start(self, batch: Batch) -> Works:
+        due = time.perf_counter() + self.delay_s
+        landing = [message.clone() for message in batch.landing]
+        works = self.inner.start(replace(batch, landing=landing))
+        return [*((Late(due, work), peer) for work, peer in works), (Landed(list(batch.landing), landing), None)]
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        with self._late():
+            self.inner.all_reduce(tensor)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        with self._late():
+            return self.inner.all_gather(tensor)
+
+    @contextlib.contextmanager
+    def _late(self) -> Iterator[None]:
+        due = time.perf_counter() + self.delay_s
+        yield
+        time.sleep(max(due - time.perf_counter(), 0))
 
 
 @contextlib.contextmanager
 def delayed(delay_s: float) -> Iterator[None]:
-    """Of messages, from when they are posted; of collectives, from when they are called."""
-
-    def batch(ops: list[Any]) -> list[Late]:
-        due = time.perf_counter() + delay_s
-        late = [Late(op, due) for op in ops]
-        for one, work in zip(late, dist.batch_isend_irecv(ops), strict=True):
-            one.work = work
-        return late
-
-    def collective(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> None:
-            due = time.perf_counter() + delay_s
-            getattr(dist, name)(*args, **kwargs)
-            time.sleep(max(due - time.perf_counter(), 0))
-
-        return call
-
-    names = ("all_reduce", "all_gather_single")
-    exchange.dist = SimpleNamespace(isend=dist.isend, irecv=dist.irecv, P2POp=dist.P2POp, batch_isend_irecv=batch)
-    collectives.dist = SimpleNamespace(**{name: collective(name) for name in names})
-    try:
+    with using(lambda pg, device: Delayed(between(pg, device), delay_s)):
         yield
-    finally:
-        exchange.dist = collectives.dist = dist

@@ -13,14 +13,11 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
-import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from distpatch import exchange
+from distpatch.transport import Batch, PointToPoint, Works, using
 
 Pair = tuple[str, int, int]  # (group name, from, to)
 
@@ -32,20 +29,20 @@ class Message:
     meeting: Meeting
     is_send: bool
     tensor: Tensor
-    group: dist.ProcessGroup
-    group_peer: int
+    group_name: str
+    rank: int
+    peer: int
     error: str = ""
     ended: bool = field(default=False, init=False)
 
     @property
     def pair(self) -> Pair:
-        rank = self.group.rank()
-        ends = (rank, self.group_peer) if self.is_send else (self.group_peer, rank)
-        return (self.group.group_name, *ends)
+        ends = (self.rank, self.peer) if self.is_send else (self.peer, self.rank)
+        return (self.group_name, *ends)
 
     def __str__(self) -> str:
         verb = "send to" if self.is_send else "receive from"
-        return f"rank {self.group.rank()}'s {verb} rank {self.group_peer} ({self.tensor.nbytes} bytes)"
+        return f"rank {self.rank}'s {verb} rank {self.peer} ({self.tensor.nbytes} bytes)"
 
     def wait(self) -> None:
         self.meeting.wait(self)
@@ -60,7 +57,7 @@ class Meeting:
         self.waiting: dict[tuple[Pair, bool], deque[Message]] = defaultdict(deque)
 
     def start(self, batch: list[Message]) -> list[Message]:
-        peers = [(message.group_peer, message.is_send) for message in batch]
+        peers = [(message.peer, message.is_send) for message in batch]
         assert len(set(peers)) == len(peers), "NCCL has no tags: one message to a peer in a batch"
         with self.changed:
             for message in batch:
@@ -90,16 +87,25 @@ class Meeting:
             raise RuntimeError(message.error)
 
 
+class Strict(PointToPoint):
+    """Messages meet in memory; collectives are the group's own."""
+
+    def __init__(self, meeting: Meeting, pg: dist.ProcessGroup) -> None:
+        super().__init__(pg)
+        self.meeting = meeting
+        self.ends = pg.group_name, pg.rank()
+
+    def start(self, batch: Batch) -> Works:
+        assert all(tensor.is_contiguous() and tensor.ndim == 1 for tensor in (*batch.landing, *batch.outgoing))
+        ends = [(False, *end) for end in zip(batch.landing, batch.source, strict=True)]
+        ends += [(True, *end) for end in zip(batch.outgoing, batch.to, strict=True)]
+        messages = [Message(self.meeting, sends, t.detach(), *self.ends, peer) for sends, t, peer in ends]
+        return [(message, message.peer) for message in self.meeting.start(messages)]
+
+
 @contextlib.contextmanager
 def rendezvous(timeout: float = 10.0) -> Iterator[None]:
     """Rows move over the strict transport while the context is open."""
     meeting = Meeting(timeout)
-
-    def p2p_op(op: Any, tensor: Tensor, group: dist.ProcessGroup, group_peer: int) -> Message:
-        assert tensor.is_contiguous() and tensor.ndim == 1
-        return Message(meeting, op is dist.isend, tensor.detach(), group, group_peer)
-
-    transport = SimpleNamespace(isend=dist.isend, irecv=dist.irecv, P2POp=p2p_op, batch_isend_irecv=meeting.start)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "dist", transport)
+    with using(lambda pg, device: Strict(meeting, pg)):
         yield

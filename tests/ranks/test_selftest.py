@@ -7,8 +7,8 @@ import itertools
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,37 +17,32 @@ import torch.distributed as dist
 from torch import nn
 
 import distpatch
-from distpatch import exchange
 from distpatch.selftest import SelfTest, rounds
+from distpatch.transport import Batch, PointToPoint, Works, using
 from tests.threads import rank_outcomes, run_ranks
 
 
-class Fake:
-    """A piece of work that ends at once, and does nothing."""
-
-    def wait(self) -> None:
-        pass
-
-
-@contextmanager
-def faulty(sender: int, receiver: int, kind: str, nth: int = 0) -> Iterator[None]:
+class Faulty(PointToPoint):
     """The backend corrupts, or loses, message ``nth`` and all later ones of one pair of ranks."""
+
+    def __init__(self, pg: dist.ProcessGroup, ends: tuple[int, int], kind: str, nth: int, counted: Any) -> None:
+        super().__init__(pg)
+        self.ends, self.kind, self.nth, self.counted = ends, kind, nth, counted
+
+    def start(self, batch: Batch) -> Works:
+        outgoing = list(batch.outgoing)
+        for index, peer in enumerate(batch.to):
+            if (self.pg.rank(), peer) == self.ends and next(self.counted) >= self.nth:
+                if self.kind == "lost":  # neither side may wait for the other's end
+                    return []
+                outgoing[index] = outgoing[index].clone()
+                outgoing[index][outgoing[index].numel() // 2] += 1
+        return super().start(replace(batch, outgoing=outgoing))
+
+
+def faulty(sender: int, receiver: int, kind: str, nth: int = 0) -> AbstractContextManager[None]:
     counted = itertools.count()
-
-    def batch(ops: list[Any]) -> list[Any]:
-        for op in ops:
-            ends = (dist.get_rank(), op.group_peer)
-            if op.op is dist.isend and ends == (sender, receiver) and next(counted) >= nth:
-                if kind == "lost":  # another message instead: neither side may wait for the other's end
-                    return [Fake() for _ in ops]
-                op.tensor = op.tensor.clone()
-                op.tensor[op.tensor.numel() // 2] += 1
-        return dist.batch_isend_irecv(ops)
-
-    transport = SimpleNamespace(isend=dist.isend, irecv=dist.irecv, P2POp=dist.P2POp, batch_isend_irecv=batch)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "dist", transport)
-        yield
+    return using(lambda pg, device: Faulty(pg, (sender, receiver), kind, nth, counted))
 
 
 @pytest.fixture(autouse=True)
@@ -116,21 +111,19 @@ def test_a_rank_that_stops_half_way_is_named() -> None:
     """Its partner waits for a message, and comes late to tell; it is not blamed."""
     released = threading.Event()
 
-    def batch(ops: list[Any]) -> list[Any]:
-        if dist.get_rank() == 2:
-            released.wait(30)
-            raise RuntimeError("stopped")
-        return dist.batch_isend_irecv(ops)
-
-    transport = SimpleNamespace(isend=dist.isend, irecv=dist.irecv, P2POp=dist.P2POp, batch_isend_irecv=batch)
+    class Stops(PointToPoint):
+        def start(self, batch: Batch) -> Works:
+            if dist.get_rank() == 2:
+                released.wait(30)
+                raise RuntimeError("stopped")
+            return super().start(batch)
 
     def body(rank: int) -> SelfTest:
         report = distpatch.self_test(dist.group.WORLD)
         released.set()
         return report
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "dist", transport)
+    with using(lambda pg, device: Stops(pg)):
         reports = rank_outcomes(3, body, timeout=1)
     for rank in (0, 1):
         absent = {(f.sender, f.receiver) for f in reports[rank].faults if "no answer" in f.problem}
@@ -170,18 +163,18 @@ def test_no_fallback_where_it_is_not_wanted() -> None:
     assert not reports[0].ok and not reports[0].by_collectives
 
 
-def test_a_wrong_collective_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_collective_is_named() -> None:
     """Then nothing can take the place of point to point."""
-    from distpatch import collectives
 
-    def all_gather(everyone: torch.Tensor, own: torch.Tensor, group: Any) -> None:
-        dist.all_gather_single(everyone, own, group=group)
-        if dist.get_rank() == 0:
-            everyone[own.numel()] += 1  # of what rank 1 sent
+    class Wrong(Faulty):
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            everyone = super().all_gather(tensor)
+            if dist.get_rank() == 0:
+                everyone[1].view(-1)[0] += 1  # of what rank 1 sent
+            return everyone
 
-    transport = SimpleNamespace(all_reduce=dist.all_reduce, all_gather_single=all_gather)
-    monkeypatch.setattr(collectives, "dist", transport)
-    with faulty(0, 1, "corrupted"):
+    counted = itertools.count()
+    with using(lambda pg, device: Wrong(pg, (0, 1), "corrupted", 0, counted)):
         reports = run_ranks(2, check)
     assert {(f.test, f.sender, f.receiver) for f in reports[1].faults} == {
         ("point to point", 0, 1),

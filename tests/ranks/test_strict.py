@@ -15,6 +15,7 @@ import distpatch
 from distpatch import exchange
 from distpatch.exchange import fetch_rows
 from distpatch.group import communicator
+from distpatch.transport import Batch
 from tests.models import on_ranks, tiny_kl
 from tests.oracle import assert_same, random_tensor
 from tests.strict import rendezvous
@@ -98,7 +99,8 @@ def post(rank: int, verbs: str, sizes: tuple[int, ...] = (1, 1)) -> None:
     for verb, size in zip(verbs, sizes, strict=True):
         to, source = ([1 - rank], []) if verb == "s" else ([], [1 - rank])
         tensors = [torch.zeros(size)]
-        exchange.post(comm, "test", to, tensors * len(to), source, tensors * len(source))
+        batch = Batch("test", to, tensors * len(to), source, tensors * len(source), torch.device("cpu"))
+        exchange.post(comm, batch)
 
 
 def test_crossed_sends_are_a_deadlock() -> None:
