@@ -122,7 +122,9 @@ def transfer(comm: Communicator, op: str, sends: Parts, recvs: Parts, device: to
 
 def post(comm: Communicator, batch: Batch) -> None:
     """Exchange messages; returns when they landed (on a GPU: for the stream that computes). Raises ``RankError``."""
-    transport = comm.transport(batch.device)
+    if comm.size == 1:
+        return
+    transport = comm.transport(batch.device)  # on ranks with no message too: the first time is collective
     if transport.collective:  # records what it sends itself
         start(comm, batch).wait()
     elif not batch.empty:

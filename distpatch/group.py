@@ -257,7 +257,8 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
     store = c10d.PrefixStore(f"distpatch/{'_'.join(map(str, ranks))}", world.get_group_store())
     meeting = Meeting(store, ranks.index(dist.get_rank()), len(ranks), process_groups.timeout_of(world))
     answers = meeting.agree("set-up of a group", str(list(ranks)), {"groups": process_groups.known()})
-    return process_groups.by_members(ranks, [int(str(answer["groups"])) for answer in answers])
+    counts = [int(str(answer["groups"])) for answer in answers]
+    return process_groups.by_members(ranks, counts, timeout=meeting.timeout)
 
 
 def communicator_of(name: str) -> Communicator:

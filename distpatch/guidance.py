@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distpatch.collectives import stack_ranks
 from distpatch.convert import convert_model, is_image
 from distpatch.errors import LayoutError
-from distpatch.group import Communicator, communicator
+from distpatch.group import Communicator, communicator, group_of
 from distpatch.layout import RowLayout
 from distpatch.tensor import PatchTensor, Region
 from distpatch.tree import map_tensors, tensors_in
@@ -24,7 +24,7 @@ AXES = ("guidance", "rows")
 
 
 def guidance_mesh(group: dist.ProcessGroup | None = None) -> DeviceMesh:
-    """A mesh ("guidance", "rows") of 2 × N/2 of a group's N ranks; all ranks of the world call it.
+    """A mesh ("guidance", "rows") of 2 × N/2 of a group's N ranks; all of them call it.
 
     Ranks 2r and 2r + 1 of the group hold the same rows, one in each half: what the halves denoised is then
     shared by neighbours, and the two split those rows between them for whatever runs on all ranks. Raises
@@ -37,7 +37,10 @@ def guidance_mesh(group: dist.ProcessGroup | None = None) -> DeviceMesh:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     served = {device.type for device in group._device_types}  # type: ignore[union-attr]
     device_type = accelerator.type if accelerator is not None and accelerator.type in served else "cpu"
-    return DeviceMesh(device_type, torch.tensor(ranks).view(-1, 2).t(), mesh_dim_names=AXES)
+    mesh = torch.tensor(ranks).view(-1, 2).t()
+    half, place = (mesh == dist.get_rank()).nonzero()[0].tolist()
+    groups = [group_of(mesh[:, place].tolist()), group_of(mesh[half].tolist())]
+    return DeviceMesh.from_group(groups, device_type, mesh, mesh_dim_names=AXES)
 
 
 def split_guidance(model: M, mesh: DeviceMesh, **options: Any) -> M:

@@ -24,13 +24,16 @@ WARNINGS = ["error", "ignore::DeprecationWarning", "ignore::FutureWarning:(torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--forced", action="store_true", help="lazy rows of any size, three patches (tests/forced.py)")
+    parser.addoption("--staged", action="store_true", help="all tensors go through other memory (tests/staged.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from tests import forced
+    from tests import forced, staged
 
     if config.getoption("--forced"):
         forced.apply()
+    if config.getoption("--staged"):
+        staged.apply()
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 
