@@ -38,8 +38,9 @@ def _own_gpu() -> torch.device:
     """The GPU that the program has set, else the one of torchrun's LOCAL_RANK."""
     if torch.cuda.is_initialized() and torch.cuda.current_device() != 0:
         return torch.device("cuda", torch.cuda.current_device())
-    local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    local_rank = os.environ.get("LOCAL_RANK")
+    place = dist.get_rank() if local_rank is None else int(local_rank)
+    return torch.device("cuda", place % torch.cuda.device_count())
 
 
 def of_model(model: nn.Module) -> torch.device | None:

@@ -285,7 +285,8 @@ def attempt(comm: Communicator, what: str, wait: Callable[[], T], peer: int | No
         raise
     except Exception as error:
         blamed = f"rank {peer}" if peer is not None else "another rank"
-        comm.leave_broken(f"waited for {blamed} in vain")
+        said = "" if peer is not None else f" ({type(error).__name__}: {error})"  # it may be this rank's own fault
+        comm.leave_broken(f"waited for {blamed} in vain{said}")
         others = [rank for rank in range(comm.size) if rank != comm.rank] if peer is None else [peer]
         try:
             if peer is None and (silent := comm.silent()):  # a collective does not say who is missing
