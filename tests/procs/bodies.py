@@ -42,16 +42,25 @@ def subgroup(rank: int, members: list[int]) -> Tensor | None:
         return model.decode(random_tensor((1, 4, 7, 5))).sample
 
 
-def mismatch(rank: int) -> tuple[str, Tensor]:
+def one_gpu_for_all(rank: int) -> str:
+    """A model that every rank has put on the first GPU."""
+    try:
+        distpatch.convert_model(tiny_kl().to("cuda:0"), dist.group.WORLD)
+    except distpatch.RankError as error:
+        return str(error)
+    return "no error"
+
+
+def mismatch(rank: int, device: str = "cpu") -> tuple[str, Tensor]:
     """A call with other shapes on one rank, then a proper one."""
-    model = distpatch.convert_model(tiny_kl(), dist.group.WORLD)
+    model = distpatch.convert_model(tiny_kl().to(device), dist.group.WORLD)
     message = ""
     with torch.no_grad():
         try:
-            model.decode(random_tensor((1, 4, 7 + (rank == 1), 5)))
+            model.decode(random_tensor((1, 4, 7 + (rank == 1), 5)).to(device))
         except distpatch.RankError as error:
             message = str(error)
-        return message, model.decode(random_tensor((1, 4, 7, 5))).sample
+        return message, model.decode(random_tensor((1, 4, 7, 5)).to(device)).sample.cpu()
 
 
 def dies(rank: int, victim: int, block: str) -> str:

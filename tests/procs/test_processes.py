@@ -100,7 +100,23 @@ def test_round_trip_over_nccl(nccl: Pool) -> None:
 
 
 @gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no CUDA device")
+def test_round_trip_on_one_gpu_over_gloo(pool: Pool) -> None:
+    """gloo takes no tensors of a GPU: they go through the CPU's memory, and the ranks may share the GPU."""
+    assert_right(pool.run(2, bodies.round_trip, "cuda", timeout=120), 1e-10)
+
+
+@gpu
+@needs_gpus
+def test_two_ranks_on_one_gpu_over_nccl(nccl: Pool) -> None:
+    """They are told before NCCL sees it, and their own GPUs work after that."""
+    for message in nccl.run(2, bodies.one_gpu_for_all):
+        assert "ranks 0 and 1 use one GPU, cuda:0" in message and "torch.cuda.set_device" in message
+    assert_right(nccl.run(2, bodies.round_trip, "cuda", timeout=120), 1e-10)
+
+
+@gpu
 @needs_gpus
 def test_different_shapes_over_nccl(nccl: Pool) -> None:
-    for message, _ in nccl.run(2, bodies.mismatch):
+    for message, _ in nccl.run(2, bodies.mismatch, "cuda"):
         assert "called differently" in message
