@@ -216,12 +216,29 @@ def _buckets(grads: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor
 class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, *pieces: Tensor) -> Tensor:
-        ctx.count = len(pieces)
+        ctx.shapes = [piece.shape for piece in pieces]
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, *[None] * ctx.count
+        if torch.is_grad_enabled() and grad.requires_grad:
+            return grad, *_Nothing.apply(ctx.shapes, grad)
+        return grad, *[None] * len(ctx.shapes)
+
+
+class _Nothing(torch.autograd.Function):
+    """Zeros of some shapes which, for autograd, depend on all the tensors: its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: Sequence[torch.Size], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shapes = [tensor.shape for tensor in tensors]
+        return tuple(tensors[0].new_zeros(()).expand(shape) for shape in shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
+            return None, *_Nothing.apply(ctx.shapes, *grads)
+        return None, *[None] * len(ctx.shapes)
 
 
 class _Together(torch.autograd.Function):
