@@ -223,7 +223,7 @@ def over_rows(
     else:
         start, stop = stencil.need(0, 1)
         result = compute(slab.blank(stop - start), start, 0, 1)
-        result = map_tensors(lambda t: t.narrow(slab.dim, 0, 0), result)
+        result = none_of(result, slab.dim)
     return map_tensors(lambda t: wrap(t, x, layout), result)
 
 
@@ -341,15 +341,24 @@ def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:
     return shard_in(region_of.region, tensor, layout)
 
 
-def on_some_rows(fn: Callable[[Tensor], Any], rows: Tensor, dim: int, least: int = 1) -> Any:
+def on_some_rows(
+    fn: Callable[[Tensor], Any], rows: Tensor, dim: int, least: int = 1, out_dim: int | None = None
+) -> Any:
     """``fn(rows)``, one tensor or several; where there are none, of ``least`` blank rows, and none is kept.
 
-    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph.
+    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
+    as on other ranks, so that derivatives of any order reach the same exchanges. ``out_dim``: that of the result's
+    rows, if another.
     """
     if rows.shape[dim] > 0:
         return fn(rows)
     blank = rows.new_zeros([least if d == dim else n for d, n in enumerate(rows.shape)])
-    return map_tensors(lambda t: t.narrow(dim, 0, 0), fn(torch.cat([rows, blank], dim)))
+    return none_of(fn(torch.cat([rows, blank], dim)), dim if out_dim is None else out_dim)
+
+
+def none_of(result: Any, dim: int) -> Any:
+    """No rows of one tensor or several; no view, so that a write to them is recorded as on other ranks."""
+    return map_tensors(lambda t: t.narrow(dim, 0, 0).clone(), result)
 
 
 def per_dim(value: Any, spatial: int) -> tuple[Any, ...]:
