@@ -365,6 +365,17 @@ def on_some_rows(
     return none_of(fn(torch.cat([rows, blank], dim)), dim if out_dim is None else out_dim)
 
 
+def written(x: PatchTensor) -> PatchTensor:
+    """A tensor whose rows were written to. Where there are none and they are a view, they are taken from it anew:
+
+    the derivative of what autograd puts in a written view's place is cut off in torch where the view is empty.
+    """
+    base = x.local._base
+    if base is not None and x.local.numel() == 0 and x.local.requires_grad:
+        x.local = base.reshape(-1).narrow(0, 0, 0).view(x.local.shape)
+    return x
+
+
 def none_of(result: Any, dim: int) -> Any:
     """No rows of one tensor or several; no view, so that a write to them is recorded as on other ranks."""
     return map_tensors(lambda t: t.narrow(dim, 0, 0).clone(), result)
