@@ -113,6 +113,16 @@ def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
     return _Stack.apply(tensor, name, op) if name else tensor.unsqueeze(0)
 
 
+def _alias(tensor: Tensor) -> Tensor:
+    """The same tensor for autograd to give another node, with its strides.
+
+    ``view_as`` gives dims of size 1 others, with which torch's gradient of a grouped convolution's weight is wrong
+    (channels_last, a batch of one; seen in 2.13 on a CPU).
+    """
+    result: Tensor = torch.ops.aten.alias.default(tensor)
+    return result
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None) -> Tensor:
@@ -169,7 +179,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, name: str) -> Tensor:
         ctx.name = name
-        return tensor.view_as(tensor)
+        return _alias(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -181,7 +191,7 @@ class _SpreadAll(torch.autograd.Function):
     def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
         ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(_alias(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -217,7 +227,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, *pieces: Tensor) -> Tensor:
         ctx.shapes = [piece.shape for piece in pieces]
-        return rows.view_as(rows)
+        return _alias(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -244,7 +254,7 @@ class _Nothing(torch.autograd.Function):
 class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(_alias(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -267,7 +277,7 @@ class _ShareOut(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(shares)
         ctx.name = name
-        return value.view_as(value)
+        return _alias(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
