@@ -112,6 +112,16 @@ def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
     return _Stack.apply(tensor, name, op) if name else tensor.unsqueeze(0)
 
 
+def _alias(tensor: Tensor) -> Tensor:
+    """The same tensor for autograd to give another node, with its strides.
+
+    ``view_as`` gives dims of size 1 others, with which torch's gradient of a grouped convolution's weight is wrong
+    (channels_last, a batch of one; seen in 2.13 on a CPU).
+    """
+    result: Tensor = torch.ops.aten.alias.default(tensor)
+    return result
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None) -> Tensor:
@@ -168,7 +178,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, name: str) -> Tensor:
         ctx.name = name
-        return tensor.view_as(tensor)
+        return _alias(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,7 +190,7 @@ class _SpreadAll(torch.autograd.Function):
     def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
         ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(_alias(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -215,18 +225,35 @@ def _buckets(grads: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor
 class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, *pieces: Tensor) -> Tensor:
-        ctx.count = len(pieces)
-        return rows.view_as(rows)
+        ctx.shapes = [piece.shape for piece in pieces]
+        return _alias(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, *[None] * ctx.count
+        if torch.is_grad_enabled() and grad.requires_grad:
+            return grad, *_Nothing.apply(ctx.shapes, grad)
+        return grad, *[None] * len(ctx.shapes)
+
+
+class _Nothing(torch.autograd.Function):
+    """Zeros of some shapes which, for autograd, depend on all the tensors: its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: Sequence[torch.Size], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shapes = [tensor.shape for tensor in tensors]
+        return tuple(tensors[0].new_zeros(()).expand(shape) for shape in shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
+            return None, *_Nothing.apply(ctx.shapes, *grads)
+        return None, *[None] * len(ctx.shapes)
 
 
 class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(_alias(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -249,7 +276,7 @@ class _ShareOut(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(shares)
         ctx.name = name
-        return value.view_as(value)
+        return _alias(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -19,7 +19,7 @@ from distpatch import rules as _rules
 from distpatch.collectives import gather_rows, spread_all
 from distpatch.compiled import enter, enter_compiled, meet
 from distpatch.errors import DistPatchError, LayoutError
-from distpatch.group import Group, Pretended, communicator
+from distpatch.group import Communicator, Group, Pretended, communicator, is_dtensor
 from distpatch.known_faults import warn_of_known_faults
 from distpatch.rules.blocks import in_order
 from distpatch.tensor import PatchTensor, Region, on_rank0, whole
@@ -107,7 +107,7 @@ def convert_model(
     warn_of_known_faults(model)
     comm = communicator(group, devices.of_model(model))
     if comm.size > 1 and not isinstance(comm, Pretended):
-        comm.agree("convert_model", _identity(model, splits, sequential, dim, output, fallback))
+        comm.agree("convert_model", _identity(model, comm, splits, sequential, dim, output, fallback))
     region = Region(
         comm,
         splits,
@@ -176,10 +176,11 @@ def _tiles(model: Any, allowed: bool) -> str | None:
     )
 
 
-def _identity(model: nn.Module, *options: Any) -> str:
+def _identity(model: nn.Module, comm: Communicator, *options: Any) -> str:
     """What must be the same on all ranks: class, options, parameter shapes, and a sample of their bits.
 
-    Ranks that built a model from different seeds would each compute rows of another picture.
+    Ranks that built a model from different seeds would each compute rows of another picture. Of a DTensor (FSDP2)
+    ranks of its own mesh hold parts, which differ.
     """
     digest = hashlib.sha256()
     sums = []
@@ -187,6 +188,11 @@ def _identity(model: nn.Module, *options: Any) -> str:
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if is_dtensor(tensor):
+            digest.update(str(tensor.placements).encode())
+            if comm.shares_ranks(tensor.device_mesh.mesh.flatten().tolist()):
+                continue
+            tensor = tensor.to_local()
         if tensor.device.type != "meta" and tensor.numel() and not isinstance(tensor, PatchTensor):
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(flat.numel() // SAMPLED, 1)].contiguous().view(torch.uint8)
@@ -301,11 +307,14 @@ def _problem(what: str, args: Any, kwargs: Any, state: _Conversion) -> str | Non
 
 
 def _region(state: _Conversion, model: Any) -> Region:
-    """The region of one call: where gradients are wanted, with stand-ins for the model's parameters."""
+    """The region of one call: where gradients are wanted, with stand-ins for the model's parameters.
+
+    Those that FSDP2 keeps in parts are plain ones only inside the modules that gather them, and are spread there.
+    """
     name = state.region.comm.name
     if not (name and torch.is_grad_enabled() and isinstance(model, nn.Module)):
         return state.region
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad and not is_dtensor(p)]
     stand_ins = spread_all(parameters, name) if parameters else []
     pairs = zip(parameters, stand_ins, strict=True)
     return replace(state.region, replicas={id(parameter): (parameter, other) for parameter, other in pairs})

@@ -162,6 +162,7 @@ def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> 
     start, stop, own = slab.own
     pad, step, dim = stencil.before, stencil.stride, slab.dim
     fits = pad == stencil.after and lo * step == start < stop and stop - start + 2 * pad >= stencil.span
+    fits = fits and stop - start >= stencil.dilation  # no window has only padding: the index of a maximum would be none
     if not fits or stencil.out_rows(stop - start) != hi - lo:
         return _copied(conv, slab, stencil, lo, hi)
     top = min(ceil_div(start + pad, step), hi) if start > 0 else lo

@@ -62,24 +62,26 @@ def check(
     p2p: int | None = None,
     channels_last: bool = False,
     tolerance: float = TOLERANCE,
+    order: int = 1,
 ) -> None:
     """Compare ``fn`` on sharded tensors with ``fn`` on plain ones.
 
     ``inputs``: shapes, in which ``H`` stands for the rows, or functions from the rows to a tensor;
     ``sharded``: how many of them, from the first, are sharded along ``dim``. ``fallback``: the operation
     that is expected to be gathered (None: none may be). ``p2p``: the most point-to-point batches that
-    one forward pass may take where all inputs have the same bounds.
+    one forward pass may take where all inputs have the same bounds. ``order``: of the highest derivatives
+    compared.
     """
     global compared
     runs = [(rows, _make(inputs, rows, channels_last)) for rows in heights]
-    expected = [run(fn, tensors, list, rows) for rows, tensors in runs]
+    expected = [run(fn, tensors, list, rows, order=order) for rows, tensors in runs]
     for world in worlds:
         layouts = [_layouts(rows, world, sharded, first=rows == heights[0]) for rows in heights]
 
         def body(rank: int) -> list[list[Result]]:
             group = dist.group.WORLD
             return [
-                [_sharded(fn, tensors, rows, group, dim, bounds, fallback, p2p) for bounds in layouts[i]]
+                [_sharded(fn, tensors, rows, group, dim, bounds, fallback, p2p, order) for bounds in layouts[i]]
                 for i, (rows, tensors) in enumerate(runs)
             ]
 
@@ -134,6 +136,7 @@ def _sharded(
     bounds: list[Bounds],
     fallback: str | None,
     p2p: int | None,
+    order: int,
 ) -> Result:
     def distribute(leaves: list[Tensor]) -> list[Tensor]:
         cut = [distpatch.shard(t, group, dim=dim, bounds=b) for t, b in zip(leaves, bounds, strict=False)]
@@ -141,7 +144,7 @@ def _sharded(
 
     with distpatch.trace() as t:
         same_bounds = len(set(bounds)) == 1
-        result = run(fn, tensors, distribute, rows, p2p if same_bounds else None)
+        result = run(fn, tensors, distribute, rows, p2p if same_bounds else None, order)
     gathered = {record.op for record in t.fallbacks}
     assert gathered == ({fallback} if fallback else set()), f"operations gathered: {gathered}"
     return result
@@ -153,19 +156,28 @@ def run(
     distribute: Callable[[list[Tensor]], list[Tensor]],
     rows: int,
     p2p: int | None = None,
+    order: int = 1,
 ) -> Result:
-    """Outputs (gathered) with and without autograd, and the gradient of every input."""
+    """Outputs (gathered) with and without autograd, and the gradient of every input, of each order."""
     leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
     with torch.no_grad(), distpatch.trace() as t:
         result = fn(*distribute([t.clone() for t in tensors]))
         assert p2p is None or t.count("p2p") <= p2p, f"more than {p2p} point-to-point batches:\n{t.table()}"
         inference = _whole(result)
     outputs = _whole(fn(*distribute(leaves)))
-    differentiable = [out for out in outputs if out.requires_grad]
-    if differentiable:
-        loss = sum((out * random_tensor(tuple(out.shape), seed=rows)).sum() for out in differentiable)
-        loss.backward()
-    return Result([out.detach() for out in outputs], [leaf.grad for leaf in leaves], inference)
+    below: list[Tensor | None] = []
+    found, wanted = list(outputs), [leaf for leaf in leaves if leaf.requires_grad]
+    for _ in range(order - 1):
+        loss = _loss([found_one.tanh() for found_one in found if found_one.requires_grad], rows)
+        found = [g for g in torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True) if g is not None]
+        below += [g.detach() for g in found]
+    if any(out.requires_grad for out in found):
+        _loss([out for out in found if out.requires_grad], rows).backward()
+    return Result([out.detach() for out in outputs], below + [leaf.grad for leaf in leaves], inference)
+
+
+def _loss(outputs: list[Tensor], seed: int) -> Tensor:
+    return torch.stack([(out * random_tensor(tuple(out.shape), seed=seed)).sum() for out in outputs]).sum()
 
 
 def _whole(result: Any) -> list[Tensor]:

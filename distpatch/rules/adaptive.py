@@ -35,6 +35,10 @@ def adaptive_avg_pool(func: Any, input: PatchTensor, output_size: Sizes) -> Any:
         return wrap(on_some_rows(lambda rows: func(rows, sizes), input.local, dim), input)
 
     def pool(rows: Tensor, rows_out: int) -> Tensor:
+        """Of one pixel torch takes the mean, which has other derivatives: never of what one rank alone may have."""
+        if math.prod(sizes) == sizes[axis]:
+            others = [d + (d > dim) for d in range(rows.ndim - len(sizes), rows.ndim) if d != dim]
+            return rows.unflatten(dim, (rows_out, -1)).mean([*others, dim + 1], True).squeeze(dim + 1)
         return func(rows, [rows_out if d == axis else n for d, n in enumerate(sizes)])
 
     if _small(parts):

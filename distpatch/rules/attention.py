@@ -18,7 +18,17 @@ from distpatch.rules.contraction import contract
 from distpatch.rules.fallback import fallback
 from distpatch.rules.matmul import batched
 from distpatch.rules.reduction import autocast, precise
-from distpatch.rules.registry import check_group, everything, needs_grad, on_some_rows, redistribute, rule, spread, wrap
+from distpatch.rules.registry import (
+    check_group,
+    everything,
+    needs_grad,
+    none_of,
+    on_some_rows,
+    redistribute,
+    rule,
+    spread,
+    wrap,
+)
 from distpatch.stencil import ceil_div
 from distpatch.tensor import PatchTensor, whole
 
@@ -61,14 +71,25 @@ def attention(
     out = [*max(labels, key=len)[:-2], "n", "e"]
     if any(isinstance(t, PatchTensor) and own[t.rows.dim] in out for t, own in zip(operands, labels)):
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-            return func(q, k, v, mask, 0.0, is_causal, scale=scale)
+        def attend(*mine: Tensor) -> Tensor:
+            q, k, v, *mask = map(_some, mine)
+            result = func(q, k, v, mask[0] if mask else None, 0.0, is_causal, scale=scale)
+            empty = [d - t.ndim for t in mine for d, n in enumerate(t.shape) if n == 0]
+            return none_of(result, empty[0]) if empty else result
 
         return contract(func, attend, operands, labels, out)
     lead = next(t for t in (query, key, value) if isinstance(t, PatchTensor))
     dtype = autocast(lead, partial(_one, func)).dtype
     with torch.autocast(query.device.type, enabled=False):
         return _by_parts(query, key, value, attn_mask, is_causal, scale).to(dtype)
+
+
+def _some(t: Tensor) -> Tensor:
+    """What an idle rank attends with: the kernel that torch chooses, and its derivatives, are those of other ranks."""
+    for d, n in enumerate(t.shape):
+        if n == 0:
+            t = torch.cat([t, t.new_ones([1 if e == d else m for e, m in enumerate(t.shape)])], d)
+    return t
 
 
 def _one(func: Any, number: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distpatch.layout import RowLayout
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import crop, named, part_of, rule, wrap
+from distpatch.rules.registry import crop, named, part_of, rule, wrap, written
 from distpatch.rules.views import copied
 from distpatch.stencil import ceil_div
 from distpatch.tensor import PatchTensor, whole
@@ -121,7 +121,7 @@ def triangle(func: Any, input: PatchTensor, diagonal: int = 0, *, out: Any = Non
         first = input.rows.interval(input.region.comm.rank)[0]
         diagonal += first if input.rows.dim == input.ndim - 2 else -first
     result = func(input.local, diagonal)
-    return input if result is input.local else wrap(result, input)
+    return written(input) if result is input.local else wrap(result, input)
 
 
 @rule(*named("tril_", "triu_"))

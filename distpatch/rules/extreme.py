@@ -13,7 +13,7 @@ from distpatch.rules.fallback import fallback
 from distpatch.rules.gathering import picked
 from distpatch.rules.pointwise import pointwise
 from distpatch.rules.reduction import Dims, kept, never_empty
-from distpatch.rules.registry import named, needs_grad, normalize_dims, op_name, rule, sum_ranks
+from distpatch.rules.registry import named, needs_grad, normalize_dims, on_some_rows, op_name, rule, sum_ranks
 from distpatch.tensor import PatchTensor
 
 
@@ -125,4 +125,7 @@ def _beside_rows(func: Any, input: PatchTensor, dim: int | None, args: Any, kwar
     if dim is None or dim % input.ndim == input.rows.dim:
         return fallback(func, input, *args, **kwargs)
     keepdim = kwargs.get("keepdim", next((a for a in args if type(a) is bool), False)) or not removes
-    return kept(input, func(input.local, *args, **kwargs), (dim % input.ndim,), keepdim)
+    gone = 0 if keepdim else dim % input.ndim < input.rows.dim
+    row = input.rows.dim
+    local = on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, row, out_dim=row - gone)
+    return kept(input, local, (dim % input.ndim,), keepdim)

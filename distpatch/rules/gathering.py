@@ -13,7 +13,7 @@ from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import never_empty
-from distpatch.rules.registry import fetch, named, op_name, own_rows, redistribute, rule, spread, sum_ranks, wrap
+from distpatch.rules.registry import fetch, named, on_some_rows, op_name, own_rows, redistribute, rule, spread, sum_ranks, wrap, written
 from distpatch.tensor import PatchTensor, whole
 
 
@@ -108,7 +108,7 @@ def scatter(func: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, 
     if isinstance(value, Tensor) and value.ndim:
         value = own_rows(slice_dim(value, row, slice(0, index.shape[row])), input, back, func)
     result = func(input.local, at, own_rows(index, input, back, func), value, *args, **kwargs)
-    return input if result is input.local else wrap(result, input)
+    return written(input) if result is input.local else wrap(result, input)
 
 
 @rule(*named("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_"))
@@ -179,7 +179,8 @@ def embedding(
     if isinstance(weight, PatchTensor) or max_norm is not None or scale_grad_by_freq or sparse:
         return fallback(func, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     assert isinstance(input, PatchTensor)
-    return wrap(func(input.local, spread(weight, input), padding_idx), input)
+    table = spread(weight, input)
+    return wrap(on_some_rows(lambda rows: func(rows, table, padding_idx), input.local, input.rows.dim), input)
 
 
 @rule(F.one_hot)

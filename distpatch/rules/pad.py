@@ -15,7 +15,7 @@ from distpatch.formats import memory_format
 from distpatch.layout import EMPTY, RowLayout
 from distpatch.lazy import Recipe, put_off_from
 from distpatch.patch_conv import fewest_calls
-from distpatch.rules.registry import crop, fetch, may_wait, named, rule, settled, wrap
+from distpatch.rules.registry import crop, fetch, may_wait, named, on_some_rows, rule, settled, wrap
 from distpatch.stencil import Interval, ceil_div
 from distpatch.tensor import PatchTensor
 
@@ -84,9 +84,9 @@ def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | Non
             if len(own) > at:
                 own[at : at + 2] = own[at] if k == 0 else 0, own[at + 1] if k == len(parts) - 1 else 0
         return torch.cat([F.pad(part, own, mode, value) for part, own in zip(parts, edges)], dim)
-    if mode == "constant" or local.numel() > 0:
+    if mode == "constant":
         return F.pad(local, pads, mode, value)
-    return F.pad(F.pad(local, [max(p, 0) for p in pads]), [min(p, 0) for p in pads])
+    return on_some_rows(lambda rows: F.pad(rows, pads, mode, value), local, dim)
 
 
 def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, func: Any) -> PatchTensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback
 from distpatch.rules.later import put_off_pointwise
-from distpatch.rules.registry import may_wait, named, op_name, rows_of, rule, spread, wrap
+from distpatch.rules.registry import may_wait, named, op_name, rows_of, rule, spread, wrap, written
 from distpatch.rules.views import mutates, written_tensors
 from distpatch.tensor import RULES, PatchTensor, whole
 from distpatch.tree import map_tensors, tensors_in
@@ -71,7 +71,7 @@ def _wrap(result: Any, lead: PatchTensor, dim: int) -> Any:
     """Results as PatchTensors; an in-place function returns the wrapper it was called on."""
     if isinstance(result, Tensor):
         if result is lead.local:
-            return lead
+            return written(lead)
         new = PatchTensor(result, lead.rows.with_dim(result.ndim + dim), lead.region)
         if lead.order is not None and result.ndim == lead.ndim:
             new.order = lead.order

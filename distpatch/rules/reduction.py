@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distpatch.collectives import stack_ranks
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, normalize_dims, on_some_rows, op_name, rule, sum_ranks, wrap
+from distpatch.rules.registry import named, needs_grad, normalize_dims, on_some_rows, op_name, rule, sum_ranks, wrap
 from distpatch.rules.statistics import merge_ranks, moments
 from distpatch.tensor import PatchTensor
 from distpatch.tree import map_tensors
@@ -166,8 +166,27 @@ def vector_norm(
     partial = func(rows, ord, dims, keepdim, dtype=precise(kind))
     if ord == 0:
         return sum_ranks(partial, x, func).to(kind)
-    ranks = stack_ranks(partial, x.region.comm.name, op_name(func))
-    return func(ranks, ord, 0).to(torch.empty(0, dtype=kind).abs().dtype)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and 0 < ord < 1):
+        ranks = stack_ranks(partial, x.region.comm.name, op_name(func))
+        result = func(ranks, ord, 0)
+    if ord >= 1 or ord < 0:
+        result = _with_gradient(x, result, ord, dims, keepdim, func)
+    return result.to(torch.empty(0, dtype=kind).abs().dtype)
+
+
+def _with_gradient(x: PatchTensor, norm: Tensor, ord: float, dims: Sequence[int], keepdim: bool, func: Any) -> Tensor:
+    """The norm as a sum of powers of values that it divides, which has derivatives where a rank's own norm is 0.
+
+    By the norm itself, a constant: no power overflows.
+    """
+    if not needs_grad(x.local):
+        return norm
+    scale = torch.where((norm == 0) | norm.isinf(), 1.0, norm)
+    broad = scale if keepdim else scale.view([1 if d in dims else n for d, n in enumerate(x.shape)])
+    powers = (x.local.to(norm.dtype if not x.dtype.is_complex else x.dtype) / broad).abs().pow(ord)
+    total = sum_ranks(powers.sum(dims, keepdim), x, func)
+    none = total == 0  # as torch, which has no gradient there
+    return torch.where(none, norm, torch.where(none, 1.0, total).pow(1 / ord) * scale)
 
 
 @rule(torch.norm, torch.Tensor.norm)

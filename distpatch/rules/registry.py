@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch import collectives, formats, lazy
-from distpatch.errors import LayoutError
+from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
+from distpatch.group import is_dtensor
 from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_edges, plan_stencil
 from distpatch.lazy import Recipe
 from distpatch.names import op_name as op_name  # noqa: PLC0414 (rules import it from here)
@@ -27,6 +28,7 @@ from distpatch.tensor import RULES, PatchTensor, Rule, shard_in, whole
 from distpatch.tree import map_tensors
 
 R = TypeVar("R", bound=Rule)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def rule(*funcs: Any) -> Callable[[R], R]:
@@ -125,6 +127,13 @@ def shares_memory(local: Tensor, other: Tensor) -> bool:
 def spread(tensor: Tensor, like: PatchTensor) -> Tensor:
     """A replicated tensor (or all of a sharded one) about to meet rows: its gradient will be summed over ranks."""
     tensor = whole(tensor)
+    if type(tensor) not in _PLAIN and is_dtensor(tensor):
+        raise UnsupportedOpError(
+            f"a DTensor of shape {tuple(tensor.shape)} and placements {tensor.placements} meets sharded rows. FSDP2 "  # type: ignore[attr-defined]
+            "gathers a module's parameters for its forward alone: for another entry point call "
+            'torch.distributed.fsdp.register_fsdp_forward_method(model, "decode") too. Parameters of tensor parallelism '
+            "have no sharded rule: keep those modules out of the converted model, or gather them (full_tensor())."
+        )
     if torch.is_grad_enabled() and tensor.requires_grad:
         known = like.region.replicas.get(id(tensor))
         if known is not None and known[0] is tensor:
@@ -223,7 +232,7 @@ def over_rows(
     else:
         start, stop = stencil.need(0, 1)
         result = compute(slab.blank(stop - start), start, 0, 1)
-        result = map_tensors(lambda t: t.narrow(slab.dim, 0, 0), result)
+        result = none_of(result, slab.dim)
     return map_tensors(lambda t: wrap(t, x, layout), result)
 
 
@@ -341,15 +350,35 @@ def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:
     return shard_in(region_of.region, tensor, layout)
 
 
-def on_some_rows(fn: Callable[[Tensor], Any], rows: Tensor, dim: int, least: int = 1) -> Any:
+def on_some_rows(
+    fn: Callable[[Tensor], Any], rows: Tensor, dim: int, least: int = 1, out_dim: int | None = None
+) -> Any:
     """``fn(rows)``, one tensor or several; where there are none, of ``least`` blank rows, and none is kept.
 
-    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph.
+    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
+    as on other ranks, so that derivatives of any order reach the same exchanges. ``out_dim``: that of the result's
+    rows, if another.
     """
     if rows.shape[dim] > 0:
         return fn(rows)
     blank = rows.new_zeros([least if d == dim else n for d, n in enumerate(rows.shape)])
-    return map_tensors(lambda t: t.narrow(dim, 0, 0), fn(torch.cat([rows, blank], dim)))
+    return none_of(fn(torch.cat([rows, blank], dim)), dim if out_dim is None else out_dim)
+
+
+def written(x: PatchTensor) -> PatchTensor:
+    """A tensor whose rows were written to. Where there are none and they are a view, they are taken from it anew:
+
+    the derivative of what autograd puts in a written view's place is cut off in torch where the view is empty.
+    """
+    base = x.local._base
+    if base is not None and x.local.numel() == 0 and x.local.requires_grad:
+        x.local = base.reshape(-1).narrow(0, 0, 0).view(x.local.shape)
+    return x
+
+
+def none_of(result: Any, dim: int) -> Any:
+    """No rows of one tensor or several; no view, so that a write to them is recorded as on other ranks."""
+    return map_tensors(lambda t: t.narrow(dim, 0, 0).clone(), result)
 
 
 def per_dim(value: Any, spatial: int) -> tuple[Any, ...]:

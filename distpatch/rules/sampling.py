@@ -25,8 +25,9 @@ def grid_sample(func: Any, input: Tensor, grid: Tensor, *args: Any, **kwargs: An
         images = _like(input, grid, func)
         return wrap(func(images, grid.local, *args, **kwargs), grid)
     image = everything(input, func) if isinstance(input, PatchTensor) else spread(input, grid)
-    sampled = func(image, grid.local, *args, **kwargs)
-    return wrap(sampled, grid, grid.rows.with_dim(grid.rows.dim + 1))
+    dim = grid.rows.dim
+    sampled = on_some_rows(lambda points: func(image, points, *args, **kwargs), grid.local, dim, out_dim=dim + 1)
+    return wrap(sampled, grid, grid.rows.with_dim(dim + 1))
 
 
 def _sharded(grid: Tensor, input: PatchTensor) -> PatchTensor:
