@@ -9,6 +9,7 @@ written down, and the next one starts. Ends with 0 if it ran to its end; with ``
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -30,7 +31,7 @@ assert distpatch  # imported once, before the sections are forked
 
 SECTIONS = {  # in order of value: title, module, share of the time
     "environment": ("what the figures have to be read with", "environment", 20),
-    "convolution": ("128 → 128, 3 × 3, by elements of the input", "convolution", 75),
+    "convolution": ("128 to 128 channels, 3 by 3, by elements of the input", "convolution", 75),
     "decode": ("on one device", "decode", 120),
     "threads": ("ranks as threads on one device, late messages", "threads", 100),
     "processes": ("ranks as processes on one device, over gloo", "shared_gpu", 60),
@@ -71,7 +72,9 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="in all; what does not fit is not run, and said")
     parser.add_argument("--quick", action="store_true", help="smaller sizes")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: as without a GPU")
@@ -95,7 +98,7 @@ def _device_name(sections: dict[str, Any]) -> str:
     rows = {row["row"]: row for row in sections["environment"]["rows"]}
     gpus = [row.get("name") for name, row in rows.items() if name.startswith("GPU ")]
     about = rows.get("processor", {})
-    place = f"{len(gpus)} × {gpus[0]}" if gpus else f"{about.get('name')}, {about.get('cores')} cores"
+    place = f"{len(gpus)} times {gpus[0]}" if gpus else f"{about.get('name')}, {about.get('cores')} cores"
     return f"{place}, torch {rows.get('versions', {}).get('torch')}"
 
 
@@ -112,11 +115,9 @@ def _section(name: str, where: Where, seconds: float) -> dict[str, Any]:
         process.start()
         process.join(seconds)
         late = process.is_alive()
-        if process.pid is not None:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # also of what it has started; nothing is left of it if all ended
-            except ProcessLookupError:
-                pass
+        with contextlib.suppress(ProcessLookupError):  # it and what it has started; perhaps all has ended
+            assert process.pid is not None
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
         rows = written(path)
     why = f"no end within {seconds:.0f} s" if late else f"the process ended with code {process.exitcode}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def _table() -> Iterator[Case]:
     yield add("transposed", lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1), IMAGE, (4, 3, 4, 4))
     yield add("transposed", lambda x, w: F.conv_transpose2d(x, w, padding=1), IMAGE, KERNEL)
     yield add("normalization", lambda x, w, b: F.group_norm(x, 2, w, b), IMAGE, CHANNELS, CHANNELS)
-    yield add("normalization", lambda x: F.instance_norm(x), IMAGE)
+    yield add("normalization", F.instance_norm, IMAGE)
     yield add("normalization", lambda x, w, b: F.batch_norm(x, None, None, w, b, True), IMAGE, CHANNELS, CHANNELS)
     yield add("normalization", lambda x, w: F.layer_norm(x, (6,), w), IMAGE, (6,))
     yield add("normalization", lambda x: F.normalize(x, dim=1), IMAGE)
@@ -58,12 +59,14 @@ def _table() -> Iterator[Case]:
     yield add("resizing", lambda x: F.interpolate(x, size=(6, 4), mode="bicubic", align_corners=True), IMAGE)
     yield add("padding", lambda x: F.pad(x, (1, 2, 3, 2), mode="replicate"), IMAGE)
     yield add("padding", lambda x: F.pad(x, (0, 0, 4, 1), mode="circular"), IMAGE)
-    yield add("element by element", lambda x, y, w: torch.sigmoid(x) * y + w[:, None, None], IMAGE, IMAGE, CHANNELS, sharded=2)
+    yield add(
+        "element by element", lambda x, y, w: torch.sigmoid(x) * y + w[:, None, None], IMAGE, IMAGE, CHANNELS, sharded=2
+    )
     yield add("element by element", lambda x: F.silu(x).clamp(-0.5, 0.5).add_(1.0), IMAGE)
     yield add("attention", F.scaled_dot_product_attention, TOKENS, TOKENS, TOKENS, sharded=3)
     yield add("attention", F.scaled_dot_product_attention, TOKENS, (2, 2, 5, 4), (2, 2, 5, 4))
     yield add("attention", lambda q: (q @ q.transpose(-1, -2)).softmax(-1) @ q, TOKENS)
-    yield add("matrix products", lambda x, w, b: F.linear(x, w, b), IMAGE, (3, 6), (3,))
+    yield add("matrix products", F.linear, IMAGE, (3, 6), (3,))
     yield add("matrix products", lambda x, y: torch.einsum("bchw,bdhw->bcd", x, y), IMAGE, IMAGE, sharded=2)
     yield add("reductions", lambda x: (x.sum((-2, -1)), x.mean(), x.var(-2)), IMAGE)
     yield add("reductions", lambda x: (x.amax((2, 3)), x.softmax(-2), x.logsumexp(-2)), IMAGE)
@@ -77,7 +80,7 @@ def _table() -> Iterator[Case]:
     yield add("unfolding", lambda x: F.unfold(x, 3, padding=1), IMAGE)
     yield add("unfolding", lambda x: F.pixel_shuffle(x, 2), IMAGE)
     yield add("unfolding", lambda x: F.pixel_unshuffle(x[:, :, :10], 2), IMAGE)
-    yield add("losses", lambda x, y: F.mse_loss(x, y), IMAGE, IMAGE, sharded=2)
+    yield add("losses", F.mse_loss, IMAGE, IMAGE, sharded=2)
     yield add("losses", lambda x, y: F.cross_entropy(x, y.softmax(1)), IMAGE, IMAGE, sharded=2)
     yield add("Fourier", lambda x: torch.fft.rfft2(x).abs(), IMAGE)
     yield add("sampling", lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False), IMAGE, (2, 5, 4, 2))
@@ -134,7 +137,7 @@ def difference(value: Tensor, right: Tensor) -> float:
     if right.numel() == 0:
         return 0.0
     error = ((value.to(right.dtype) - right).abs().max() / right.abs().max().clamp_min(1e-30)).item()
-    return error if error == error else float("inf")
+    return float("inf") if math.isnan(error) else error
 
 
 @dataclass(frozen=True)

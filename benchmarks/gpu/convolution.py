@@ -1,4 +1,4 @@
-"""One 3 × 3 convolution of 128 channels, of half a giga-element to four: plain, in patch_conv's way, and distpatch's."""
+"""One 3 × 3 convolution of 128 channels, of 0.5 to 4 G elements: plain, in patch_conv's way, and distpatch's."""
 
 from __future__ import annotations
 

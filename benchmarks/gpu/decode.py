@@ -83,7 +83,7 @@ def variant(
 def other_nets(section: Section) -> None:
     """A video decoder of Wan's shape and a U-Net step, plain and converted, in bf16."""
     device = section.device
-    wan = section.pick(full=(lambda: WanDecoder(), 5, 60), tiny=(lambda: WanDecoder(4), 2, 4))
+    wan = section.pick(full=(WanDecoder, 5, 60), tiny=(lambda: WanDecoder(4), 2, 4))
     unet = section.pick(full=(lambda: UNet(context=768), 64), tiny=(lambda: UNet((8, 16), 1, 4, 2, 4, 6), 8))
     build, frames, side = wan
     clip = normal((1, 16, frames, side, side), 1, device, BF16)

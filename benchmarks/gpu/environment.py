@@ -71,7 +71,10 @@ def gpu(index: int) -> Row:
 def precision() -> Row:
     """As every section has it: no TF32, so that an error in fp32 is the patches' or the ranks'."""
     set_precision()
-    return {"tf32_convolutions": torch.backends.cudnn.allow_tf32, "tf32_products": torch.backends.cuda.matmul.allow_tf32}
+    return {
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+        "tf32_products": torch.backends.cuda.matmul.allow_tf32,
+    }
 
 
 def set_precision() -> None:

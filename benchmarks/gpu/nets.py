@@ -1,6 +1,6 @@
 """Nets of the shapes of Stable Diffusion's and Wan's decoders and of a denoiser, in plain torch; random weights.
 
-Written for this kit, so that it needs no library of models. ``seeded`` builds one with the same weights in every process.
+Written for this kit, so that it needs no library of models.
 """
 
 from __future__ import annotations
@@ -151,10 +151,7 @@ class CausalConv(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         if self.frames == 0:
             return super().forward(x)
-        if self.cache is None:
-            x = F.pad(x, (0, 0, 0, 0, self.frames, 0))
-        else:
-            x = torch.cat([self.cache, x], dim=2)
+        x = F.pad(x, (0, 0, 0, 0, self.frames, 0)) if self.cache is None else torch.cat([self.cache, x], dim=2)
         self.cache = x[:, :, -self.frames :].clone()
         return super().forward(x)
 
@@ -241,8 +238,7 @@ class WanDecoder(nn.Module):
         self.clear()
         latents = self.conv1(latents)
         frames = [
-            self.head(self.levels(self.middle(self.conv_in(latents[:, :, t : t + 1]))))
-            for t in range(latents.shape[2])
+            self.head(self.levels(self.middle(self.conv_in(latents[:, :, t : t + 1])))) for t in range(latents.shape[2])
         ]
         self.clear()
         return torch.cat(frames, dim=2)

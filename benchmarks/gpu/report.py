@@ -55,7 +55,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        if value != 0 and (abs(value) < 0.01 or value != value):
+        if value != 0 and not abs(value) >= 0.01:
             return f"{value:.1e}"
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -52,7 +52,7 @@ class Section:
         return self.deadline - time.monotonic()
 
     def row(self, name: str, work: Callable[[], Row], *, peer: bool = False, anyway: bool = False) -> Row | None:
-        """Values of ``work``, or None. ``peer``: not distpatch's own work, which may fail; ``anyway``: takes no time."""
+        """Values of ``work``, or None where it fails or no time is left (but ``anyway``). ``peer``: not ours."""
         if self.seconds_left <= 0 and not anyway:
             self._write({"row": name, "status": NOT_RUN, "why": "out of time"})
             return None

@@ -40,7 +40,9 @@ def run(section: Section) -> None:
     start = partial(in_processes, backend=backend, gpus=gpus)
     for world in ([1] if gpus else []) + worlds:
         body = partial(decodes, sizes=sizes, small=small)
-        at_once(section, start, world, body, [(f"{n}²", f"SD decoder {n}², bf16, {backend}, {world} ranks") for n in sizes])
+        at_once(
+            section, start, world, body, [(f"{n}²", f"SD decoder {n}², bf16, {backend}, {world} ranks") for n in sizes]
+        )
     kibs = section.pick(full=(4, 64, 1024, 16384), tiny=(4, 64))
     names = [(f"{kib}", f"halo of {kib} KiB, {backend}") for kib in kibs]
     at_once(section, start, 2, partial(halos, kibs=kibs), names)

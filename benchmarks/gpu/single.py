@@ -51,7 +51,8 @@ def run(section: Section) -> None:
         group = dist.group.WORLD
         for net in NETS:
             section.row(
-                f"{net.name}, {backend}, one rank", lambda: exact(net_error(net, group, device, train=True), TOLERANCE)  # noqa: B023
+                f"{net.name}, {backend}, one rank",
+                lambda: exact(net_error(net, group, device, train=True), TOLERANCE),  # noqa: B023
             )
         section.row(f"links, {backend}, one rank", lambda: {"ok": str(distpatch.self_test(group).ok)})
         section.row(f"displaced steps, {backend}, one rank", lambda: displaced(NETS[2], group, device))

@@ -42,7 +42,9 @@ def run(section: Section) -> None:
         section.row(f"displaced steps, {policy}", partial(displaced_row, policy, device, worlds[:2]))
     for pixels in section.pick(full=(512, 1024, 2048), quick=(512,), tiny=(32,)):
         for world in section.pick(full=(1, 2, 4, 8), tiny=(2,)):
-            section.row(f"SD decoder {pixels}², bf16, {world} ranks in turn", partial(turns_row, section, pixels, world))
+            section.row(
+                f"SD decoder {pixels}², bf16, {world} ranks in turn", partial(turns_row, section, pixels, world)
+            )
 
 
 def on_ranks(world: int, device: torch.device, body: Callable[[Any], T], hub: Late) -> list[T]:
