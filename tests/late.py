@@ -1,5 +1,6 @@
 """A transport in memory between thread-ranks that is as asynchronous as NCCL may be, on CPUs and on one GPU.
 
+A send ends when its receive is posted, in order and of equal size: what does not match is an error that names both.
 What gloo hides shows here as wrong numbers: rows that are read before they were waited for, sent rows that are
 written to too early, memory that is used again under a transfer.
 
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distpatch.transport import Batch, Transport, Works, using
+from tests.staged import maybe
 
 CYCLES_PER_SECOND = 1.5e9  # of a GPU, about: ``torch.cuda._sleep`` counts cycles
 
@@ -55,7 +57,7 @@ class Message:
 
     def __str__(self) -> str:
         verb = "send to" if self.is_send else "receive from"
-        return f"rank {self.rank}'s {verb} rank {self.peer} ({self.tensor.numel()} of {self.tensor.dtype})"
+        return f"rank {self.rank}'s {verb} rank {self.peer} ({self.tensor.nbytes} bytes)"
 
     def wait(self, *_: Any) -> None:
         self.hub.wait(self)
@@ -94,6 +96,8 @@ class Late:
                 message.ready = torch.cuda.current_stream().record_event()
             elif not message.is_send:
                 _spoil(message.tensor)
+        peers = [(message.peer, message.is_send) for message in batch]
+        assert len(set(peers)) == len(peers), "NCCL has no tags: one message to a peer in a batch"
         with self.changed:
             for message in batch:
                 self.messages += 1
@@ -171,6 +175,9 @@ class Late:
                 missing = sorted(set(range(size)) - set(meeting.parts))
                 raise RuntimeError(f"rank(s) {missing} did not come to a collective within {self.timeout_s:g} s")
             self.collectives.pop((group, count), None)
+        kinds = [f"rank {r}'s {tuple(part.shape)} of {part.dtype}" for r, (part, _) in sorted(meeting.parts.items())]
+        if len({kind.partition("'s ")[2] for kind in kinds}) > 1:
+            raise RuntimeError(f"a collective of different tensors: {', '.join(kinds)}")
         if self.delay_s and ready is None:
             time.sleep(self._draw())
         for part, there in meeting.parts.values():
@@ -261,5 +268,5 @@ class End(Transport):
 def late(hub: Late | None = None, **options: Any) -> Iterator[Late]:
     """Rows and collectives of thread-ranks move over this transport while the context is open."""
     hub = hub or Late(**options)
-    with using(lambda pg, device: End(hub, pg)):
+    with using(maybe(lambda pg, device: End(hub, pg))):
         yield hub
