@@ -22,12 +22,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import distpatch
 from benchmarks.gpu.environment import set_precision
 from benchmarks.gpu.report import table, with_status
 from benchmarks.gpu.section import BEGUN, FAILED, NOT_RUN, Row, Section, Where, reason, written
 
 assert distpatch  # imported once, before the sections are forked
+if torch.version.cuda is None:  # custom operators import it at their first call; on a GPU's host it might look for GPUs
+    import torch._dynamo
 
 SECTIONS = {  # in order of value: title, module, share of the time
     "environment": ("what the figures have to be read with", "environment", 20),

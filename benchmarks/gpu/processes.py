@@ -109,13 +109,6 @@ def _rank(
     os._exit(0)  # a group with a rank that failed may not close
 
 
-def values(outcomes: list[Outcome]) -> list[Any]:
-    """What every rank returned; raises ``RuntimeError`` where one did not."""
-    if not all(outcomes):
-        raise RuntimeError(failures(outcomes))
-    return [outcome.value for outcome in outcomes]
-
-
 def failures(outcomes: list[Outcome]) -> str:
     """Which ranks did not end well, and why."""
     return "; ".join(f"rank {r} {o.status}: {o.value}" for r, o in enumerate(outcomes) if not o)

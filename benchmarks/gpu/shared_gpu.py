@@ -11,28 +11,37 @@ import torch
 
 import distpatch
 from benchmarks.gpu.cases import CASES, NETS, TOLERANCE, case_error, denoised, difference, net_error
-from benchmarks.gpu.processes import Say, in_processes, values
+from benchmarks.gpu.processes import Outcome, Say, failures, in_processes
 from benchmarks.gpu.section import Row, Section, exact
 
 DELAY_S = 0.002
 
 
 def run(section: Section) -> None:
+    gpus = min(section.where.gpus, 1)
     for world in section.pick(full=(2, 3), tiny=(2,)):
-        for name, body in (("every family of rules", families), ("nets", nets), ("displaced steps", displaced)):
-            section.row(f"{name}, {world} processes", partial(row, section, world, body))
+        if section.seconds_left <= 0:
+            section.skip(f"{world} processes", "out of time")
+            continue
+        outcomes = in_processes(world, body, backend="gloo", gpus=gpus, seconds=section.seconds_left)
+        for name in PARTS:
+            section.row(f"{name}, {world} processes", partial(row, outcomes, name), anyway=True)
 
 
-def row(section: Section, world: int, body: Any) -> Row:
-    outcomes = in_processes(
-        world, body, backend="gloo", gpus=min(section.where.gpus, 1), seconds=max(section.seconds_left, 5)
-    )
-    errors = [error for rank in values(outcomes) for error in rank]
-    name, worst = max(errors, key=lambda named: named[1])
-    return exact(worst, TOLERANCE, cases=len(errors) // world, worst=name)
+def body(group: Any, device: torch.device, say: Say) -> None:
+    for name, part in PARTS.items():
+        say(name, part(group, device))
 
 
-def families(group: Any, device: torch.device, say: Say) -> list[tuple[str, float]]:
+def row(outcomes: list[Outcome], name: str) -> Row:
+    parts = [outcome.said[name] for outcome in outcomes if name in outcome.said]
+    if len(parts) < len(outcomes):
+        raise RuntimeError(failures(outcomes))
+    case, worst = max((error for part in parts for error in part), key=lambda named: named[1])
+    return exact(worst, TOLERANCE, cases=len(parts[0]), worst=case)
+
+
+def families(group: Any, device: torch.device) -> list[tuple[str, float]]:
     draw = random.Random(group.rank())
     errors = []
     for case in CASES:
@@ -41,17 +50,16 @@ def families(group: Any, device: torch.device, say: Say) -> list[tuple[str, floa
     return errors
 
 
-def nets(group: Any, device: torch.device, say: Say) -> list[tuple[str, float]]:
+def nets(group: Any, device: torch.device) -> list[tuple[str, float]]:
     distpatch.lazy.LEAST_BYTES = 0
     return [(net.name, net_error(net, group, device, train=train)) for net in NETS for train in (False, True)]
 
 
-def displaced(group: Any, device: torch.device, say: Say) -> list[tuple[str, float]]:
+def displaced(group: Any, device: torch.device) -> list[tuple[str, float]]:
     """Without stale steps they are the images of one device."""
     images = denoised(NETS[2], group, device, "full_sync")
-    right = denoised_alone(device)
+    right = denoised(NETS[2], None, device, "full_sync")
     return [("displaced steps", max(difference(a, b) for a, b in zip(images, right, strict=True)))]
 
 
-def denoised_alone(device: torch.device) -> list[torch.Tensor]:
-    return denoised(NETS[2], None, device, "full_sync")
+PARTS = {"every family of rules": families, "nets": nets, "displaced steps": displaced}
