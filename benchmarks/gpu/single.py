@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import distpatch
-from benchmarks.gpu.cases import NETS, Net, difference, net_error, normal
+from benchmarks.gpu.cases import NETS, Net, denoised, difference, net_error, normal
 from benchmarks.gpu.measure import ready, times
 from benchmarks.gpu.nets import SdDecoder, seeded
 from benchmarks.gpu.section import Row, Section, exact
@@ -22,22 +22,13 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-9
 MINE = "from benchmarks.gpu.single import small; small()"
 SANITIZER_S = 90
+FOUND = 9  # the tool's code of its end where it found something
 
 
 def run(section: Section) -> None:
     device = section.device
     on_gpu = device.type == "cuda"
     section.row("small run", lambda: {"error": small()})
-    if not on_gpu:
-        section.skip("sanitizers", "no GPU")
-    else:
-        section.row("torch's sanitizer of streams, small run", lambda: sanitized([], TORCH_CUDA_SANITIZER="1"))
-        found = shutil.which("compute-sanitizer")
-        if found:
-            command = [found, "--error-exitcode", "9", "--tool", "memcheck"]
-            section.row("compute-sanitizer, small run", lambda: sanitized(command))
-        else:
-            section.skip("compute-sanitizer, small run", "it is not on PATH")
     build = section.pick(full=SdDecoder, tiny=lambda: SdDecoder((8, 8, 16, 16), blocks=1, groups=4))
     pixels = section.pick(full=1024, quick=512, tiny=32)
     if on_gpu:
@@ -60,6 +51,16 @@ def run(section: Section) -> None:
             section.row("graph of a converted decode, nccl, one rank", lambda: captured(build, pixels, device, group))
     finally:
         dist.destroy_process_group()
+    if not on_gpu:
+        section.skip("sanitizers", "no GPU")
+        return
+    section.row("torch's sanitizer of streams, small run", lambda: sanitized([], section, TORCH_CUDA_SANITIZER="1"))
+    if found := shutil.which("compute-sanitizer"):
+        command = [found, "--error-exitcode", str(FOUND), "--tool", "memcheck"]
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that what is beyond a tensor is beyond its allocation
+        section.row("compute-sanitizer, small run", lambda: sanitized(command, section, **uncached))
+    else:
+        section.skip("compute-sanitizer, small run", "it is not on PATH")
 
 
 def small() -> float:
@@ -71,20 +72,23 @@ def small() -> float:
     return worst
 
 
-def sanitized(command: list[str], **env: str) -> Row:
+def sanitized(command: list[str], section: Section, **env: str) -> Row:
     """The small run under a tool that ends with an error where it finds one."""
-    done = subprocess.run(
-        [*command, sys.executable, "-c", MINE],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1" if command else "0", **env},
-        capture_output=True,
-        text=True,
-        timeout=SANITIZER_S,
-        check=False,
-    )
-    output = (done.stdout + done.stderr).strip()
+    seconds = max(min(SANITIZER_S, section.seconds_left), 1)
+    try:
+        done = subprocess.run(
+            [*command, sys.executable, "-c", MINE],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"found": f"no end within {seconds:.0f} s"}
     if done.returncode != 0:
-        raise RuntimeError(f"ended with code {done.returncode}: {output[-1500:]}")
+        raise RuntimeError(f"ended with code {done.returncode}: {(done.stdout + done.stderr).strip()[-500:]}")
     return {"found": "nothing"}
 
 
@@ -120,7 +124,5 @@ def captured(build: Any, pixels: int, device: torch.device, group: Any) -> Row:
 
 
 def displaced(net: Net, group: Any, device: torch.device) -> Row:
-    from benchmarks.gpu.cases import denoised
-
     runs = [denoised(net, g, device, "corrected_async_gn") for g in (group, None)]
     return exact(max(difference(a, b) for a, b in zip(*runs, strict=True)), TOLERANCE)
