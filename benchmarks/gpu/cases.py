@@ -161,17 +161,18 @@ NETS = (
 
 
 def net_error(net: Net, group: Any, device: torch.device, *, train: bool, splits: int | str = 3) -> float:
-    """Of a converted net: its outputs without gradients or, with ``train``, also the gradients of all weights."""
+    """Of a converted net: its outputs; with ``train`` also the gradients of inputs and weights, else without any."""
     plain = seeded(net.build).to(device, torch.float64)
     own = distpatch.convert_model(copy.deepcopy(plain), group, splits=splits, fallback="error")
-    inputs = net.inputs(device)
+    inputs = [[t.requires_grad_(train and t.ndim > 1) for t in net.inputs(device)] for _ in range(2)]
     with torch.set_grad_enabled(train):
-        outputs = [getattr(model, net.entry)(*inputs) for model in (own, plain)]
+        outputs = [getattr(model, net.entry)(*given) for model, given in zip((own, plain), inputs, strict=True)]
     worst = difference(outputs[0].detach(), outputs[1].detach())
     if train:
         for out in outputs:
             (out * normal(out.shape, 9, device)).sum().backward()
-        pairs = [(mine.grad, right.grad) for mine, right in zip(own.parameters(), plain.parameters(), strict=True)]
+        given = zip((*inputs[0], *own.parameters()), (*inputs[1], *plain.parameters()), strict=True)
+        pairs = [(mine.grad, right.grad) for mine, right in given if right.requires_grad]
         largest = max(float(right.abs().max()) for _, right in pairs)  # some are zero but for rounding
         worst = max(worst, *(float((mine - right).abs().max()) / largest for mine, right in pairs))
     return worst

@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from benchmarks.gpu.__main__ import SECTIONS
+from benchmarks.gpu.cases import NETS, Net, net_error
 from benchmarks.gpu.convolution import band_error, folded, verdict
 from benchmarks.gpu.report import table, with_status
 from benchmarks.gpu.section import FAILED, NO_MEMORY, NOT_RUN, OK, PEER_FAILED, Section, Where, written
+from distpatch import lazy
+from tests.late import late
+from tests.threads import run_ranks
 
 ROOT = Path(__file__).parents[2]
 NEEDS_A_GPU = {"sanitizers", "graph of a converted decode, no group"}
@@ -54,7 +59,7 @@ def test_every_section(tmp_path: Path) -> None:
 
 def test_no_time() -> None:
     """What does not fit into the time is said, section by section."""
-    done = kit("--minutes", "0.02", "--only", "decode", "--only", "threads")
+    done = kit("--minutes", "0.02", "--only", "threads")
     assert done.returncode == 0 and "## Not run" in done.stdout, done.stdout + done.stderr
     assert "- threads: " in done.stdout and "out of time" in done.stdout
 
@@ -85,6 +90,17 @@ def test_what_fails_is_passed_by(tmp_path: Path) -> None:
     report = {**about, "sections": {"some": {"title": "of the test", "seconds": 1.0, "rows": rows}}}
     assert [row["row"] for _, row in with_status(report, FAILED)] == ["wrong"]
     assert "- some: wrong: AssertionError" in table(report) and "- some: large: CUDA out of memory" in table(report)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["lazy", "gradients"])
+@pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
+def test_nets(net: Net, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kit's own nets are exact, on ranks whose messages are late."""
+    monkeypatch.setattr(lazy, "LEAST_BYTES", 0)
+    for world in (2, 3, 4):
+        with late(delay_s=0.001):
+            body = lambda rank: net_error(net, dist.group.WORLD, torch.device("cpu"), train=train)  # noqa: E731
+            assert max(run_ranks(world, body, keep=True)) < 1e-10
 
 
 def test_patch_convs_way() -> None:
