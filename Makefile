@@ -5,7 +5,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test fuzz lint bench memory peers displaced coverage clean autoencoders
+.PHONY: demo test fuzz lint bench gpu memory peers displaced coverage clean autoencoders
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ bench: $(VENV)/installed  ## the README's tables
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/scaling.py --plot docs/scaling.png
+
+gpu: $(VENV)/installed  ## all that one GPU, or several, can show in eight minutes; small on a CPU
+	mkdir -p out
+	$(BIN)/python -m benchmarks.gpu --json out/gpu.json
 
 memory: $(VENV)/installed  ## peak memory beside the peers', and docs/memory.png (about an hour)
 	mkdir -p out

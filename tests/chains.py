@@ -29,7 +29,7 @@ from distpatch.layout import Bounds, RowLayout
 from distpatch.tensor import Region, shard_in
 from distpatch.tree import tensors_in
 from tests import oracle
-from tests.strict import rendezvous
+from tests.late import late
 from tests.threads import run_ranks
 
 STABLE = 1e-12
@@ -104,7 +104,7 @@ class Chain:
                 result = oracle.run(self.run, tensors, distribute, rows=0)
             return result, {record.op for record in t.fallbacks}
 
-        with rendezvous():
+        with late():
             ranks = run_ranks(self.world, body, keep=True)
         return [result for result, _ in ranks], ranks[0][1]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest.register_assert_rewrite("tests.oracle", "tests.strict", "tests.models", "tests.chains")
+pytest.register_assert_rewrite("tests.oracle", "tests.late", "tests.models", "tests.chains")
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, max_examples=100, derandomize=True, print_blob=True)
 settings.register_profile(

@@ -24,13 +24,13 @@ from torch import Tensor
 import distpatch
 from distpatch.layout import Bounds, even_bounds
 from distpatch.tree import tensors_in
-from tests.strict import rendezvous
+from tests.late import late
 from tests.threads import run_ranks
 
 H = -1  # in a shape: the number of rows of the case
 HEIGHTS = (7, 2, 1)
 WORLDS = (1, 3, 4, 2)
-OVER_GLOO = (2,)  # the other worlds' rows move over the strict transport, which names what is wrong
+OVER_GLOO = (2,)  # the other worlds' rows move in memory, as late as they may, and what does not match is named
 TOLERANCE = 1e-10
 
 Shape = tuple[int, ...]
@@ -85,7 +85,7 @@ def check(
                 for i, (rows, tensors) in enumerate(runs)
             ]
 
-        transport = contextlib.nullcontext() if world in OVER_GLOO else rendezvous()
+        transport = contextlib.nullcontext() if world in OVER_GLOO else late()
         with _expect_warning(fallback), transport:
             ranks = run_ranks(world, body, keep=True)
         for i, (rows, _) in enumerate(runs):

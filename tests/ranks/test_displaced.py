@@ -15,6 +15,7 @@ import distpatch
 from distpatch.collectives import merge_moments
 from distpatch.steps import POLICIES, _corrected
 from tests.delay import delayed
+from tests.late import late
 from tests.oracle import random_tensor
 from tests.simulation import Simulation
 from tests.threads import run_ranks
@@ -60,7 +61,8 @@ def test_simulation(policy: str, world: int) -> None:
     expected = simulated(model, policy, BOUNDS[world], **given)
     exact = simulated(model, "full_sync", BOUNDS[world], **given)
     # What is late, and read before it was waited for, is another step's.
-    with delayed(0.001) if world == 3 else contextlib.nullcontext():
+    transports = {2: contextlib.nullcontext(), 3: delayed(0.001), 4: late(delay_s=0.001)}
+    with transports[world]:
         ranks = run_ranks(world, lambda rank: run_displaced(model, policy, BOUNDS[world], given), keep=True)
     for images in ranks:
         for step, (image, right) in enumerate(zip(images, expected, strict=True)):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import distpatch
 from distpatch.steps import POLICIES, Displaced
 from tests.delay import delayed
+from tests.late import late
 from tests.oracle import random_tensor
-from tests.strict import rendezvous
 from tests.threads import rank_outcomes, run_ranks
 
 ROWS, WIDTH, CHANNELS = 9, 4, 4
@@ -116,7 +116,7 @@ def test_activations_that_stay_give_the_same_bits(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_strict_transport(policy: str) -> None:
-    with rendezvous():
+    with late():
         on_ranks(lambda net, steps: [net(image(step), TEXT) for step in range(3)], world=4, policy=policy)
 
 

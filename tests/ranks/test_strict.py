@@ -1,8 +1,10 @@
-"""The same bodies where a send waits for its receive, in order and of equal size, as with NCCL."""
+"""The same bodies over a transport that is as late and as strict as NCCL may be (tests/late.py), and that transport."""
 
 from __future__ import annotations
 
+import math
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ from distpatch import exchange
 from distpatch.exchange import fetch_rows
 from distpatch.group import communicator
 from distpatch.transport import Batch
+from tests.late import End, Late, late
 from tests.models import on_ranks, tiny_kl
 from tests.oracle import assert_same, random_tensor
-from tests.strict import rendezvous
 from tests.threads import rank_outcomes, run_ranks
 
 
@@ -34,7 +36,7 @@ def test_decode_and_backward(world: int) -> None:
 
     right = run(model)
     model.zero_grad()
-    with rendezvous():
+    with late():
         results = run_ranks(world, on_ranks(model, run))
     for result in results:
         for value, wanted in zip(result, right, strict=True):
@@ -70,7 +72,7 @@ def test_any_intervals_from_any_layout(seed: int) -> None:
             got = torch.zeros_like(right) if local.grad is None else local.grad
             torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
 
-    with rendezvous():
+    with late():
         run_ranks(world, body)
 
 
@@ -87,7 +89,7 @@ def test_models_on_many_layouts() -> None:
 
     with torch.no_grad():
         right = model(z)
-    with rendezvous():
+    with late():
         for results in run_ranks(3, body):
             for bounds, result in zip(layouts, results, strict=True):
                 assert_same(result, right, 1e-11, f"bounds {bounds}")
@@ -105,7 +107,7 @@ def post(rank: int, verbs: str, sizes: tuple[int, ...] = (1, 1)) -> None:
 
 def test_crossed_sends_are_a_deadlock() -> None:
     """Both ranks send first: the strict transport names who waits for whom."""
-    with rendezvous(timeout=1):
+    with late(timeout_s=1):
         run_ranks(2, lambda rank: post(rank, "sr" if rank else "rs"))
         for outcome in rank_outcomes(2, lambda rank: post(rank, "sr")):
             assert isinstance(outcome, distpatch.RankError)
@@ -114,7 +116,7 @@ def test_crossed_sends_are_a_deadlock() -> None:
 
 def test_a_message_of_another_size() -> None:
     """gloo ends the process there."""
-    with rendezvous(timeout=1):
+    with late(timeout_s=1):
         outcomes = rank_outcomes(2, lambda rank: post(rank, "s" if rank else "r", sizes=(1 + rank,)))
     for outcome in outcomes:
         assert isinstance(outcome, distpatch.RankError)
@@ -129,7 +131,50 @@ def test_a_rank_that_skips_an_exchange() -> None:
         if rank != 1:
             F.conv2d(sharded, weight, padding=1)
 
-    with rendezvous(timeout=1):
+    with late(timeout_s=1):
         outcomes = rank_outcomes(3, body)
     assert [type(outcome) for outcome in outcomes] == [distpatch.RankError, type(None), distpatch.RankError]
     assert "conv2d: rank 0 waited for rank 1" in str(outcomes[0])
+
+
+def test_it_is_as_late_as_it_may_be() -> None:
+    """Nothing has landed before it was waited for, and what is sent is read no sooner than at a wait."""
+    met = threading.Barrier(2)
+
+    def body(rank: int) -> list[float]:
+        hub, peer = hubs[0], 1 - rank
+        outgoing, landing = torch.full((2,), float(rank)), torch.zeros(2)
+        transport = End(hub, dist.group.WORLD)
+        works = transport.start(Batch("test", [peer], [outgoing], [peer], [landing], torch.device("cpu")))
+        seen = [landing[0].item()]
+        outgoing.fill_(rank + 10)  # too early
+        met.wait()
+        works[0][0].wait()
+        seen.append(landing[0].item())
+        met.wait()
+        works[1][0].wait()
+        outgoing.fill_(rank + 20)  # in time
+        met.wait()
+        return [*seen, landing[0].item()]
+
+    hubs = [Late()]
+    for rank, (before, after, later) in enumerate(run_ranks(2, body)):
+        assert math.isnan(before) and after == later == 1 - rank + 10
+
+
+def test_collectives() -> None:
+    """Sums, of bools whether any is; what the ranks bring has one shape."""
+
+    def body(rank: int) -> tuple[Any, ...]:
+        transport = End(hub, dist.group.WORLD)
+        total, flags = torch.tensor([1.0, rank]), torch.tensor([rank == 1, False])
+        transport.all_reduce(total)
+        transport.all_reduce(flags)
+        everyone = transport.all_gather(torch.tensor([[rank]]))
+        with pytest.raises(RuntimeError, match=r"rank 0's \(1,\) of torch.float32, rank 1's \(2,\)"):
+            transport.all_reduce(torch.zeros(min(rank + 1, 2)))
+        return total.tolist(), flags.tolist(), everyone.tolist()
+
+    hub = Late()
+    for outcome in run_ranks(3, body):
+        assert outcome == ([3.0, 3.0], [True, False], [[[0]], [[1]], [[2]]])
