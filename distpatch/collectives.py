@@ -30,6 +30,16 @@ from distpatch.stencil import ceil_div
 BUCKET_BYTES = 32 << 20  # of gradients or rows that are moved together
 
 
+def in_one_thread(device: torch.device) -> None:
+    """Backward passes that this thread starts run in it, as they do on a CPU.
+
+    Autograd runs what is ready in the order of its numbers, which each thread counts by itself: in one thread every
+    rank has the same order, also of a derivative's derivative, whose nodes are made in a backward pass.
+    """
+    if device.type != "cpu":
+        torch.autograd.set_multithreading_enabled(False)
+
+
 def gather_rows(
     local: Tensor, layout: RowLayout, name: str, op: str = "gather", order: Sequence[int] | None = None
 ) -> Tensor:
@@ -47,6 +57,7 @@ def gather_rows(
 def shard_rows(full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
     """This rank's rows of a replicated tensor, a view; the backward gathers the gradient."""
     if torch.is_grad_enabled() and full.requires_grad:
+        in_one_thread(full.device)
         return _Shard.apply(full, layout, rank, name)
     return narrow_rows(full, layout, rank)
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from distpatch import devices
 from distpatch import rules as _rules
-from distpatch.collectives import gather_rows, spread_all
+from distpatch.collectives import gather_rows, in_one_thread, spread_all
 from distpatch.compiled import enter, enter_compiled, meet
-from distpatch.errors import DistPatchError, LayoutError
-from distpatch.group import Communicator, Group, Pretended, communicator, is_dtensor
+from distpatch.dtensors import is_dtensor, same_part
+from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
+from distpatch.group import Communicator, Group, Pretended, communicator
 from distpatch.known_faults import warn_of_known_faults
 from distpatch.rules.blocks import in_order
 from distpatch.tensor import PatchTensor, Region, on_rank0, whole
@@ -184,15 +185,13 @@ def _identity(model: nn.Module, comm: Communicator, *options: Any) -> str:
     """
     digest = hashlib.sha256()
     sums = []
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
+    for name, held in model.state_dict().items():
+        if not isinstance(held, Tensor):
             continue
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if is_dtensor(tensor):
-            digest.update(str(tensor.placements).encode())
-            if comm.shares_ranks(tensor.device_mesh.mesh.flatten().tolist()):
-                continue
-            tensor = tensor.to_local()
+        digest.update(f"{name} {tuple(held.shape)} {held.dtype}".encode())
+        tensor = same_part(held, comm) if is_dtensor(held) else held
+        if tensor is None:
+            continue
         if tensor.device.type != "meta" and tensor.numel() and not isinstance(tensor, PatchTensor):
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(flat.numel() // SAMPLED, 1)].contiguous().view(torch.uint8)
@@ -312,9 +311,17 @@ def _region(state: _Conversion, model: Any) -> Region:
     Those that FSDP2 keeps in parts are plain ones only inside the modules that gather them, and are spread there.
     """
     name = state.region.comm.name
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedOpError(
+            f"{type(model).__name__} is converted, and torch.func (grad, vjp, jvp, jacrev, hessian, vmap) has no rules "
+            "for what moves between ranks: use torch.autograd.grad(create_graph=True), or torch.autograd.functional "
+            "(vjp, jvp, hvp, vhp, jacobian, hessian)"
+        )
     if not (name and torch.is_grad_enabled() and isinstance(model, nn.Module)):
         return state.region
     parameters = [p for p in model.parameters() if p.requires_grad and not is_dtensor(p)]
+    if parameters:
+        in_one_thread(parameters[0].device)
     stand_ins = spread_all(parameters, name) if parameters else []
     pairs = zip(parameters, stand_ins, strict=True)
     return replace(state.region, replicas={id(parameter): (parameter, other) for parameter, other in pairs})

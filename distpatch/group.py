@@ -149,13 +149,6 @@ class Communicator(Meeting):
         """Whether the group, or its duplicate, was destroyed."""
         return not all(pg is not None and pg in c10d._world.pg_map for pg in (self.group, self.pg))
 
-    def shares_ranks(self, global_ranks: Sequence[int]) -> bool:
-        """Whether any other rank of the group is among these."""
-        if self.group is None:
-            return False
-        own = dist.get_rank()
-        return not set(dist.get_process_group_ranks(self.group)).isdisjoint(set(global_ranks) - {own})
-
     def enter(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         """Meet all ranks before a sharded computation; mend the transfers if the last one failed.
 
@@ -208,11 +201,6 @@ class Pretended(Communicator):
 
     def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
         self.recorder.record(kind, op, sent_bytes, messages)
-
-
-def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether it is torch's own sharded tensor, as FSDP2 and tensor parallelism make of parameters."""
-    return isinstance(getattr(tensor, "device_mesh", None), DeviceMesh)
 
 
 def _nothing() -> None:

@@ -13,7 +13,19 @@ from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import never_empty
-from distpatch.rules.registry import fetch, named, on_some_rows, op_name, own_rows, redistribute, rule, spread, sum_ranks, wrap, written
+from distpatch.rules.registry import (
+    fetch,
+    named,
+    on_some_rows,
+    op_name,
+    own_rows,
+    redistribute,
+    rule,
+    spread,
+    sum_ranks,
+    wrap,
+    written,
+)
 from distpatch.tensor import PatchTensor, whole
 
 

@@ -184,7 +184,7 @@ def _with_gradient(x: PatchTensor, norm: Tensor, ord: float, dims: Sequence[int]
     scale = torch.where((norm == 0) | norm.isinf(), 1.0, norm)
     broad = scale if keepdim else scale.view([1 if d in dims else n for d, n in enumerate(x.shape)])
     powers = (x.local.to(norm.dtype if not x.dtype.is_complex else x.dtype) / broad).abs().pow(ord)
-    total = sum_ranks(powers.sum(dims, keepdim), x, func)
+    total = sum_ranks(powers.sum(tuple(dims), keepdim), x, func)
     none = total == 0  # as torch, which has no gradient there
     return torch.where(none, norm, torch.where(none, 1.0, total).pow(1 / ord) * scale)
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch import collectives, formats, lazy
+from distpatch.dtensors import is_dtensor, refusal
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
-from distpatch.group import is_dtensor
 from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_edges, plan_stencil
 from distpatch.lazy import Recipe
 from distpatch.names import op_name as op_name  # noqa: PLC0414 (rules import it from here)
@@ -128,12 +128,7 @@ def spread(tensor: Tensor, like: PatchTensor) -> Tensor:
     """A replicated tensor (or all of a sharded one) about to meet rows: its gradient will be summed over ranks."""
     tensor = whole(tensor)
     if type(tensor) not in _PLAIN and is_dtensor(tensor):
-        raise UnsupportedOpError(
-            f"a DTensor of shape {tuple(tensor.shape)} and placements {tensor.placements} meets sharded rows. FSDP2 "  # type: ignore[attr-defined]
-            "gathers a module's parameters for its forward alone: for another entry point call "
-            'torch.distributed.fsdp.register_fsdp_forward_method(model, "decode") too. Parameters of tensor parallelism '
-            "have no sharded rule: keep those modules out of the converted model, or gather them (full_tensor())."
-        )
+        raise UnsupportedOpError(refusal(tensor))
     if torch.is_grad_enabled() and tensor.requires_grad:
         known = like.region.replicas.get(id(tensor))
         if known is not None and known[0] is tensor:

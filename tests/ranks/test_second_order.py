@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distpatch
 from tests.models import on_ranks
-from tests.oracle import TOLERANCE, H, assert_same, case, random_tensor
+from tests.oracle import H, assert_same, case, random_tensor
 from tests.strict import rendezvous
 from tests.threads import run_ranks
 
@@ -159,3 +160,210 @@ def test_norms(case: Callable[[], None]) -> None:
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
 def test_others(case: Callable[[], None]) -> None:
     case()
+
+
+class Discriminator(nn.Module):
+    """Reflect padding, norms and blocks that may be recomputed; nothing but linear functions at the end."""
+
+    def __init__(self, recompute: bool | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [
+                nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.GroupNorm(2, 4), nn.SiLU()),
+                nn.Sequential(
+                    nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU(0.2)
+                ),
+                nn.Sequential(nn.Upsample(scale_factor=2), spectral_norm(nn.Conv2d(4, 4, 3, padding=1)), nn.ReLU()),
+            ]
+        )
+        self.out = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(4, 1, 3))
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.recompute is None else checkpoint(block, x, use_reentrant=self.recompute)
+        return self.out(x).mean((1, 2, 3))
+
+
+def discriminator(recompute: bool | None = None) -> Discriminator:
+    torch.manual_seed(0)
+    return Discriminator(recompute).double().eval()  # eval: spectral norms keep their vectors
+
+
+IMAGE = random_tensor((2, 3, 8, 6))
+
+
+def penalised(model: nn.Module) -> list[Tensor]:
+    """Three steps of R1: Mescheder et al., Which Training Methods for GANs do actually Converge?, 2018."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(3):
+        image = random_tensor((2, 3, 8, 6), step).requires_grad_()
+        score = model(image)
+        (gradient,) = torch.autograd.grad(score.sum(), image, create_graph=True)
+        (F.softplus(-score).mean() + 5 * gradient.square().sum((1, 2, 3)).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def penalty_alone(model: nn.Module) -> list[Tensor | None]:
+    """Of parameters that have no part in it there is no gradient."""
+    image = IMAGE.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(image).sum(), image, create_graph=True)
+    gradient.square().sum().backward()
+    return [image.grad, *(p.grad for p in model.parameters())]
+
+
+def path_length(model: nn.Module) -> list[Tensor | None]:
+    """Karras et al., Analyzing and Improving the Image Quality of StyleGAN, 2020."""
+    image = IMAGE.clone().requires_grad_()
+    inner = model.blocks[0](image)
+    noise = random_tensor(tuple(inner.shape), 3)
+    (gradient,) = torch.autograd.grad((inner * noise).sum(), image, create_graph=True)
+    (gradient.square().sum((1, 2, 3)).sqrt() - 0.3).square().mean().backward()
+    return [image.grad, *(p.grad for p in model.parameters())]
+
+
+def of_some(model: nn.Module) -> list[Tensor | None]:
+    """Gradients of a few inputs, one of them unused, twice by the same graph, then of one input of the second."""
+    image, other = IMAGE.clone().requires_grad_(), torch.zeros(1).double().requires_grad_()
+    first, last = model.blocks[0][0].weight, model.out[1].weight
+    score = model(image).tanh().sum()
+    inputs = [first, image, other]
+    once = torch.autograd.grad(score, inputs, create_graph=True, allow_unused=True)
+    again = torch.autograd.grad(score, inputs, retain_graph=True, allow_unused=True)
+    twice = torch.autograd.grad(once[0].square().sum(), [last, image], retain_graph=True)
+    torch.autograd.backward(once[1].square().sum(), inputs=[first])
+    return [*once, *again, *twice, first.grad]
+
+
+def hooked(model: nn.Module) -> list[Tensor | None]:
+    """Hooks see the first pass and the second, and may change what they see."""
+    seen: list[Tensor] = []
+
+    def hook(gradient: Tensor) -> Tensor:
+        seen.append(distpatch.gather(gradient).detach())
+        return gradient * 2
+
+    def watch(module: nn.Module, args: Any, result: Tensor) -> None:
+        result.register_hook(hook)
+
+    handle = model.blocks[1].register_forward_hook(watch)
+    grads = penalty_alone(model)
+    handle.remove()
+    return [*grads, *seen]
+
+
+def functional(name: str) -> Callable[[nn.Module], list[Tensor | None]]:
+    def run(model: nn.Module) -> list[Tensor | None]:
+        function = getattr(torch.autograd.functional, name)
+        image = random_tensor((1, 3, 5, 4), 1)
+        vector = [] if name in {"jacobian", "hessian"} else [random_tensor((1, 3, 5, 4), 2)]
+        if name == "vjp":
+            vector = [random_tensor((1,), 2)]
+
+        def call(x: Tensor) -> Tensor:
+            return model(x).tanh() if name in {"jvp", "vjp", "jacobian"} else model(x).tanh().sum()
+
+        result = function(call, image, *vector)
+        return list(result) if isinstance(result, tuple) else [result]
+
+    return run
+
+
+def backward_alone(model: nn.Module) -> list[Tensor | None]:
+    image = IMAGE.clone().requires_grad_()
+    model(image).tanh().sum().backward()
+    return [image.grad, *(p.grad for p in model.parameters())]
+
+
+TRAINED: dict[str, tuple[Callable[[Any], Any], bool | None]] = {
+    "R1": (penalised, None),
+    "R1, recomputed": (penalised, False),
+    "penalty alone": (penalty_alone, None),
+    "penalty alone, recomputed": (penalty_alone, False),
+    "recomputed by another backward": (backward_alone, True),
+    "some inputs": (of_some, None),
+    "hooks": (hooked, None),
+    **{name: (functional(name), None) for name in ("hvp", "vhp", "jvp", "vjp", "jacobian", "hessian")},
+}
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "gloo"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained(name: str, strict: bool) -> None:
+    """On 2 ranks, and on 3 and 4, of which some have no rows of the inner images. A hang ends by a ``RankError``."""
+    run, recompute = TRAINED[name]
+    right = run(discriminator(recompute))
+    for world in (2, 3, 4) if strict and name == "penalty alone" else (3,) if strict else (2, 3):
+        with rendezvous() if strict else contextlib.nullcontext():
+            ranks = run_ranks(world, on_ranks(discriminator(recompute), lambda model, rank: run(model)))
+        for rank, found in enumerate(ranks):
+            assert len(found) == len(right)
+            for index, (value, wanted) in enumerate(zip(found, right, strict=True)):
+                assert_same(value, wanted, 1e-9, f"{name}[{index}] on rank {rank} of {world}")
+
+
+def test_path_length() -> None:
+    """Of a module inside, which alone is converted."""
+    right = path_length(discriminator())
+
+    models = [discriminator() for _ in range(3)]
+
+    def body(rank: int) -> list[Tensor | None]:
+        distpatch.convert_model(models[rank].blocks[0], dist.group.WORLD)
+        return path_length(models[rank])
+
+    with rendezvous():
+        for found in run_ranks(3, body):
+            for value, wanted in zip(found, right, strict=True):
+                assert_same(value, wanted, 1e-9, "path length")
+
+
+def test_graphs_are_freed() -> None:
+    """After each step nothing keeps the activations, nor grows."""
+
+    def body(model: Any, rank: int) -> list[int]:
+        alive: list[weakref.ref[Tensor]] = []
+        model.blocks[1].register_forward_hook(lambda module, args, result: alive.append(weakref.ref(result.local)))
+        counts = []
+        for _ in range(4):
+            penalised(model)
+            gc.collect()
+            counts.append(sum(ref() is not None for ref in alive))
+        return counts
+
+    assert run_ranks(2, on_ranks(discriminator(), body)) == [[0] * 4] * 2
+
+
+def test_what_torch_cannot_differentiate_twice() -> None:
+    """The same error on every rank, also on one without rows."""
+    x = random_tensor((1, 2, 3, 4))
+
+    def body(rank: int) -> str:
+        leaf = x.clone().requires_grad_()
+        sharded = distpatch.shard(leaf, dist.group.WORLD)
+        out = distpatch.gather(F.scaled_dot_product_attention(sharded, sharded, sharded))
+        (gradient,) = torch.autograd.grad(out.sin().sum(), leaf, create_graph=True)
+        try:
+            gradient.square().sum().backward()
+        except RuntimeError as error:
+            return str(error)
+        return "no error"
+
+    plain = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        F.scaled_dot_product_attention(plain, plain, plain).sin().sum(), plain, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="not implemented"):
+        gradient.square().sum().backward()
+    for message in run_ranks(4, body):
+        assert "not implemented" in message
+
+
+def test_torch_func_is_refused() -> None:
+    def body(model: Any, rank: int) -> None:
+        with pytest.raises(distpatch.UnsupportedOpError, match="use torch.autograd.grad"):
+            torch.func.grad(lambda x: model(x).sum())(IMAGE)
+
+    run_ranks(2, on_ranks(discriminator(), body))
