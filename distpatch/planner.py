@@ -36,6 +36,7 @@ from distpatch.tree import map_tensors, tensors_in
 
 FEW_RANKS = 4  # all of which are run
 MOST_RANKS = 1 << 16
+FAKES_ARE_ON = "cpu"  # which every build of torch has
 
 
 def plan(
@@ -113,11 +114,17 @@ def smallest_plan(
     return None
 
 
+SHORT_WAY = {torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
+
+
 class Faking(FakeTensorMode):
-    """Fake tensors, of which rows are cut in a short way: a third of a plan is that, and torch takes long for each."""
+    """Fake tensors, of which views are made in a short way: a third of a plan is that, and torch takes long for each.
+
+    And it gives a view other strides, in dims of size 1, than real tensors get.
+    """
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.slice.Tensor and type(args[0]) is FakeTensor and args[0].fake_mode is self:
+        if func in SHORT_WAY and type(args[0]) is FakeTensor and args[0].fake_mode is self:
             with in_kernel_invocation_manager(self):
                 rows = func(*args, **(kwargs or {}))
             return FakeTensor(self, rows, args[0].fake_device)
@@ -222,7 +229,7 @@ class Subject:
         if isinstance(tensor, PatchTensor):
             raise ValueError("plan: arguments are plain tensors, of the whole image; it shards them itself")
         with self.mode, torch.no_grad():
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=FAKES_ARE_ON)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)

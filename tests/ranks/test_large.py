@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distpatch import lazy, patch_conv, sizes
+from distpatch import patch_conv, sizes
 from distpatch.group import ALONE
 from distpatch.layout import RowLayout
 from distpatch.tensor import PatchTensor, Region

@@ -27,7 +27,12 @@ MASKS: dict[str, Any] = {
 
 
 def operands(
-    ndim: int = 4, d: int = 8, e: int = 8, heads: tuple[int, int] = (4, 4), dtype: torch.dtype = torch.float32, **at: Any
+    ndim: int = 4,
+    d: int = 8,
+    e: int = 8,
+    heads: tuple[int, int] = (4, 4),
+    dtype: torch.dtype = torch.float32,
+    **at: Any,
 ) -> list[Tensor]:
     """Queries, keys and values of 7, 9 and 9 tokens."""
     shapes = [(3, 2, *rest)[5 - ndim :] for rest in ((heads[0], 7, d), (heads[1], 9, d), (heads[1], 9, e))]
@@ -42,7 +47,7 @@ def test_as_torch_chooses_on_a_cpu(mask: str) -> None:
         DTYPES, (3, 4, 5), ((8, 8), (5, 5), (512, 512), (8, 16)), ((4, 4), (4, 2)), (False, True), *[(False, True)] * 2
     ):
         given = MASKS[mask](dtype)
-        if (causal and given is not None) or heads[0] != heads[1] and not gqa:
+        if (causal and given is not None) or (heads[0] != heads[1] and not gqa):
             continue
         tensors = operands(ndim, d, e, heads, dtype)
         if strided:
