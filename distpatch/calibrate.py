@@ -11,14 +11,14 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from distpatch.costs import Device, Link
+from distpatch.costs import Device, Link, Protocol
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
 from distpatch.layout import even_bounds
 
 ROUNDS = 5
 CHANNELS, SIDE = 128, 128  # of the convolution that is timed: 9.7 GFLOPs, in the middle of a decoder's
-BIG_BYTES, SMALL_BYTES = 64 << 20, 4 << 10
+BIG_BYTES, MIDDLE_BYTES, SMALL_BYTES = 64 << 20, 256 << 10, 4 << 10
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
 
 
@@ -53,7 +53,10 @@ def calibrate(
         overhead = _seconds(lambda: one.add_(1), place, each)
         comm = communicator(group, place)
         link = _link(comm, place) if comm.size > 1 else None
-    return Device(_name(place), rates, bandwidth, _memory_bytes(place), overhead_seconds=overhead), link
+    # A CPU's next operation waits for it; a GPU's only where the host is late.
+    every, launch = (overhead, 0.0) if place.type == "cpu" else (0.0, overhead)
+    name, memory_bytes = _name(place), _memory_bytes(place)
+    return Device(name, rates, bandwidth, memory_bytes, "", every, "", launch, place.type), link
 
 
 def _link(comm: Communicator, place: torch.device) -> Link:
@@ -65,9 +68,13 @@ def _link(comm: Communicator, place: torch.device) -> Link:
         return lambda: fetch_rows(row, 0, bounds, needs, comm.name, "calibrate", False)
 
     # As many rounds on every rank: each takes part in the others'.
-    small, big = (_median_seconds(exchange(size), place, 4 * ROUNDS) for size in (SMALL_BYTES, BIG_BYTES))
-    bandwidth = (BIG_BYTES - SMALL_BYTES) / max(big - small, 1e-9)
-    return Link(f"{comm.size} ranks on {_name(place)}, measured", bandwidth, small, 0.0)
+    sizes = (SMALL_BYTES, MIDDLE_BYTES, BIG_BYTES)
+    small, middle, big = (_median_seconds(exchange(size), place, 4 * ROUNDS) for size in sizes)
+    bandwidth = (BIG_BYTES - MIDDLE_BYTES) / max(big - middle, 1e-9)
+    few = Protocol("small", (MIDDLE_BYTES - SMALL_BYTES) / max(middle - small, 1e-9), small, 0.0)
+    start = max(middle - MIDDLE_BYTES / bandwidth, min(small, middle))
+    name = f"{comm.size} ranks on {_name(place)}, measured"
+    return Link(name, bandwidth, start, 0.0, small=(few,), small_bytes=MIDDLE_BYTES)
 
 
 def _seconds(work: Callable[[], object], place: torch.device, budget: float) -> float:

@@ -25,9 +25,8 @@ from distpatch.exchange import fetch_rows
 from distpatch.formats import in_memory_order, memory_format
 from distpatch.group import Communicator, attempt, communicator_of
 from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
+from distpatch.sizes import sizes_of
 from distpatch.stencil import ceil_div
-
-BUCKET_BYTES = 32 << 20  # of gradients or rows that are moved together
 
 
 def in_one_thread(device: torch.device) -> None:
@@ -141,7 +140,7 @@ class _Gather(torch.autograd.Function):
         shape = [layout.size if d == layout.dim else n for d, n in enumerate(local.shape)]
         # The kernels that will read it must be the same on all ranks: not by what few rows look like.
         format = torch.contiguous_format if has_tiny_shards(layout) else memory_format(local)
-        across, parts = _parts(shape, layout.dim, local.element_size())
+        across, parts = _parts(shape, layout.dim, local.element_size(), sizes_of(local.device).bucket_bytes)
 
         def fetch(rows: Tensor) -> Tensor:
             return fetch_rows(rows, layout.dim, layout.bounds, everything, name, op, False)[0]
@@ -163,7 +162,7 @@ class _Gather(torch.autograd.Function):
         return shard_rows(grad, ctx.layout, rank, ctx.name), None, None, None, None
 
 
-def _parts(shape: Sequence[int], dim: int, itemsize: int) -> tuple[int, int]:
+def _parts(shape: Sequence[int], dim: int, itemsize: int, bucket_bytes: int) -> tuple[int, int]:
     """A dim, and in how many parts of it to gather: rows come one after the other, and are copied to where they belong.
 
     One where they belong one after the other, or are few.
@@ -171,7 +170,7 @@ def _parts(shape: Sequence[int], dim: int, itemsize: int) -> tuple[int, int]:
     across = max((d for d in range(len(shape)) if d != dim), key=lambda d: shape[d], default=dim)
     if across == dim or math.prod(shape[:dim]) == 1:
         return across, 1
-    return across, max(min(ceil_div(math.prod(shape) * itemsize, BUCKET_BYTES), shape[across]), 1)
+    return across, max(min(ceil_div(math.prod(shape) * itemsize, bucket_bytes), shape[across]), 1)
 
 
 class _Shard(torch.autograd.Function):
@@ -216,17 +215,18 @@ class _SpreadAll(torch.autograd.Function):
 
 
 def _buckets(grads: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Gradients of one dtype and device, up to ``BUCKET_BYTES`` together: one message each."""
+    """Gradients of one dtype and device, up to ``bucket_bytes`` together: one message each."""
     kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
     for item in grads:
         kinds.setdefault((item[1].dtype, item[1].device), []).append(item)
-    for kind in kinds.values():
+    for (_, device), kind in kinds.items():
+        bucket_bytes = sizes_of(device).bucket_bytes
         bucket: list[tuple[int, Tensor]] = []
         size_bytes = 0
         for index, grad in kind:
             bucket.append((index, grad))
             size_bytes += grad.numel() * grad.element_size()
-            if size_bytes >= BUCKET_BYTES:
+            if size_bytes >= bucket_bytes:
                 yield bucket
                 bucket, size_bytes = [], 0
         if bucket:

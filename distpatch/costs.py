@@ -1,4 +1,4 @@
-"""What operations and transfers cost in time: a device by three rates, a link by a rate and two latencies.
+"""What operations and transfers cost in time: a device by three rates, a link by a rate and two latencies a protocol.
 
 A kernel takes as long as its FLOPs or its bytes do, whichever is longer (the roofline of Williams, Waterman and
 Patterson, CACM 52(4), 2009); kernels and transfers follow one another. With the rates of a data sheet this is
@@ -17,12 +17,17 @@ from distpatch.trace import Record
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 HALF = {torch.float16, torch.bfloat16}
+# Of one operator of torch, on the host: an estimate (3 to 10 us are usual), not measured on any of these devices.
+LAUNCH_SECONDS = 5 * MICRO
 
 
 @dataclass(frozen=True)
 class Device:
     """``flops``: floating-point operations a second of "half", "tf32", "float32" and "float64"; ``bandwidth``:
     of its memory, bytes a second; ``overhead_seconds``: of each operation; ``link``: to others of its host.
+
+    ``launch_seconds``: of the host for each operation, while the device still computes those before: the operation
+    takes this long, or its own time, whichever is longer. ``kind``: whose rules a plan follows ("cuda", "cpu").
     """
 
     name: str
@@ -32,9 +37,12 @@ class Device:
     link: str = ""
     overhead_seconds: float = 0.0
     source: str = ""
+    launch_seconds: float = 0.0
+    kind: str = "cuda"
 
     def seconds(self, kernel: Kernel) -> float:
-        return self.overhead_seconds + max(kernel.flops / self.rate(kernel), kernel.moved_bytes / self.bandwidth)
+        computing = max(kernel.flops / self.rate(kernel), kernel.moved_bytes / self.bandwidth)
+        return self.overhead_seconds + max(computing, self.launch_seconds * kernel.is_launched)
 
     def rate(self, kernel: Kernel) -> float:
         """FLOPs a second; torch computes convolutions of float32, but not its matrix products, in TF32."""
@@ -46,9 +54,27 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Protocol:
+    """How messages go: ``bandwidth``, bytes a second that a rank sends; ``start_seconds`` of an exchange;
+    ``hop_seconds`` of each message that follows another (a ring's).
+    """
+
+    name: str
+    bandwidth: float
+    start_seconds: float
+    hop_seconds: float
+
+    def seconds(self, hops: int, sent_bytes: int) -> float:
+        return self.start_seconds + hops * self.hop_seconds + sent_bytes / self.bandwidth
+
+
+@dataclass(frozen=True)
 class Link:
-    """``bandwidth``: bytes a second that a rank sends; ``start_seconds``: of an exchange; ``hop_seconds``: of each
-    message that follows another (a ring's).
+    """``bandwidth``, ``start_seconds`` and ``hop_seconds``: of large messages, as a ``Protocol`` has them; ``small``:
+    of what is used for small ones, the quickest for a single number first.
+
+    As NCCL chooses: a collective goes by what is quickest for its size; an exchange by the first of ``small`` where
+    each message has at most ``small_bytes`` (NCCL_P2P_LL_THRESHOLD), else by the large ones' protocol.
     """
 
     name: str
@@ -56,78 +82,79 @@ class Link:
     start_seconds: float
     hop_seconds: float
     source: str = ""
+    small: tuple[Protocol, ...] = ()
+    small_bytes: int = 16 << 10
 
     def seconds(self, record: Record) -> float:
-        hops = 1 if record.kind == "p2p" else record.messages  # a batch goes out at once
         if record.kind != "p2p" and not record.messages:
             return 0.0
-        return self.start_seconds + hops * self.hop_seconds + record.sent_bytes / self.bandwidth
+        hops = 1 if record.kind == "p2p" else record.messages  # a batch goes out at once
+        return min(way.seconds(hops, record.sent_bytes) for way in self._ways(record))
+
+    def _ways(self, record: Record) -> tuple[Protocol, ...]:
+        large = Protocol("large", self.bandwidth, self.start_seconds, self.hop_seconds)
+        if record.kind != "p2p" or not self.small:
+            return large, *self.small
+        is_small = record.sent_bytes <= self.small_bytes * max(record.messages, 1)
+        return (self.small[0],) if is_small else (large,)
 
 
 def _rates(half: float, tf32: float, float32: float, float64: float) -> dict[str, float]:
     return {"half": half * TERA, "tf32": tf32 * TERA, "float32": float32 * TERA, "float64": float64 * TERA}
 
 
+def _device(name: str, rates: dict[str, float], bandwidth: float, gigabytes: float, link: str, source: str) -> Device:
+    return Device(name, rates, bandwidth, gigabytes * GIGA, link, 0.0, source, LAUNCH_SECONDS)
+
+
 # Dense rates (no sparsity), without boost beyond what the data sheet says.
+_A100 = "NVIDIA A100 data sheet"
+_ADA = "NVIDIA Ada GPU architecture white paper, appendix A (FP16 with FP32 accumulation)"
 DEVICES = {
     device.name: device
     for device in (
-        Device("H200", _rates(989, 494, 67, 67), 4.8 * TERA, 141 * GIGA, "NVLink 4", 0, "NVIDIA H200 data sheet (SXM)"),
-        Device("H100", _rates(989, 494, 67, 67), 3.35 * TERA, 80 * GIGA, "NVLink 4", 0, "NVIDIA H100 data sheet (SXM)"),
-        Device(
-            "A100-80GB",
-            _rates(312, 156, 19.5, 19.5),
-            2.039 * TERA,
-            80 * GIGA,
-            "NVLink 3",
-            0,
-            "NVIDIA A100 data sheet (80 GB SXM)",
-        ),
-        Device(
-            "A100-40GB",
-            _rates(312, 156, 19.5, 19.5),
-            1.555 * TERA,
-            40 * GIGA,
-            "NVLink 3",
-            0,
-            "NVIDIA A100 data sheet (40 GB SXM)",
-        ),
-        Device("L40S", _rates(362, 183, 91.6, 1.4), 864 * GIGA, 48 * GIGA, "PCIe 4", 0, "NVIDIA L40S data sheet"),
-        Device("L4", _rates(121, 60, 30.3, 0.5), 300 * GIGA, 24 * GIGA, "PCIe 4", 0, "NVIDIA L4 data sheet"),
-        Device(
-            "RTX 4090",
-            _rates(165.2, 82.6, 82.6, 1.3),
-            1.008 * TERA,
-            24 * GIGA,
-            "PCIe 4",
-            0,
-            "NVIDIA Ada GPU architecture white paper, appendix A (FP16 with FP32 accumulation)",
-        ),
-        Device(
-            "MI300X",
-            _rates(1307, 654, 163, 163),
-            5.3 * TERA,
-            192 * GIGA,
-            "Infinity Fabric",
-            0,
-            "AMD Instinct MI300X data sheet",
+        _device("H200", _rates(989, 494, 67, 67), 4.8 * TERA, 141, "NVLink 4", "NVIDIA H200 data sheet (SXM)"),
+        _device("H100", _rates(989, 494, 67, 67), 3.35 * TERA, 80, "NVLink 4", "NVIDIA H100 data sheet (SXM)"),
+        _device("A100-80GB", _rates(312, 156, 19.5, 19.5), 2.039 * TERA, 80, "NVLink 3", f"{_A100} (80 GB SXM)"),
+        _device("A100-40GB", _rates(312, 156, 19.5, 19.5), 1.555 * TERA, 40, "NVLink 3", f"{_A100} (40 GB SXM)"),
+        _device("L40S", _rates(362, 183, 91.6, 1.4), 864 * GIGA, 48, "PCIe 4", "NVIDIA L40S data sheet"),
+        _device("L4", _rates(121, 60, 30.3, 0.5), 300 * GIGA, 24, "PCIe 4", "NVIDIA L4 data sheet"),
+        _device("RTX 4090", _rates(165.2, 82.6, 82.6, 1.3), 1.008 * TERA, 24, "PCIe 4", _ADA),
+        _device(
+            "MI300X", _rates(1307, 654, 163, 163), 5.3 * TERA, 192, "Infinity Fabric", "AMD Instinct MI300X data sheet"
         ),
     )
 }
 
-_NCCL = "latencies: NCCL src/graph/tuning.cc, ring with the Simple protocol"
+
+def _nccl(
+    name: str, gigabytes: float, hops: tuple[float, float, float], ll: float, source: str, ll128: bool = False
+) -> Link:
+    """A link as NCCL's tuning model has it: its ring with the protocols LL, LL128 and Simple.
+
+    ``hops``: microseconds of each; ``ll``: most gigabytes a second of LL, which sends a flag with every word. A third
+    of the bandwidth is what the model gives LL, 0.92 of it LL128 (only between NVLinks).
+    """
+    small = [Protocol("LL", min(ll, gigabytes / 3) * GIGA, 6.6 * MICRO, hops[0] * MICRO)]
+    if ll128:
+        small.append(Protocol("LL128", 0.92 * gigabytes * GIGA, 14.0 * MICRO, hops[1] * MICRO))
+    source = f"{source}; latencies and protocols: NCCL src/graph/tuning.cc, its ring"
+    return Link(name, gigabytes * GIGA, 8.4 * MICRO, hops[2] * MICRO, source, tuple(small))
+
+
+_NVLINK, _PCI, _NET = (0.6, 1.9, 3.4), (1.0, 2.5, 5.7), (2.7, 4.0, 14.0)
 # Bandwidths are one direction's: half of what data sheets add up.
 LINKS = {
     link.name: link
     for link in (
-        Link("NVLink 4", 450 * GIGA, 8.4 * MICRO, 3.4 * MICRO, f"NVIDIA H100 data sheet; {_NCCL}"),
-        Link("NVLink 3", 300 * GIGA, 8.4 * MICRO, 3.4 * MICRO, f"NVIDIA A100 data sheet; {_NCCL}"),
-        Link("Infinity Fabric", 64 * GIGA, 8.4 * MICRO, 3.4 * MICRO, f"AMD MI300X data sheet, one peer; {_NCCL}"),
-        Link("PCIe 5", 63 * GIGA, 8.4 * MICRO, 5.7 * MICRO, f"PCI Express 5.0, 16 lanes; {_NCCL}"),
-        Link("PCIe 4", 31.5 * GIGA, 8.4 * MICRO, 5.7 * MICRO, f"PCI Express 4.0, 16 lanes; {_NCCL}"),
-        Link("InfiniBand NDR", 50 * GIGA, 8.4 * MICRO, 9.6 * MICRO, f"NDR, 400 Gb/s a port; {_NCCL}"),
-        Link("InfiniBand HDR", 25 * GIGA, 8.4 * MICRO, 9.6 * MICRO, f"HDR, 200 Gb/s a port; {_NCCL}"),
-        Link("Ethernet 100", 12.5 * GIGA, 8.4 * MICRO, 9.6 * MICRO, f"100 Gb/s; {_NCCL}, which is no TCP's"),
+        _nccl("NVLink 4", 450, _NVLINK, 141.0, "NVIDIA H100 data sheet", ll128=True),
+        _nccl("NVLink 3", 300, _NVLINK, 87.7, "NVIDIA A100 data sheet", ll128=True),
+        _nccl("Infinity Fabric", 64, _NVLINK, 87.7, "AMD MI300X data sheet, one peer, as if it were NVLink"),
+        _nccl("PCIe 5", 63, _PCI, 141.0, "PCI Express 5.0, 16 lanes"),
+        _nccl("PCIe 4", 31.5, _PCI, 87.7, "PCI Express 4.0, 16 lanes"),
+        _nccl("InfiniBand NDR", 50, _NET, 35.0, "NDR, 400 Gb/s a port"),
+        _nccl("InfiniBand HDR", 25, _NET, 19.0, "HDR, 200 Gb/s a port"),
+        _nccl("Ethernet 100", 12.5, _NET, 19.0, "100 Gb/s, at latencies that are no TCP's"),
     )
 }
 RANKS_OF_A_HOST = 8

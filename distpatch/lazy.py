@@ -20,6 +20,7 @@ from distpatch.errors import DistPatchError
 from distpatch.formats import memory_format
 from distpatch.holders import forget, holds_alone, nobody, waiting
 from distpatch.meter import few, on_behalf_of
+from distpatch.sizes import sizes_of
 from distpatch.stencil import Interval
 from distpatch.trace import Recorder
 
@@ -27,8 +28,6 @@ Part = tuple[Tensor, bool]  # rows, and whether who gets them may write to them
 Compute = Callable[["Walk", int, int], Part]
 
 LEAST_BYTES = 1 << 20  # of a result: below that, putting it off costs more than it saves
-CHUNK_BYTES = {"cpu": 1 << 20}  # evaluated at a time where no window says how many rows: what stays in a cache
-CHUNK_BYTES_ELSEWHERE = 256 << 20
 MOST_STEPS = 32  # of one recipe; longer ones are computed
 MOST_HELD = 3  # times its own size that a recipe may keep alive
 
@@ -218,8 +217,7 @@ class Recipe:
         return result
 
     def _chunk_rows(self) -> int:
-        chunk_bytes = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES_ELSEWHERE)
-        return max(chunk_bytes * self.rows // max(self.size_bytes, 1), 1)
+        return max(sizes_of(self.device).chunk_bytes * self.rows // max(self.size_bytes, 1), 1)
 
     def _may_overwrite(self, leaf: Recipe) -> bool:
         """Whether the result may take the place of rows that are read for it alone."""

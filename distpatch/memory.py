@@ -29,7 +29,7 @@ class LivePeak(TorchDispatchMode):
     tensors passed to ``LivePeak(...)`` or ``count`` are in, as long as they live. A sharded tensor is
     counted by the rows that this rank holds. Not seen: what a kernel allocates and frees inside one
     operation (a convolution's workspace, message buffers of an exchange), and memory that no operation
-    made (``torch.from_numpy``). One object, one use.
+    made (``torch.from_numpy``). Tensors without data (on the meta device) take none. One object, one use.
 
     ``peak_bytes``: the most that was alive at once; ``peak_op``: the operation whose result made it so.
     """
@@ -113,7 +113,8 @@ def stored_tensors(tree: Any) -> Iterator[Tensor]:
 def _plain_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors with memory of their own: of a wrapper subclass, those that it holds."""
     if type(value) in _PLAIN and torch._C._has_storage(value):
-        yield value
+        if (value.fake_device.type if type(value) is FakeTensor else value.device.type) != "meta":
+            yield value
     elif isinstance(value, Tensor) and "local" in getattr(value, "__dict__", ()):  # a PatchTensor
         yield from _plain_tensors(value.local)  # type: ignore[attr-defined]
     elif isinstance(value, Tensor) and "recipe" in getattr(value, "__dict__", ()):  # one that has no rows yet

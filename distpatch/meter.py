@@ -26,6 +26,7 @@ T = TypeVar("T")
 aten = torch.ops.aten
 
 NO_READ = {aten.copy_, aten.fill_, aten.zero_}  # they write to their first argument, and do not read it
+NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "resize_", "set_", "is_same_size", "_local_scalar_dense")
 BACKWARD = "backward"
 
 
@@ -45,13 +46,22 @@ class Kernel(NamedTuple):
     moved_bytes: int
     replicated: bool
 
+    @property
+    def is_launched(self) -> bool:
+        """Whether it takes a kernel: of tensors without elements, or without data, torch runs none."""
+        return self.moved_bytes > 0
+
 
 @dataclass
 class OpCost:
-    """What one torch function cost on this rank, all its calls together; ``seconds`` of computing, not of waiting."""
+    """What one torch function cost on this rank, all its calls together; ``seconds`` of computing, not of waiting.
+
+    ``launches``: operators that ran, see ``launches_of``.
+    """
 
     op: str
     calls: int = 0
+    launches: int = 0
     flops: int = 0
     moved_bytes: int = 0
     seconds: float = 0.0
@@ -174,6 +184,10 @@ class Meter(LivePeak):
         self._spans.clear()
         return self._seconds
 
+    @property
+    def launches(self) -> int:
+        return launches_of(self.kernels)
+
     def costs(self) -> dict[str, OpCost]:
         """By torch function, those that computed something."""
         costs = costs_of(self.kernels, self.calls)
@@ -235,10 +249,20 @@ def costs_of(kernels: Counter[Kernel], calls: Counter[str]) -> dict[str, OpCost]
     costs: dict[str, OpCost] = {}
     for kernel, times in kernels.items():
         cost = costs.setdefault(kernel.op, OpCost(kernel.op, calls[kernel.op]))
+        cost.launches += times * kernel.is_launched
         cost.flops += times * kernel.flops
         cost.moved_bytes += times * kernel.moved_bytes
         cost.replicated_flops += times * kernel.flops * kernel.replicated
     return costs
+
+
+def launches_of(kernels: Counter[Kernel]) -> int:
+    """Kernels launched: operators of torch that compute or copy, one each.
+
+    Not views, memory without values, what has no elements, and the messages of exchanges, which are packed and
+    unpacked inside them. A few operators launch more than one kernel (a convolution that transposes its input).
+    """
+    return sum(times for kernel, times in kernels.items() if kernel.is_launched)
 
 
 @lru_cache(maxsize=1024)
@@ -254,7 +278,7 @@ def _computes(func: Any) -> bool:
     returned = [value.alias_info for value in func._schema.returns]
     if returned and all(info is not None and not info.is_write for info in returned):
         return False
-    return not func._overloadpacket.__name__.startswith(("empty", "new_empty", "_unsafe_view"))
+    return not func._overloadpacket.__name__.startswith(NO_KERNEL)
 
 
 def _bytes(tensor: Tensor) -> int:

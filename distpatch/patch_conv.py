@@ -17,15 +17,10 @@ from torch import Tensor
 from distpatch.formats import memory_format
 from distpatch.lazy import Part, Recipe, Walk
 from distpatch.meter import few
+from distpatch.sizes import kind_of, sizes_of
 from distpatch.stencil import Interval, WindowStencil, ceil_div
 
-# What one call may have as input and output together, with splits="auto". A CPU convolves a large tensor faster
-# in patches that stay in its cache, as long as the weights stay a small part of them.
-WORKSPACE_BYTES = {"cpu": 8 << 20}
-WORKSPACE_BYTES_ELSEWHERE = 256 << 20
-PATCH_PER_WEIGHT = 8
-PART_BYTES = 8 << 20
-MOST_PARTS = 8  # in which rows and halo are put together where a convolution needs them in one piece
+PATCH_PER_WEIGHT = 8  # bytes of a patch for each of the weights, which a CPU packs anew at every call
 INDEX_LIMIT = 2**31  # elements of an input or output that kernels with 32-bit indices can address
 
 Conv = Callable[[Tensor, int], Tensor]  # (rows, zero rows of padding above and below) -> output rows
@@ -101,7 +96,7 @@ def window(
     """Output rows ``out`` of a convolution, to be computed when they are asked for; theirs are shape and format."""
     (start, stop, source), dim = slab.own, slab.dim
     assert isinstance(source, Recipe)
-    if source.device.type == "cpu":
+    if kind_of(source.device) == "cpu":
         _keep_freed_patches()
     key = object()
 
@@ -179,8 +174,9 @@ def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> 
 def _copied(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:
     """Own rows and halo put together, which is a copy: of a part at a time, where there are many."""
     own = slab.own[2]
-    parts = 1 if _is_recorded() else ceil_div(own.numel() * own.element_size(), PART_BYTES)
-    patch_rows = ceil_div(hi - lo, min(max(parts, 1), MOST_PARTS))
+    sizes = sizes_of(own.device)
+    parts = 1 if _is_recorded() else ceil_div(own.numel() * own.element_size(), sizes.part_bytes)
+    patch_rows = ceil_div(hi - lo, min(max(parts, 1), sizes.most_parts))
     return in_patches(lambda a, b: conv(slab.rows(*stencil.need(a, b)), 0), (lo, hi), patch_rows, slab.dim)
 
 
@@ -239,7 +235,7 @@ def choose_patch_rows(
     if isinstance(splits, int):
         fewest = max(fewest, splits if numel >= min_numel else 1)
     elif not _is_recorded():
-        budget = workspace_bytes or WORKSPACE_BYTES.get(local.device.type, WORKSPACE_BYTES_ELSEWHERE)
+        budget = workspace_bytes or sizes_of(local.device).workspace_bytes
         patch = max(budget, PATCH_PER_WEIGHT * weight.numel() * size)
         total = size * (numel + out_numel)
         if 3 * patch <= 2 * total:

@@ -29,12 +29,14 @@ from distpatch.layout import even_bounds
 from distpatch.meter import Meter, briefly
 from distpatch.plans import Plan
 from distpatch.rank_plan import RankPlan
+from distpatch.sizes import planned_as
 from distpatch.tensor import PatchTensor
 from distpatch.trace import trace
 from distpatch.tree import map_tensors, tensors_in
 
 FEW_RANKS = 4  # all of which are run
 MOST_RANKS = 1 << 16
+FAKES_ARE_ON = "cpu"  # which every build of torch has
 
 
 def plan(
@@ -64,8 +66,9 @@ def plan(
     the sum of the results. ``options``: those of ``convert_model`` (splits, output, dim, ...). Without
     ``backward`` it is inference.
 
-    Fake tensors are on "cuda" where this machine has a GPU and the device is one, else on "cpu": the rules are
-    the same, but for how a rank cuts its rows into patches and in which order it computes a norm. Raises
+    Patches, parts and kernels are those of the kind of ``device`` (``Plan.rules_of``), whatever this machine and
+    this build of torch have: the fake tensors are all on the CPU, and the rules are told what to choose for. What
+    the model itself decides by a tensor's device, and autocast for "cuda", is not seen. Raises
     ``UnsupportedOpError`` where the model asks for the value of a tensor, ``DistPatchError`` where it is
     converted already or cannot be copied, ``ValueError`` for an option out of range.
     """
@@ -111,11 +114,17 @@ def smallest_plan(
     return None
 
 
+SHORT_WAY = {torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
+
+
 class Faking(FakeTensorMode):
-    """Fake tensors, of which rows are cut in a short way: a third of a plan is that, and torch takes long for each."""
+    """Fake tensors, of which views are made in a short way: a third of a plan is that, and torch takes long for each.
+
+    And it gives a view other strides, in dims of size 1, than real tensors get.
+    """
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.slice.Tensor and type(args[0]) is FakeTensor and args[0].fake_mode is self:
+        if func in SHORT_WAY and type(args[0]) is FakeTensor and args[0].fake_mode is self:
             with in_kernel_invocation_manager(self):
                 rows = func(*args, **(kwargs or {}))
             return FakeTensor(self, rows, args[0].fake_device)
@@ -145,7 +154,7 @@ class Subject:
             raise ValueError(f"plan: {self.name} has no method {self.method!r}")
         self.device, self.backward = device_named(device), backward
         self.options = {"fallback": "allow", **(options or {})}
-        self.kind = "cuda" if self.device is not None and torch.cuda.is_available() else "cpu"
+        self.kind = "cpu" if self.device is None else self.device.kind
         given = [*model.parameters(), *model.buffers(), *tensors_in((args, kwargs))]
         self.mode = detect_fake_mode([t for t in given if isinstance(t, FakeTensor)]) or Faking()
         self.model = self._copy(model)
@@ -183,7 +192,7 @@ class Subject:
     def _run(self, rank: int, world_size: int, rows: int, stands_for: int) -> RankPlan:
         group = Pretended(rank, world_size)
         with self.mode, torch.set_grad_enabled(self.backward), self._converted(group), _values_named(self.name):
-            with trace() as seen, Meter() as meter, briefly():
+            with planned_as(self.kind), trace() as seen, Meter() as meter, briefly():
                 call: Callable[..., Any] = self.model if self.method == "forward" else getattr(self.model, self.method)
                 if self.backward:
                     _sum(call(*self.args, **self.kwargs)).backward()  # the result is not kept
@@ -220,7 +229,7 @@ class Subject:
         if isinstance(tensor, PatchTensor):
             raise ValueError("plan: arguments are plain tensors, of the whole image; it shards them itself")
         with self.mode, torch.no_grad():
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.kind)
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=FAKES_ARE_ON)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)

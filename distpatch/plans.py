@@ -70,6 +70,16 @@ class Plan:
         return max(rank.messages for rank in self.ranks)
 
     @property
+    def rounds(self) -> int:
+        """Exchanges and collectives that a rank waits for, one after the other: of the rank with most."""
+        return max(rank.rounds for rank in self.ranks)
+
+    @property
+    def launches(self) -> int:
+        """Kernels (operators of torch that compute or copy): of the rank that launches most."""
+        return max(rank.launches for rank in self.ranks)
+
+    @property
     def flops(self) -> int:
         """Of all ranks together."""
         return sum(rank.stands_for * rank.flops for rank in self.ranks)
@@ -164,6 +174,8 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "sent_bytes": self.sent_bytes,
             "messages": self.messages,
+            "rounds": self.rounds,
+            "launches": self.launches,
             "flops": self.flops,
             "imbalance": self.imbalance,
             "replicated_share": self.replicated_share,
@@ -188,6 +200,8 @@ class Plan:
             "moved_bytes": rank.moved_bytes,
             "sent_bytes": rank.sent_bytes,
             "messages": rank.messages,
+            "rounds": rank.rounds,
+            "launches": rank.launches,
             "compute_seconds": self.compute_seconds_of(rank),
             "transfer_seconds": self.transfer_seconds_of(rank),
             "ops": [asdict(op) for op in self.ops(rank)],
@@ -203,8 +217,10 @@ class Plan:
             f"(rank {worst.rank}, at {worst.peak_op}), parameters {self.parameter_bytes / size:,.2f}, buffers "
             f"{self.buffer_bytes / size:,.2f}, inputs {self.input_bytes / size:,.2f}",
             f"compute   {self.flops / flops:,.2f} {prefix}FLOPs in all, the busiest rank {self.imbalance:.3f} "
-            f"times the mean; {self.replicated_share:.1%} computed by every rank in full",
-            f"transfer  {self.sent_bytes / MIB:,.1f} MiB and {self.messages:,} messages sent by the rank with the most",
+            f"times the mean; {self.replicated_share:.1%} computed by every rank in full; {self.launches:,} kernels "
+            "launched by the rank with the most",
+            f"transfer  {self.sent_bytes / MIB:,.1f} MiB and {self.messages:,} messages sent in {self.rounds:,} rounds "
+            "by the rank with the most",
         ]
         seconds = self.seconds
         if seconds is None or self.device is None:
@@ -220,22 +236,24 @@ class Plan:
             fits = "fits" if self.fits() else "does not fit"
             lines.append(f"          {fits} in the {self.device.memory_bytes / 1e9:,.0f} GB of one {self.device.name}")
         done = ", ".join(f"{r.rank} ({r.rows} rows; stands for {r.stands_for})" for r in self.ranks)
-        lines.append(f"ranks run {done}; as on {self.rules_of}")
+        kind = "a CPU" if self.rules_of == "cpu" else f"a GPU ({self.rules_of})"
+        lines.append(f"ranks run {done}; patches, parts and kernels as on {kind}")
         return lines
 
     def _columns(self) -> list[tuple[str, ...]]:
-        header = ("op", "calls", "GFLOPs", "MiB moved", "exchanges", "MiB sent", "messages", "compute", "transfer")
-        rows: list[tuple[str, ...]] = [header]
+        computed, sent = ("calls", "launches", "GFLOPs", "MiB moved"), ("rounds", "MiB sent", "messages")
+        rows: list[tuple[str, ...]] = [("op", *computed, *sent, "compute", "transfer")]
         for op in self.ops():
             rows.append(
                 (
                     op.op,
                     f"{op.calls:,}" if op.calls else "",
+                    f"{op.launches:,}" if op.launches else "",
                     f"{op.flops / 1e9:,.1f}" if op.flops else "",
                     f"{op.moved_bytes / MIB:,.1f}" if op.moved_bytes else "",
-                    f"{op.exchanges:,}" if op.exchanges else "",
-                    f"{op.sent_bytes / MIB:,.3f}" if op.exchanges else "",
-                    f"{op.messages:,}" if op.exchanges else "",
+                    f"{op.rounds:,}" if op.rounds else "",
+                    f"{op.sent_bytes / MIB:,.3f}" if op.rounds else "",
+                    f"{op.messages:,}" if op.rounds else "",
                     "" if not op.compute_seconds else _seconds(op.compute_seconds),
                     "" if not op.transfer_seconds else _seconds(op.transfer_seconds),
                 )

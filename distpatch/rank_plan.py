@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from distpatch.costs import Device, Link, compute_seconds, transfer_seconds
-from distpatch.meter import Kernel, OpCost, costs_of
+from distpatch.meter import Kernel, OpCost, costs_of, launches_of
 from distpatch.trace import Trace
 
 
 @dataclass(frozen=True)
 class OpPlan:
-    """One operation on one rank: what it computes and what it sends. Seconds are None without a device or link."""
+    """One operation on one rank: what it computes, and what it sends, in how many ``rounds`` that it waits for.
+
+    Seconds are None without a device or link.
+    """
 
     op: str
     calls: int
+    launches: int
     flops: int
     moved_bytes: int
     replicated_flops: int
-    exchanges: int
+    rounds: int
     sent_bytes: int
     messages: int
     compute_seconds: float | None
@@ -47,6 +51,16 @@ class RankPlan:
     @property
     def messages(self) -> int:
         return self.trace.messages
+
+    @property
+    def rounds(self) -> int:
+        """Exchanges and collectives that it waits for, one after the other."""
+        return self.trace.rounds
+
+    @cached_property
+    def launches(self) -> int:
+        """Kernels, see ``meter.launches_of``."""
+        return launches_of(self.kernels)
 
     @cached_property
     def costs(self) -> dict[str, OpCost]:
@@ -84,10 +98,11 @@ class RankPlan:
                 OpPlan(
                     op,
                     cost.calls,
+                    cost.launches,
                     cost.flops,
                     cost.moved_bytes,
                     cost.replicated_flops,
-                    len(records),
+                    sum(record.is_round for record in records),
                     sum(record.sent_bytes for record in records),
                     sum(record.messages for record in records),
                     None if device is None else compute_seconds(kernels, device),

@@ -36,14 +36,15 @@ class Scaling:
         lines = [
             f"{first.model}.{first.method} of {', '.join(map(str, first.shapes))}",
             f"{'ranks':>5} {'memory GiB':>11} {'activations GiB':>16} {'TFLOPs a rank':>14} {'imbalance':>10} "
-            f"{'replicated':>11} {'sent MiB':>11} {'messages':>9} {'seconds':>9}",
+            f"{'replicated':>11} {'launches':>9} {'rounds':>7} {'sent MiB':>11} {'messages':>9} {'seconds':>9}",
         ]
         for plan in self.plans:
             seconds = "" if plan.seconds is None else f"{plan.seconds:.4g}"
             lines.append(
                 f"{plan.world_size:5} {plan.memory_bytes / GIB:11,.2f} {plan.peak_bytes / GIB:16,.3f} "
                 f"{max(rank.flops for rank in plan.ranks) / 1e12:14,.3f} {plan.imbalance:10.3f} "
-                f"{plan.replicated_share:11.1%} {plan.sent_bytes / MIB:11,.1f} {plan.messages:9,} {seconds:>9}"
+                f"{plan.replicated_share:11.1%} {plan.launches:9,} {plan.rounds:7,} "
+                f"{plan.sent_bytes / MIB:11,.1f} {plan.messages:9,} {seconds:>9}"
             )
         return "\n".join(lines)
 

@@ -34,6 +34,11 @@ class Record:
     def wait_seconds(self) -> float:
         return 0.0 if self.span is None else seconds_between(*self.span)
 
+    @property
+    def is_round(self) -> bool:
+        """Whether this rank waits for others: not alone, and not for messages that run behind the computation."""
+        return self.kind == "p2p" or (self.kind != "displaced" and self.messages > 0)
+
 
 @dataclass(frozen=True)
 class Wait:
@@ -75,6 +80,7 @@ class Traffic:
     kind: str
     op: str
     calls: int = 0
+    rounds: int = 0
     sent_bytes: int = 0
     messages: int = 0
     wait_seconds: float = 0.0
@@ -100,6 +106,16 @@ class Trace:
     @property
     def messages(self) -> int:
         return sum(record.messages for record in self.records)
+
+    @property
+    def rounds(self) -> int:
+        """Exchanges and collectives that this rank waited for, one after the other."""
+        return sum(record.is_round for record in self.records)
+
+    @property
+    def launches(self) -> int | None:
+        """Kernels launched (``meter.launches_of``); None where they were not measured."""
+        return None if self.meter is None else self.meter.launches
 
     def count(self, kind: str) -> int:
         """How many exchanges of one kind (``"p2p"``, ``"all_gather"``, ``"all_reduce"``)."""
@@ -145,6 +161,7 @@ class Trace:
         for record in self.records:
             total = sums.setdefault((record.kind, record.op), Traffic(record.kind, record.op))
             total.calls += 1
+            total.rounds += record.is_round
             total.sent_bytes += record.sent_bytes
             total.messages += record.messages
             total.wait_seconds += record.wait_seconds
@@ -166,12 +183,13 @@ class Trace:
             lines.append(f"{'fused':12} {fused.steps} ({fused.count} times, {fused.spared_bytes:,} bytes spared)")
         if self.meter is not None:
             lines.append("")
-            lines.append(f"{'computed':45} {'calls':>7} {'GFLOPs':>14} {'MiB moved':>9} {'ms':>9}")
+            lines.append(f"{'computed':45} {'calls':>7} {'launches':>9} {'GFLOPs':>14} {'MiB moved':>9} {'ms':>9}")
             for cost in sorted(self.ops().values(), key=lambda c: -c.seconds):
                 lines.append(
-                    f"{cost.op:45} {cost.calls:7} {cost.flops / 1e9:14,.3f} {cost.moved_bytes / 2**20:9,.0f} "
-                    f"{cost.seconds * 1e3:9.1f}"
+                    f"{cost.op:45} {cost.calls:7} {cost.launches:9,} {cost.flops / 1e9:14,.3f} "
+                    f"{cost.moved_bytes / 2**20:9,.0f} {cost.seconds * 1e3:9.1f}"
                 )
+            lines.append(f"{self.launches:,} kernels launched, {self.rounds:,} rounds of messages")
             lines.append(f"live activations at most {self.meter.peak_mib:,.1f} MiB, at {self.meter.peak_op}")
         if self.waits:
             behind, blocked = (sum(getattr(wait, name) for wait in self.waits) for name in ("behind_s", "blocked_s"))
@@ -187,6 +205,8 @@ class Trace:
         return {
             "sent_bytes": self.sent_bytes,
             "messages": self.messages,
+            "rounds": self.rounds,
+            "launches": self.launches,
             "wait_seconds": self.wait_seconds,
             "flops": self.flops,
             "peak_bytes": self.peak_bytes,

@@ -29,11 +29,12 @@ from distpatch.rules.registry import (
     spread,
     wrap,
 )
+from distpatch.rules.scores import keeps_scores, planned
 from distpatch.stencil import ceil_div
 from distpatch.tensor import PatchTensor, whole
 
-# Without gradients keys and values are gathered for a few heads at a time, and scores, which some of torch's
-# kernels keep, are made for a few queries at a time: no more bytes of either than these.
+# Without gradients keys and values are gathered for a few heads at a time, and scores, where torch's kernel keeps
+# them, are made for a few queries at a time: no more bytes of either than these.
 GATHER_BYTES = 256 << 20
 SCORE_BYTES = 512 << 20
 
@@ -73,7 +74,7 @@ def attention(
 
         def attend(*mine: Tensor) -> Tensor:
             q, k, v, *mask = map(_some, mine)
-            result = func(q, k, v, mask[0] if mask else None, 0.0, is_causal, scale=scale)
+            result = planned(func)(q, k, v, mask[0] if mask else None, 0.0, is_causal, scale=scale)
             empty = [d - t.ndim for t in mine for d, n in enumerate(t.shape) if n == 0]
             return none_of(result, empty[0]) if empty else result
 
@@ -196,7 +197,7 @@ def _attend(
     is_causal: bool,
     options: dict[str, Any],
 ) -> Tensor:
-    """This rank's queries and everybody's keys; a few queries at a time where the scores would be too many."""
+    """This rank's queries and everybody's keys; a few queries at a time where scores are kept and would be too many."""
     mask = None if mask is None else _mask_rows(mask, query, func)
     key, value = _all_keys(key, value, query, func)
     queries, key, value, *masks = together([query.local, key, value, *([] if mask is None else [mask])])
@@ -204,24 +205,27 @@ def _attend(
     first = query.rows.interval(query.region.comm.rank)[0] if is_causal else 0
     size_bytes = math.prod(query.shape[:-2]) * key.shape[-2] * 4
     at_once = max(SCORE_BYTES // max(size_bytes, 1), 1)
+    run, grouped = planned(func), bool(options["enable_gqa"])
 
     def attend(rows: Tensor) -> Tensor:
         count = rows.shape[-2]
         tall = None if mask is None else _as_tall(mask, count)
-        step = count if needs_grad(rows, key, value, mask) else at_once
+        # Below its first row a causal mask is made here, and is as large as the scores.
+        kept = first > 0 or keeps_scores(rows, key, value, tall, is_causal, grouped)
+        step = at_once if kept and not needs_grad(rows, key, value, mask) else count
         return in_patches(lambda a, b: some(rows.narrow(-2, a, b - a), tall, a), (0, count), step, rows.ndim - 2)
 
     def some(rows: Tensor, mask: Tensor | None, start: int) -> Tensor:
         count = rows.shape[-2]
         if not is_causal:
             own = mask if mask is None or mask.shape[-2] == 1 else mask.narrow(-2, start, count)
-            return func(rows, key, value, own, **options)
+            return run(rows, key, value, own, **options)
         seen = min(first + start + count, key.shape[-2])
         keys, values = key.narrow(-2, 0, seen), value.narrow(-2, 0, seen)
         if first + start == 0:
-            return func(rows, keys, values, is_causal=True, **options)
+            return run(rows, keys, values, is_causal=True, **options)
         own = torch.ones(count, seen, dtype=torch.bool, device=rows.device).tril(first + start)
-        return func(rows, keys, values, own, **options)
+        return run(rows, keys, values, own, **options)
 
     return on_some_rows(attend, queries, query.rows.dim)
 

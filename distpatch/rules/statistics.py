@@ -21,12 +21,8 @@ from distpatch.layout import RowLayout
 from distpatch.lazy import Recipe, put_off
 from distpatch.meter import few
 from distpatch.rules.registry import needs_grad
+from distpatch.sizes import kind_of, sizes_of
 from distpatch.stencil import Interval
-
-# Rows are read twice, for the mean and around it: on a CPU from a cache of this size.
-CHUNK_BYTES = {"cpu": 512 << 10}
-CHUNK_BYTES_ELSEWHERE = 64 << 20
-CACHED = {"cpu"}  # where a second reading comes from a cache; elsewhere torch's own Welford reads once
 
 
 def moments(
@@ -42,18 +38,19 @@ def moments(
     precise = torch.promote_types(local.dtype, torch.float32)
     double = torch.float64 if local.device.type != "mps" else precise  # which has none
     rows_bytes = local.shape.numel() // max(local.shape[along], 1) * local.dtype.itemsize
-    chunk_bytes = CHUNK_BYTES.get(local.device.type, CHUNK_BYTES_ELSEWHERE)
+    sizes = sizes_of(local.device)
     if isinstance(local, Recipe) and local.value is not None:
         local = local.value
     grads = isinstance(local, Tensor) and needs_grad(local)
     whole = grads or torch.compiler.is_compiling()  # a compiler makes its own chunks
-    intervals = _intervals(local.shape[along], local.shape[along] if whole else chunk_bytes // max(rows_bytes, 1))
+    rows = local.shape[along]
+    intervals = _intervals(rows, rows if whole else sizes.statistics_bytes // max(rows_bytes, 1))
     counts, means, m2s = [], [], []
     for lo, hi in few(intervals):
         chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
         count = math.prod(chunk.shape[d] for d in dims)
         counts.append(count)
-        if count and not grads and not exact and chunk.device.type not in CACHED:
+        if count and not grads and not exact and not sizes.reads_twice:
             var, mean = torch.var_mean(chunk.to(precise), dims, correction=0, keepdim=True)
             m2s.append(var.to(double) * count)
             means.append(mean.to(double))
@@ -176,10 +173,11 @@ def _scaled(local: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bia
     if local.numel() == 0:
         return torch.empty_like(local)
     scale = scaling(local, mean, var, weight, bias, norm.eps)
-    if local.device.type != "cpu":
+    sizes = sizes_of(local.device)
+    if not sizes.reads_twice:
         return scale(local, None)
     along, out = max(norm.rows.dim, 2), torch.empty_like(local)
-    chunk_rows = CHUNK_BYTES["cpu"] * local.shape[along] // (local.numel() * local.element_size())
+    chunk_rows = sizes.statistics_bytes * local.shape[along] // (local.numel() * local.element_size())
     for lo, hi in few(_intervals(local.shape[along], chunk_rows)):
         scale(local.narrow(along, lo, hi - lo), out.narrow(along, lo, hi - lo))
     return out
@@ -199,7 +197,7 @@ def scaling(
     scale = (var + eps).rsqrt() * (1 if weight is None else weight)
     middle = mean.to(precise)
     shift = (middle - mean) * scale + (0 if bias is None else bias)  # with what rounding took from the mean
-    if like.device.type == "cpu" and like.dtype == precise:
+    if kind_of(like.device) == "cpu" and like.dtype == precise:
         shape = [*middle.shape, *[1] * (like.ndim - 2)]
         centre, by, to = (t.to(precise).view(shape) for t in (middle, scale, shift))
 

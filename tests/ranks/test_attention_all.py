@@ -203,23 +203,27 @@ def test_native_attention_never_sees_local_rows() -> None:
         assert fallbacks == 1
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": True}, {"enable_gqa": True}], ids=str)
-def test_heads_and_queries_in_chunks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large keys are gathered a few heads at a time, and scores made for a few queries at a time."""
+def test_heads_and_queries_in_chunks(options: dict[str, Any], fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large keys are gathered a few heads at a time, and scores, where they are kept, made for a few queries."""
     options = dict(options)
     heads = 6 if options.get("enable_gqa") else 3
     q, k, v = random_tensor((2, heads, 11, 4)), random_tensor((2, 3, 11, 4), 1), random_tensor((2, 3, 11, 5), 2)
     mask = random_tensor((heads, 11, 11), 3) if options.pop("mask", False) else None
     right = F.scaled_dot_product_attention(q, k, v, mask, **options)
     largest = {"gathered": 0, "scores": 0}
+    calls = [0] * 3
 
     def seen(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         largest["gathered"] = max(largest["gathered"], (key.numel() + value.numel()) * 8)
         largest["scores"] = max(largest["scores"], query[..., 0].numel() * key.shape[-2] * 4)
+        calls[dist.get_rank()] += 1
         return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(attention, "GATHER_BYTES", (k.numel() + v.numel()) * 8 // 3)
-    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 2 * heads * 11 * 4)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * heads // 3 * 2 * 11 * 4)  # of two queries
+    monkeypatch.setattr(attention, "keeps_scores", lambda *args: not fused)
 
     def body(rank: int) -> tuple[Tensor, int]:
         with torch.no_grad(), distpatch.trace() as t:
@@ -231,7 +235,12 @@ def test_heads_and_queries_in_chunks(options: dict[str, Any], monkeypatch: pytes
         torch.testing.assert_close(out, right, rtol=1e-10, atol=1e-10)
         assert exchanges == 3  # one a head
     assert largest["gathered"] <= attention.GATHER_BYTES
-    assert largest["scores"] <= attention.SCORE_BYTES
+    if fused:
+        assert calls[0] == 3 and (options.get("is_causal") or calls == [3] * 3)  # one a head
+    else:
+        assert calls == [6] * 3  # a rank's four queries in two parts
+    if not fused or options.get("is_causal"):  # whose mask is made, and as large
+        assert largest["scores"] <= max(attention.SCORE_BYTES, fused * 2 * heads // 3 * 4 * 4 * 4)
 
 
 def test_causal_and_a_mask_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distpatch import lazy, patch_conv
+from distpatch import patch_conv, sizes
 from distpatch.group import ALONE
 from distpatch.layout import RowLayout
 from distpatch.tensor import PatchTensor, Region
@@ -63,7 +64,8 @@ class Largest(TorchDispatchMode):
 def test_no_call_is_larger(name: str, grads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x = PatchTensor(random_tensor((1, 4, 400, 50)), RowLayout(2, (0, 400)), Region(ALONE))
     monkeypatch.setattr(patch_conv, "INDEX_LIMIT", 10 * LIMIT)
-    monkeypatch.setattr(lazy, "CHUNK_BYTES", {"cpu": x.element_size() * 10 * LIMIT})  # as far below it as 256 MiB are
+    chunk_bytes = x.element_size() * 10 * LIMIT  # as far below it as 256 MiB are
+    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], chunk_bytes=chunk_bytes))
     with torch.set_grad_enabled(grads), Largest() as largest:
         CALLS[name](x).local  # type: ignore[attr-defined]  # noqa: B018
     assert 0 < largest.numel < 13 * LIMIT  # what parts overlap by is little of 2**31 elements

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distpatch
+from distpatch import sizes
 from tests.oracle import H, case, random_tensor
 from tests.threads import run_ranks
 
@@ -56,7 +58,7 @@ def test_normalization(case: Callable[[], None]) -> None:
 @pytest.fixture
 def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics as devices without a large cache take them."""
-    monkeypatch.setattr("distpatch.rules.statistics.CACHED", frozenset())
+    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], reads_twice=False))
 
 
 @pytest.mark.usefixtures("read_once")

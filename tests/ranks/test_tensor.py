@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distpatch
-from distpatch import LayoutError, PatchTensor, RowLayout
+from distpatch import LayoutError, PatchTensor, RowLayout, sizes
 from distpatch.memory import LivePeak
 from tests.oracle import H, case, random_tensor
 from tests.threads import run_ranks
@@ -205,14 +206,14 @@ def test_gather_in_parts(
         return [result, distpatch.gather(grad), distpatch.gather(moved)]
 
     at_once = run_ranks(ranks, body)
-    monkeypatch.setattr("distpatch.collectives.BUCKET_BYTES", 200)
+    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], bucket_bytes=200))
     for mine, (result, grad, moved) in zip(at_once, run_ranks(ranks, body)):
         assert torch.equal(result, 2 * full) and torch.equal(grad, 2 * full) and torch.equal(moved, full.movedim(0, -1))
         assert [t.stride() for t in mine] == [result.stride(), grad.stride(), moved.stride()]
 
 
 def test_gather_holds_one_part_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distpatch.collectives.BUCKET_BYTES", 1 << 14)
+    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], bucket_bytes=1 << 14))
     full = random_tensor((1, 16, 32, 64))
 
     def body(rank: int) -> int:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from distpatch import Device, Link, calibrate
-from distpatch.costs import DEVICES, LINKS, compute_seconds, device_named, link_named, transfer_seconds
+from distpatch.costs import (
+    DEVICES,
+    LAUNCH_SECONDS,
+    LINKS,
+    Protocol,
+    compute_seconds,
+    device_named,
+    link_named,
+    transfer_seconds,
+)
 from distpatch.meter import Kernel
 from distpatch.trace import Record
 
@@ -34,6 +45,48 @@ def test_a_kernel_takes_its_flops_or_its_bytes(one: Kernel, seconds: float) -> N
     assert compute_seconds({one: 3}, TOY) == 3 * (0.5 + seconds)
 
 
+def test_a_launch_hides_behind_the_kernels_before() -> None:
+    """On a device that computes while the host goes on, an operation takes the longer of both; none, none."""
+    late = replace(TOY, overhead_seconds=0.0, launch_seconds=3.0)
+    assert late.seconds(kernel("aten.add", torch.float32, 0, 100)) == 3.0
+    assert late.seconds(kernel("aten.add", torch.float32, 0, 500)) == 10.0
+    assert late.seconds(kernel("aten.cat", torch.float32, 0, 0)) == 0.0
+
+
+QUICK = Link(
+    "quick", 100.0, 8.0, 4.0, small=(Protocol("LL", 10.0, 2.0, 1.0), Protocol("LL128", 50.0, 5.0, 2.0)), small_bytes=20
+)
+
+
+@pytest.mark.parametrize(
+    ("record", "seconds"),
+    [
+        (Record("p2p", "conv2d", 40, 2), 2 + 1 + 4),  # two messages of 20 bytes
+        (Record("p2p", "conv2d", 42, 2), 8 + 4 + 0.42),  # of 21
+        (Record("p2p", "conv2d", 0, 0), 2 + 1),  # received alone
+        (Record("all_gather", "norm", 7, 7), 2 + 7 + 0.7),
+        (Record("all_gather", "norm", 700, 7), 5 + 14 + 14),
+        (Record("all_reduce", "grads", 7000, 7), 8 + 28 + 70),
+        (Record("all_gather", "", 0, 0), 0),
+    ],
+)
+def test_small_messages_go_another_way(record: Record, seconds: float) -> None:
+    assert QUICK.seconds(record) == pytest.approx(seconds)
+
+
+def test_a_number_takes_less_than_a_large_message_does() -> None:
+    """A norm's few numbers and a halo of a few KiB, on every link; where it is large, the bandwidth of its sheet."""
+    for link in LINKS.values():
+        plain = replace(link, small=())
+        norm, halo, rows = (
+            Record("all_gather", "norm", 7 * 512, 7),
+            Record("p2p", "conv2d", 2 << 13, 2),
+            Record("p2p", "gather", 7 << 30, 7),
+        )
+        assert link.seconds(norm) < 0.6 * plain.seconds(norm) and link.seconds(halo) < plain.seconds(halo)
+        assert link.seconds(rows) == plain.seconds(rows) == pytest.approx((7 << 30) / link.bandwidth, rel=0.01)
+
+
 def test_a_transfer() -> None:
     batch, ring, alone = (
         Record("p2p", "conv2d", 50, 7),
@@ -47,7 +100,8 @@ def test_a_transfer() -> None:
 
 def test_presets() -> None:
     for name, device in DEVICES.items():
-        assert device_named(name) is device and device.source and device.link in LINKS
+        assert device_named(name) is device and device.source and device.link in LINKS and device.kind == "cuda"
+        assert device.launch_seconds == LAUNCH_SECONDS > 0 == device.overhead_seconds
         assert device.flops["half"] >= device.flops["tf32"] >= device.flops["float32"] / 2 > 1e12
         assert 1e11 < device.bandwidth < 1e13 and 1e10 < device.memory_bytes < 1e12
     assert all(link.source and 1e9 < link.bandwidth < 1e12 for link in LINKS.values())
@@ -66,7 +120,13 @@ def test_unknown_names() -> None:
 
 def test_calibrate() -> None:
     device, link = calibrate(seconds=0.1)
-    assert link is None and device.name.startswith("cpu") and not device.source
+    assert (
+        link is None
+        and device.kind == "cpu"
+        and device.launch_seconds == 0
+        and device.name.startswith("cpu")
+        and not device.source
+    )
     assert all(1e8 < rate < 1e14 for rate in device.flops.values()) and set(device.flops) == {
         "half",
         "float32",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from distpatch import lazy
+from distpatch import lazy, sizes
 from distpatch.errors import DistPatchError
 from distpatch.group import ALONE
 from distpatch.layout import RowLayout
@@ -26,7 +27,7 @@ KERNEL = random_tensor((6, 6, 3, 3), seed=7) / 6
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(lazy, "LEAST_BYTES", 0)
-    monkeypatch.setattr(lazy, "CHUNK_BYTES", {"cpu": 2048})
+    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], chunk_bytes=2048))
     with torch.no_grad():
         yield
 

@@ -1,0 +1,71 @@
+"""How much to take at a time, by the kind of device: what stays in a CPU's cache, or keeps a GPU's launches few.
+
+Rules ask ``kind_of`` and ``sizes_of`` and not a tensor for its device where they choose how to compute: so that a
+plan can be made for a device that this machine, or this build of torch, does not have.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``workspace_bytes``: input and output of one convolution, with ``splits="auto"``. ``part_bytes``: rows that are
+    copied to put them beside their halo, in at most ``most_parts`` parts. ``chunk_bytes``: rows that wait, evaluated
+    where no window says how many. ``statistics_bytes``: rows of one reading for a norm, of which half precision is
+    copied in fp32; ``reads_twice``: whether a second reading of these comes from a cache. ``bucket_bytes``: gradients,
+    or rows of a gather, that are moved together.
+    """
+
+    workspace_bytes: int
+    part_bytes: int
+    most_parts: int
+    chunk_bytes: int
+    statistics_bytes: int
+    reads_twice: bool
+    bucket_bytes: int
+
+
+# A CPU computes a large tensor faster in patches that stay in its cache. A GPU has none of use here, and a few
+# microseconds for each launch: there the sizes only bound the memory.
+BY_KIND = {"cpu": Sizes(8 * MIB, 8 * MIB, 8, MIB, 512 * KIB, True, 32 * MIB)}
+ELSEWHERE = Sizes(256 * MIB, 256 * MIB, 8, 256 * MIB, 128 * MIB, False, 256 * MIB)
+
+
+class _Thread(threading.local):
+    planned: str | None = None
+
+
+_thread = _Thread()
+
+
+def planned_kind() -> str | None:
+    """The kind of device that this thread plans for; None where it computes."""
+    return _thread.planned
+
+
+def kind_of(device: torch.device) -> str:
+    """The kind of device for which to choose: this one's ("cpu", "cuda", ...), or the one that is planned for."""
+    return _thread.planned or device.type
+
+
+def sizes_of(device: torch.device) -> Sizes:
+    return BY_KIND.get(kind_of(device), ELSEWHERE)
+
+
+@contextmanager
+def planned_as(kind: str) -> Iterator[None]:
+    """Choose, in this thread, as for another kind of device than that of the tensors."""
+    before, _thread.planned = _thread.planned, kind
+    try:
+        yield
+    finally:
+        _thread.planned = before
