@@ -63,6 +63,8 @@ class Region:
 class RuleTable(dict[Any, Rule]):
     """Rules by torch function. A function without a rule gets ``fallback`` (rules/fallback.py).
 
+    ``kinds``: of a type of functions, such as the operators of ``torch.ops`` (rules/operators.py), what tells of
+    each which function made of others that have rules stands for it, if one does.
     ``before_writing`` sees to it that what waits for rows is computed before they change, ``through`` to a call
     on a copy of rows (rules/views.py), ``on_blocks`` to one on a ``BlockTensor`` (rules/blocks.py).
     """
@@ -71,12 +73,20 @@ class RuleTable(dict[Any, Rule]):
     before_writing: Rule
     on_blocks: Rule
     through: Rule
+    kinds: dict[type, Callable[[Any], Callable[..., Any] | None]]
 
     def __missing__(self, func: Any) -> Rule:
-        return self.fallback
+        stand_in = self.stand_in(func)
+        return self.fallback if stand_in is None else lambda _func, *args, **kwargs: stand_in(*args, **kwargs)
+
+    def stand_in(self, func: Any) -> Callable[..., Any] | None:
+        """What to call in place of a function that has no rule of its own, or None."""
+        kind = self.kinds.get(type(func))
+        return None if kind is None or func in self else kind(func)
 
 
 RULES = RuleTable()
+RULES.kinds = {}
 
 # torch takes numpy's names of these arguments too.
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}

@@ -172,7 +172,7 @@ def _mark(value: Tensor, origin: Origin) -> Tensor:
 
 def protect(func: Any, source: PatchTensor, result: Any, args: tuple[Any, ...]) -> Any:
     """The result of a function that ran on a copy of ``source``, so that no write to it is lost."""
-    if func not in ALIASING:
+    if not _is_aliasing(func):
         return result
     if op_name(func) == "__getitem__":
         index = args[1] if isinstance(args[1], tuple) else args[1:2]
@@ -187,6 +187,14 @@ def protect(func: Any, source: PatchTensor, result: Any, args: tuple[Any, ...]) 
     return map_tensors(again, result)
 
 
+def _is_aliasing(func: Any) -> bool:
+    """Whether what it returns is, or may be, a view of its argument."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return func in ALIASING
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
+
+
 def is_basic(item: Any) -> bool:
     """Whether indexing with it makes a view."""
     return item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int
@@ -194,6 +202,8 @@ def is_basic(item: Any) -> bool:
 
 def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call on copies: as on the tensors that they are; what it writes to them goes to their origins too."""
+    if (stand_in := RULES.stand_in(func)) is not None:  # what it calls comes here by itself
+        return stand_in(*args, **kwargs)
     copies = [t for t in tensors_in((args, kwargs)) if isinstance(t, (PatchCopy, RowCopy))]
     written = {id(t) for t in tensors_in(mutates(func, args, kwargs))}
     for copy in copies:
@@ -210,7 +220,7 @@ def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(tensor, (PatchCopy, RowCopy)):  # a copy of a copy
             tensor.origin.then(copies[0].origin)
             return tensor
-        return _mark(tensor, copies[0].origin) if func in ALIASING else tensor
+        return _mark(tensor, copies[0].origin) if _is_aliasing(func) else tensor
 
     return map_tensors(again, result) if isinstance(result, (Tensor, tuple, list)) else result
 
