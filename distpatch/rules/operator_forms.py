@@ -397,6 +397,11 @@ def length(input: Tensor) -> int:
     return len(input)
 
 
+for _name in ("Int", "IntImplicit", "Float", "FloatImplicit", "Bool"):
+    FORMS[_name] = {"I": int, "F": float, "B": bool}[_name[0]]
+FORMS["ScalarImplicit"] = item
+
+
 @form("sym_is_contiguous")
 def is_contiguous(input: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
     return input.is_contiguous(memory_format=memory_format)
