@@ -14,12 +14,14 @@ from distpatch.rules import (
     flex,
     fourier,
     gathering,
+    in_place,
     indexing,
     joining,
     losses,
     matmul,
     metadata,
     normalization,
+    operator_forms,
     operators,
     own,
     pad,
@@ -36,6 +38,9 @@ from distpatch.rules import (
     views,
 )
 
+operator_forms.fill_in()
+in_place.fill_in()
+
 __all__ = [
     "adaptive",
     "along",
@@ -50,12 +55,14 @@ __all__ = [
     "flex",
     "fourier",
     "gathering",
+    "in_place",
     "indexing",
     "joining",
     "losses",
     "matmul",
     "metadata",
     "normalization",
+    "operator_forms",
     "operators",
     "own",
     "pad",

@@ -426,7 +426,9 @@ def _public(function: Form) -> Callable[..., Any]:
     return rule
 
 
-for _name, _form in FORMS.items():
-    for _function in named(_name):
-        if _function not in RULES and hasattr(torch, _name):
-            RULES[_function] = _public(_form)
+def fill_in() -> None:
+    """The same rules for what torch offers publicly under these names, and has none."""
+    for name, function in FORMS.items():
+        for public in named(name):
+            if public not in RULES and hasattr(torch, name):
+                RULES[public] = _public(function)

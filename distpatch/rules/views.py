@@ -8,7 +8,7 @@ the origin too, or refused; and they are not read after the origin has changed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -45,6 +45,10 @@ _KEEP_STATISTICS = frozenset(
         *"batch_norm_update_stats fused_moving_avg_obs_fake_quant".split(),
     )
 )
+
+
+# In place they change no value, but which dim is which.
+MOVES_DIMS = frozenset(named("unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"))
 
 
 def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,10 +209,12 @@ def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if (stand_in := RULES.stand_in(func)) is not None:  # what it calls comes here by itself
         return stand_in(*args, **kwargs)
     copies = [t for t in tensors_in((args, kwargs)) if isinstance(t, (PatchCopy, RowCopy))]
-    written = {id(t) for t in tensors_in(mutates(func, args, kwargs))}
+    written = set() if func in MOVES_DIMS else {id(t) for t in tensors_in(mutates(func, args, kwargs))}
     for copy in copies:
         copy.origin.check(func, writing=id(copy) in written)
     result = func(*map_tensors(_plain, args), **map_tensors(_plain, kwargs))
+    if func in MOVES_DIMS:
+        return _follow(copies[0], func, args, kwargs)
     for copy in copies:
         if id(copy) in written:
             copy.origin.write_back()
@@ -223,6 +229,24 @@ def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _mark(tensor, copies[0].origin) if _is_aliasing(func) else tensor
 
     return map_tensors(again, result) if isinstance(result, (Tensor, tuple, list)) else result
+
+
+def _follow(copy: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A copy whose plain tensor got other dims in place gets them too; the way back to its origin is lost."""
+    if isinstance(copy, PatchCopy):
+        plain = copy.plain
+        copy.local, copy.rows, copy._shape, copy.cut, copy.order = (
+            plain.local,
+            plain.rows,
+            plain._shape,
+            plain.cut,
+            plain.order,
+        )
+    else:
+        with torch._C.DisableTorchFunctionSubclass():
+            func(*args, **kwargs)
+    copy.origin = replace(copy.origin, write=None)
+    return cast(Tensor, copy)
 
 
 def _plain(tensor: Tensor) -> Tensor:
