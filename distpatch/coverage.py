@@ -17,7 +17,6 @@ from torch.overrides import get_overridable_functions, resolve_name
 from distpatch.rules.fallback import fallback, record
 from distpatch.rules.metadata import refused
 from distpatch.rules.registry import op_name
-from distpatch.rules.views import mutates
 from distpatch.tensor import RULES
 
 KINDS = MappingProxyType(
@@ -43,7 +42,7 @@ def functions() -> dict[Any, str]:
 def kind(func: Any) -> str:
     """One of ``KINDS``; of a function that nobody registered too."""
     if func not in RULES:
-        return "refused" if mutates(func, (func,), {}) is not None else "fallback"
+        return "fallback"
     rule = RULES[func]
     if rule is refused or not _returns(rule.__code__):
         return "refused"

@@ -63,20 +63,32 @@ class Region:
 class RuleTable(dict[Any, Rule]):
     """Rules by torch function. A function without a rule gets ``fallback`` (rules/fallback.py).
 
+    ``kinds``: of a type of functions, such as the operators of ``torch.ops`` (rules/operators.py), what tells of
+    each which function made of others that have rules stands for it, if one does.
     ``before_writing`` sees to it that what waits for rows is computed before they change, ``through`` to a call
-    on a copy of rows (rules/views.py), ``on_blocks`` to one on a ``BlockTensor`` (rules/blocks.py).
+    on a copy of rows (rules/views.py), ``on_blocks`` to one on a ``BlockTensor`` (rules/blocks.py), ``into`` to
+    one with ``out=`` (rules/in_place.py).
     """
 
     fallback: Rule
     before_writing: Rule
     on_blocks: Rule
     through: Rule
+    into: Rule
+    kinds: dict[type, Callable[[Any], Callable[..., Any] | None]]
 
     def __missing__(self, func: Any) -> Rule:
-        return self.fallback
+        stand_in = self.stand_in(func)
+        return self.fallback if stand_in is None else lambda _func, *args, **kwargs: stand_in(*args, **kwargs)
+
+    def stand_in(self, func: Any) -> Callable[..., Any] | None:
+        """What to call in place of a function that has no rule of its own, or None."""
+        kind = self.kinds.get(type(func))
+        return None if kind is None or func in self else kind(func)
 
 
 RULES = RuleTable()
+RULES.kinds = {}
 
 # torch takes numpy's names of these arguments too.
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
@@ -167,6 +179,8 @@ class PatchTensor(torch.Tensor):
         if kwargs:
             if not _NUMPY_NAMES.keys().isdisjoint(kwargs) and func in RULES:
                 kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}
+            if "out" in kwargs:
+                return RULES.into(func, args, kwargs)
             return RULES[func](func, *args, **kwargs)
         return RULES[func](func, *args)
 
@@ -174,8 +188,10 @@ class PatchTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        inside = torch._C._functorch.peek_interpreter_stack()
+        hidden = "" if inside is None else f" (inside torch.func's {inside.key().name}, which hides the tensor)"
         raise UnsupportedOpError(
-            f"{func} reached a sharded tensor below the table of rules, where its rows could be taken "
+            f"{func} reached a sharded tensor below the table of rules{hidden}, where its rows could be taken "
             "for the whole image. Gather it first (distpatch.gather), or register a rule for the "
             "torch function that calls it (distpatch.register_rule)."
         )

@@ -14,6 +14,7 @@ from distpatch.rules import (
     flex,
     fourier,
     gathering,
+    in_place,
     indexing,
     joining,
     linalg,
@@ -21,6 +22,8 @@ from distpatch.rules import (
     matmul,
     metadata,
     normalization,
+    operator_forms,
+    operators,
     own,
     pad,
     pointwise,
@@ -29,11 +32,15 @@ from distpatch.rules import (
     reshape,
     resize,
     sampling,
+    scripted,
     shape,
     transposed,
     unfold,
     views,
 )
+
+operator_forms.fill_in()
+in_place.fill_in()
 
 __all__ = [
     "adaptive",
@@ -49,6 +56,7 @@ __all__ = [
     "flex",
     "fourier",
     "gathering",
+    "in_place",
     "indexing",
     "joining",
     "linalg",
@@ -56,6 +64,8 @@ __all__ = [
     "matmul",
     "metadata",
     "normalization",
+    "operator_forms",
+    "operators",
     "own",
     "pad",
     "pointwise",
@@ -64,6 +74,7 @@ __all__ = [
     "reshape",
     "resize",
     "sampling",
+    "scripted",
     "shape",
     "transposed",
     "unfold",

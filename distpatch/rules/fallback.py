@@ -25,41 +25,51 @@ _HOME = Path(__file__).parents[1]
 def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Gather every PatchTensor argument, call the function, shard outputs as tall as the input.
 
-    Raises ``UnsupportedOpError`` where the region says ``fallback="error"``, and for functions that
-    write to a sharded argument: the gathered copy would take the change.
+    What the call wrote to a gathered copy is written to the rows that it was gathered from, in place: views of
+    them see it. Raises ``UnsupportedOpError`` where the region says ``fallback="error"``, and where a sharded
+    argument would get another shape.
     """
     sharded = [t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor)]
     lead = sharded[0]
-    if written_tensors(func, args, kwargs):
-        raise _writes(func, sharded)
     record(op_name(func), sharded)
-    kept = {id(t) for t in tensors_in(mutates(func, args, kwargs))}  # plain tensors that were written to
-    copies: list[Tensor] = []
-    full_args, full_kwargs = map_tensors(partial(_gathered, copies), (args, kwargs))
-    versions = [t._version for t in copies]
+    kept = {id(t): t for t in tensors_in(mutates(func, args, kwargs))}  # plain tensors that are written to
+    copies: dict[int, tuple[PatchTensor, Tensor]] = {}
+    written = {id(t) for t in written_tensors(func, args, kwargs)}
+    full_args, full_kwargs = map_tensors(partial(_gathered, copies, written), (args, kwargs))
+    before = [(copy._version, copy.grad_fn) for _, copy in copies.values()]
     result = func(*full_args, **full_kwargs)
-    if versions != [t._version for t in copies]:  # what its name and schema did not say
-        raise _writes(func, sharded)
-    result = map_tensors(lambda t: t if id(t) in kept else _shard_again(t, lead), result)
+    for (x, copy), (version, grad_fn) in zip(copies.values(), before):
+        if copy._version != version:
+            with torch.set_grad_enabled(copy.grad_fn is not grad_fn):  # else it was written outside the graph
+                _write_back(func, x, copy, sharded)
+            kept[id(copy)] = x
+    result = map_tensors(lambda t: kept[id(t)] if id(t) in kept else _shard_again(t, lead), result)
     return protect(func, lead, result, args)
 
 
-def _writes(func: Any, sharded: Sequence[PatchTensor]) -> UnsupportedOpError:
-    return UnsupportedOpError(
-        f"{op_name(func)} would write to a sharded tensor ({_shapes(sharded)}; rank "
-        f"{sharded[0].region.comm.rank}) and has no sharded rule. Use its out-of-place form, or register a "
-        "rule (distpatch.register_rule)."
-    )
+def _gathered(copies: dict[int, tuple[PatchTensor, Tensor]], written: set[int], tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, noted in ``copies``; in inference mode too they count their versions.
 
-
-def _gathered(copies: list[Tensor], tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, which joins ``copies``; in inference mode too they count their versions."""
+    Of one that will be written to a copy that shares no memory with its rows.
+    """
     if not isinstance(tensor, PatchTensor):
         return tensor
-    with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-        full = whole(tensor)
-        copies.append(full.clone() if full.is_inference() else full)
-    return copies[-1]
+    if id(tensor) not in copies:
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+            full = whole(tensor)
+            alone = full.is_inference() or id(tensor) in written
+            copies[id(tensor)] = tensor, full.clone() if alone else full
+    return copies[id(tensor)][1]
+
+
+def _write_back(func: Any, x: PatchTensor, copy: Tensor, sharded: Sequence[PatchTensor]) -> None:
+    if copy.shape != x.shape:
+        raise UnsupportedOpError(
+            f"{op_name(func)} would give a sharded tensor the shape {tuple(copy.shape)} ({_shapes(sharded)}; rank "
+            f"{x.region.comm.rank}), and has no sharded rule. Use its out-of-place form, or register a rule "
+            "(distpatch.register_rule)."
+        )
+    x.copy_(copy)
 
 
 def record(name: str, sharded: Sequence[PatchTensor]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.layout import RowLayout, even_bounds
+from distpatch.rules.by_number import rows_by_number
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import never_empty
@@ -31,9 +32,10 @@ from distpatch.tensor import PatchTensor, whole
 
 @rule(*named("index_select"))
 def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out: Any = None) -> Any:
-    moved = isinstance(index, PatchTensor) or not isinstance(input, PatchTensor)
-    if moved or out is not None or dim % input.ndim == input.rows.dim:
+    if isinstance(index, PatchTensor) or not isinstance(input, PatchTensor) or out is not None:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
+    if dim % input.ndim == input.rows.dim:
+        return rows_by_number(input, index.flatten(), func)
     return wrap(func(input.local, dim, index), input)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.collectives import narrow_rows
 from distpatch.layout import RowLayout, even_bounds
+from distpatch.rules.by_number import rows_by_number
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
 from distpatch.rules.joining import assembled
@@ -42,7 +44,7 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
         return wrap(x.local[tuple(items)], x, x.rows.with_dim(_row_dim_after(x, items)[0]))
     if isinstance(items[row], list) and all(map(_is_whole, [*items[:row], *items[row + 1 :]])):
         return _chosen_rows(func, input, items[row])
-    return fallback(func, input, index)
+    return _numbered_rows(func, input, items, row)
 
 
 def _spelled_out(index: Any, x: Tensor) -> Items:
@@ -54,12 +56,20 @@ def _spelled_out(index: Any, x: Tensor) -> Items:
 
 
 def _as_item(item: Any, x: Tensor) -> Any:
-    if is_basic(item) or isinstance(item, (Tensor, bool)):
+    if is_basic(item) or isinstance(item, bool):
         return item
+    if isinstance(item, Tensor):
+        return int(item) if _is_number(item) else item
     if isinstance(item, (list, tuple, range)) and all(type(i) is int for i in item):
         return list(item)
     tensor = torch.as_tensor(item, device=x.device)  # numpy's, lists of booleans, nested lists
     return tensor.item() if tensor.ndim == 0 and tensor.dtype != torch.bool else tensor
+
+
+def _is_number(item: Tensor) -> bool:
+    """Whether torch reads it, and takes it for a number."""
+    whole_number = not (item.dtype.is_floating_point or item.dtype.is_complex or _is_mask(item))
+    return item.ndim == 0 and whole_number and not torch.compiler.is_compiling() and not isinstance(item, FakeTensor)
 
 
 def _is_mask(item: Any) -> bool:
@@ -132,6 +142,38 @@ def _chosen_rows(func: Any, x: PatchTensor, numbers: Sequence[int]) -> PatchTens
     runs = groupby(enumerate(i % size for i in numbers), key=lambda pair: pair[1] - pair[0])
     rows = [[row for _, row in run] for _, run in runs]
     return assembled(func, [x], [(0, run[0], run[-1] + 1) for run in rows])
+
+
+def _numbered_rows(func: Any, x: PatchTensor, items: Items, row: int) -> Any:
+    """Rows by a replicated tensor of numbers, beside others that are broadcast with it."""
+    numbers = torch.as_tensor(items[row], device=x.device)
+    chosen = {at: torch.as_tensor(i, device=x.device) for at, i in enumerate(items) if isinstance(i, (list, Tensor))}
+    shapes = [i.shape for i in chosen.values()]
+    free = [d for d in range(-numbers.ndim, 0) if all(len(shape) < -d or shape[d] == 1 for shape in shapes)]
+    along = [d for d in range(-numbers.ndim, 0) if numbers.shape[d] != 1] or free  # the dim that says which row
+    if len(along) != 1 and not along == free != [] or any(map(_is_mask, items)) or any(type(i) is int for i in items):
+        return fallback(func, x, tuple(items))
+    back = along[0]
+    x = rows_by_number(x, numbers.flatten(), func)
+    lo, hi = x.rows.interval(x.region.comm.rank)
+    own = {
+        at: i.narrow(back, lo, hi - lo) if i.ndim >= -back and i.shape[back] == x.rows.size else i
+        for at, i in chosen.items()
+    }
+    shape = [-1 if d == numbers.ndim + back else 1 for d in range(numbers.ndim)]
+    own[row] = torch.arange(hi - lo, device=x.device).view(shape)
+    marked = [own.get(at, item) for at, item in enumerate(items)]
+    dim = _chosen_dim(x, marked, back)
+    return wrap(x.local[tuple(marked)], x, x.rows.with_dim(dim))
+
+
+def _chosen_dim(x: PatchTensor, items: Items, back: int) -> int:
+    """Which dim of ``x[items]`` the dim ``back``, counted from behind, of the broadcast tensors is."""
+    tensors = [at for at, item in enumerate(items) if isinstance(item, Tensor)]
+    ndim = max(items[at].ndim for at in tensors)
+    together = tensors[-1] - tensors[0] + 1 == len(tensors)
+    first = tensors[0] if together else 0  # numpy's: apart from each other, in front of all
+    return first + ndim + back
 
 
 def _looked_up(func: Any, table: Tensor, index: Any) -> Any:

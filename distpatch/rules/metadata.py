@@ -22,15 +22,35 @@ def _getters(*names: str) -> list[Any]:
 
 
 _TOLD_BY_WRAPPER = """
-    shape ndim dtype device layout is_cuda is_cpu is_sparse is_quantized is_meta is_mkldnn is_xpu is_mps
-    is_nested itemsize nbytes names is_sparse_csr is_xla is_ipu is_vulkan is_maia is_mtia name _base
+    dtype device layout is_cuda is_cpu is_sparse is_quantized is_meta is_mkldnn is_xpu is_mps
+    is_nested itemsize names is_sparse_csr is_xla is_ipu is_vulkan is_maia is_mtia name _base
 """.split()
 
 
-# The wrapper itself has the global shape and the local dtype and device.
+@rule(*named("dim", "ndimension"), *_getters("ndim"))
+def dims(func: Any, input: PatchTensor) -> int:
+    return len(input.shape)
+
+
+@rule(*named("numel", "nelement"))
+def numel(func: Any, input: PatchTensor) -> int:
+    return input.shape.numel()
+
+
+@rule(*_getters("shape"))
+def shape(func: Any, x: PatchTensor) -> torch.Size:
+    return x.shape
+
+
+@rule(*_getters("nbytes"))
+def nbytes(func: Any, x: PatchTensor) -> int:
+    return x.shape.numel() * x.element_size()
+
+
+# The wrapper itself has the dtype and device of the rows.
 @rule(
-    *named("dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_signed"),
-    *named("get_device", "ndimension", "is_conj", "is_neg", "__dir__", "_is_view"),
+    *named("element_size", "is_floating_point", "is_complex", "is_signed"),
+    *named("get_device", "is_conj", "is_neg", "__dir__", "_is_view"),
     *_getters(*_TOLD_BY_WRAPPER),
 )
 def from_wrapper(func: Any, *args: Any, **kwargs: Any) -> Any:

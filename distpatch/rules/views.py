@@ -8,7 +8,7 @@ the origin too, or refused; and they are not read after the origin has changed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -45,6 +45,10 @@ _KEEP_STATISTICS = frozenset(
         *"batch_norm_update_stats fused_moving_avg_obs_fake_quant".split(),
     )
 )
+
+
+# In place they change no value, but which dim is which.
+MOVES_DIMS = frozenset(named("unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"))
 
 
 def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -172,7 +176,7 @@ def _mark(value: Tensor, origin: Origin) -> Tensor:
 
 def protect(func: Any, source: PatchTensor, result: Any, args: tuple[Any, ...]) -> Any:
     """The result of a function that ran on a copy of ``source``, so that no write to it is lost."""
-    if func not in ALIASING:
+    if not _is_aliasing(func):
         return result
     if op_name(func) == "__getitem__":
         index = args[1] if isinstance(args[1], tuple) else args[1:2]
@@ -187,6 +191,14 @@ def protect(func: Any, source: PatchTensor, result: Any, args: tuple[Any, ...]) 
     return map_tensors(again, result)
 
 
+def _is_aliasing(func: Any) -> bool:
+    """Whether what it returns is, or may be, a view of its argument."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return func in ALIASING
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
+
+
 def is_basic(item: Any) -> bool:
     """Whether indexing with it makes a view."""
     return item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int
@@ -194,11 +206,15 @@ def is_basic(item: Any) -> bool:
 
 def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call on copies: as on the tensors that they are; what it writes to them goes to their origins too."""
+    if (stand_in := RULES.stand_in(func)) is not None:  # what it calls comes here by itself
+        return stand_in(*args, **kwargs)
     copies = [t for t in tensors_in((args, kwargs)) if isinstance(t, (PatchCopy, RowCopy))]
-    written = {id(t) for t in tensors_in(mutates(func, args, kwargs))}
+    written = set() if func in MOVES_DIMS else {id(t) for t in tensors_in(mutates(func, args, kwargs))}
     for copy in copies:
         copy.origin.check(func, writing=id(copy) in written)
     result = func(*map_tensors(_plain, args), **map_tensors(_plain, kwargs))
+    if func in MOVES_DIMS:
+        return _follow(copies[0], func, args, kwargs)
     for copy in copies:
         if id(copy) in written:
             copy.origin.write_back()
@@ -210,9 +226,27 @@ def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(tensor, (PatchCopy, RowCopy)):  # a copy of a copy
             tensor.origin.then(copies[0].origin)
             return tensor
-        return _mark(tensor, copies[0].origin) if func in ALIASING else tensor
+        return _mark(tensor, copies[0].origin) if _is_aliasing(func) else tensor
 
     return map_tensors(again, result) if isinstance(result, (Tensor, tuple, list)) else result
+
+
+def _follow(copy: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A copy whose plain tensor got other dims in place gets them too; the way back to its origin is lost."""
+    if isinstance(copy, PatchCopy):
+        plain = copy.plain
+        copy.local, copy.rows, copy._shape, copy.cut, copy.order = (
+            plain.local,
+            plain.rows,
+            plain._shape,
+            plain.cut,
+            plain.order,
+        )
+    else:
+        with torch._C.DisableTorchFunctionSubclass():
+            func(*args, **kwargs)
+    copy.origin = replace(copy.origin, write=None)
+    return cast(Tensor, copy)
 
 
 def _plain(tensor: Tensor) -> Tensor:
