@@ -7,7 +7,7 @@ point to point, and the result is the one of a single device, to rounding.
 """
 
 from distpatch.calibrate import calibrate
-from distpatch.convert import convert_model, restore_model
+from distpatch.convert import convert_model
 from distpatch.costs import Device, Link
 from distpatch.displaced import displaced, synchronize
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
@@ -26,6 +26,7 @@ from distpatch.patched import (
 from distpatch.pipeline import parallelize_pipeline
 from distpatch.planner import plan, smallest_plan
 from distpatch.plans import Plan
+from distpatch.restore import restore_model
 from distpatch.rules.own import register_pointwise
 from distpatch.rules.registry import register_rule
 from distpatch.save import save_image, save_video, to_memmap

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import operator
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,17 +13,18 @@ from torch import Tensor, nn
 
 from distpatch import devices
 from distpatch import rules as _rules
-from distpatch.collectives import gather_rows, in_one_thread, spread_all
-from distpatch.compiled import enter, enter_compiled, meet
+from distpatch.arguments import is_image, problem_of, signature_of
+from distpatch.calls import Call, Conversion, inside, leave, sharded_buffers
+from distpatch.collectives import in_one_thread, spread_all
+from distpatch.compiled import enter_compiled, meet
 from distpatch.dtensors import is_dtensor, same_part
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.group import Communicator, Group, Pretended, communicator
 from distpatch.known_faults import warn_of_known_faults
-from distpatch.rules.blocks import in_order
-from distpatch.tensor import PatchTensor, Region, on_rank0, whole
+from distpatch.tensor import PatchTensor, Region, whole
 from distpatch.tree import map_tensors, tensors_in
 
-__all__ = ["convert_model", "restore_model"]
+__all__ = ["convert_model", "is_converted", "is_image"]
 assert _rules  # imported for the table of rules
 
 M = TypeVar("M", bound=nn.Module)
@@ -35,31 +33,6 @@ ENTRY_POINTS = ("forward", "encode", "decode")
 STATE = "_distpatch"
 _ABSENT = object()
 SAMPLED = 1 << 16  # elements of each parameter that the ranks compare when a model is converted
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.inside = False  # the sharded computation
-
-
-@dataclass
-class _Conversion:
-    """What was done to a model, and what is needed to undo it."""
-
-    region: Region
-    dim: int
-    output: str
-    tiled: bool = False
-    steps: Any = None  # the displaced context that is open (displaced.py)
-    before: dict[str, Any] = field(default_factory=dict)
-    thread: _Thread = field(default_factory=_Thread)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise DistPatchError(
-            "a converted model can be neither copied (copy.deepcopy) nor pickled: its entry points are tied to this "
-            "model and its group. Copy it before it is converted, or after distpatch.restore_model; its state dict "
-            "can be saved at any time."
-        )
 
 
 def convert_model(
@@ -117,11 +90,13 @@ def convert_model(
         min_numel,
         workspace_bytes,
         lazy,
-        buffers=frozenset(map(id, model.buffers())),
+        conversion=object(),
     )
-    state = _Conversion(region, dim, output, tiled)
+    state = Conversion(region, dim, output, tiled)
     wrappers = {
-        name: _entry(getattr(model, name), name, state) for name in ENTRY_POINTS if callable(getattr(model, name, None))
+        name: _entry(getattr(model, name), name, state, model)
+        for name in ENTRY_POINTS
+        if callable(getattr(model, name, None))
     }
     model.__dict__[STATE] = state
     for name, wrapper in wrappers.items():
@@ -130,18 +105,14 @@ def convert_model(
     return model
 
 
-def restore_model(model: M) -> M:
-    """Undo ``convert_model``: the model is as it was, and runs on this device alone."""
-    state = model.__dict__.get(STATE)
-    if state is None:
-        raise DistPatchError(f"restore_model: this {type(model).__name__} is not converted")
+def unwrap(model: nn.Module) -> None:
+    """Give a model its own entry points back."""
+    state = model.__dict__.pop(STATE)
     for name, before in state.before.items():
         if before is _ABSENT:
             del model.__dict__[name]
         else:
             model.__dict__[name] = before
-    del model.__dict__[STATE]
-    return model
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -202,110 +173,54 @@ def _identity(model: nn.Module, comm: Communicator, *options: Any) -> str:
     return f"{type(model).__name__} with options {options}, state {digest.hexdigest()[:16]}"
 
 
-def _entry(call: Callable[..., Any], name: str, state: _Conversion) -> Callable[..., Any]:
+def _entry(function: Callable[..., Any], name: str, state: Conversion, model: nn.Module) -> Callable[..., Any]:
     """The wrapper of one entry point. Calls from inside the sharded computation pass straight through."""
+    what = f"{type(model).__name__}.{name}"
 
-    @functools.wraps(call)
+    @functools.wraps(function)
     def entry(*args: Any, **kwargs: Any) -> Any:
         if state.thread.inside:
-            return call(*args, **kwargs)
+            return function(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            return _compiled(call, name, state, args, kwargs)
-        model = getattr(call, "__self__", None)
+            return _compiled(function, what, state, model, args, kwargs)
+        call = Call(what, state, model, args, kwargs)
         steps = state.steps if name == "forward" else None
+        problem = _tiles(model, state.tiled) or call.problem
+        if steps is not None:
+            problem = problem or steps.problem(what)
 
         def run() -> Any:
-            region = _region(state, model)
-            sharded = map_tensors(lambda t: enter(t, state.dim, region) if is_image(t) else t, (args, kwargs))
-            return call(*sharded[0], **sharded[1])
+            sharded = call.enter(_region(state, model))
+            return function(*sharded[0], **sharded[1])
 
-        with _inside(state, model, f"{type(model).__name__}.{name}", args, kwargs, steps):
-            result = run() if steps is None else steps.step(run)
-            return map_tensors(lambda t: _leave(t, state), result)
+        with inside(state, what, problem or call.signature, problem, steps, (args, kwargs)):
+            return call.leave(run() if steps is None else steps.step(run))
 
     return entry
 
 
-def _compiled(call: Callable[..., Any], name: str, state: _Conversion, args: Any, kwargs: Any) -> Any:
+def _compiled(
+    function: Callable[..., Any], what: str, state: Conversion, model: nn.Module, args: Any, kwargs: Any
+) -> Any:
     """As ``entry``, in a form that torch.compile can trace; the ranks meet whenever the graph runs."""
     region = state.region
-    model = getattr(call, "__self__", None)
-    what = f"{type(model).__name__}.{name}"
-    problem = _tiles(model, state.tiled) or _problem(what, args, kwargs, state)
+    given = list(tensors_in((args, kwargs)))
+    problem = _tiles(model, state.tiled) or problem_of(what, (args, kwargs), given, state.dim, region.comm)
     if state.steps is not None:
         problem = f"{what}: a compiled call is never a displaced step: compile the modules inside the model instead"
     if problem:
         raise LayoutError(problem)
-    meet(region.comm.name, what, _signature(args, kwargs))
+    meet(region.comm.name, what, signature_of(given))
     state.thread.inside = True
     sharded = map_tensors(lambda t: enter_compiled(t, state.dim, region) if is_image(t) else t, (args, kwargs))
-    result = call(*sharded[0], **sharded[1])
+    result = function(*sharded[0], **sharded[1])
     state.thread.inside = False
-    return map_tensors(lambda t: _leave(t, state), result)
+    for buffers, key, buffer in sharded_buffers(model):
+        buffers[key] = whole(buffer)
+    return map_tensors(lambda t: leave(t, state), result)
 
 
-@contextmanager
-def _inside(state: _Conversion, model: Any, what: str, args: Any, kwargs: Any, steps: Any) -> Iterator[None]:
-    """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait."""
-    comm = state.region.comm
-    problem = _tiles(model, state.tiled) or _problem(what, args, kwargs, state)
-    if steps is not None:
-        problem = problem or steps.problem(what)
-    signature = problem or _signature(args, kwargs)
-    answers = comm.enter(what, signature, None if steps is None else steps.payload((args, kwargs)))
-    if problem:
-        raise LayoutError(problem)
-    state.thread.inside = True
-    try:
-        if steps is not None:
-            steps.begin(signature, answers)
-        yield
-    except BaseException as error:
-        comm.leave_broken(f"raised {type(error).__name__}: {error}")
-        raise
-    finally:
-        state.thread.inside = False
-
-
-def _signature(args: Any, kwargs: Any) -> str:
-    described = []
-    for tensor in tensors_in((args, kwargs)):
-        layout = f" {tensor.rows}" if isinstance(tensor, PatchTensor) else ""
-        shape = tuple(operator.index(n) for n in tensor.shape)  # a compiled graph is made for this shape alone
-        described.append(f"{shape} {tensor.dtype}{layout}")
-    grads = " with gradients" if torch.is_grad_enabled() else ""
-    return "(" + ", ".join(described) + ")" + grads
-
-
-def is_image(tensor: Tensor) -> bool:
-    return isinstance(tensor, PatchTensor) or (tensor.is_floating_point() and tensor.ndim >= 4)
-
-
-def _problem(what: str, args: Any, kwargs: Any, state: _Conversion) -> str | None:
-    """Why these arguments cannot be sharded, or None."""
-    tensors = list(tensors_in((args, kwargs)))
-    images = [tensor for tensor in tensors if is_image(tensor)]
-    if not images:
-        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "none"
-        return (
-            f"{what}: no argument can be sharded: an image is a floating-point tensor of at least 4 dims "
-            f"(B, C, H, W); the tensors given are: {shapes}"
-        )
-    for tensor in images:
-        if isinstance(tensor, PatchTensor):
-            if tensor.region.comm is not state.region.comm:
-                shape = tuple(tensor.shape)
-                return f"{what}: an argument of shape {shape} is sharded over another group than the model's"
-        elif not -tensor.ndim <= state.dim < tensor.ndim or state.dim % tensor.ndim < 2:
-            return (
-                f"{what}: dim={state.dim} is out of range for an argument of shape "
-                f"{tuple(tensor.shape)}: rows are sharded along one of its spatial dims "
-                f"{2 - tensor.ndim}..-1 (convert_model(..., dim=...))"
-            )
-    return None
-
-
-def _region(state: _Conversion, model: Any) -> Region:
+def _region(state: Conversion, model: Any) -> Region:
     """The region of one call: where gradients are wanted, with stand-ins for the model's parameters.
 
     Those that FSDP2 keeps in parts are plain ones only inside the modules that gather them, and are spread there.
@@ -325,20 +240,3 @@ def _region(state: _Conversion, model: Any) -> Region:
     stand_ins = spread_all(parameters, name) if parameters else []
     pairs = zip(parameters, stand_ins, strict=True)
     return replace(state.region, replicas={id(parameter): (parameter, other) for parameter, other in pairs})
-
-
-def _leave(tensor: Tensor, state: _Conversion) -> Any:
-    if not isinstance(tensor, PatchTensor):
-        return whole(tensor)
-    if torch.compiler.is_dynamo_compiling() and state.output != "shard":
-        whole_output = torch.ops.distpatch.gather(tensor, "output")
-        return whole_output if state.output == "gather" or state.region.comm.rank == 0 else None
-    comm = tensor.region.comm
-    if state.output == "gather":
-        if comm.size == 1:
-            return tensor.local  # all of it, and nobody else's: no copy
-        return gather_rows(tensor.local, tensor.rows, comm.name, "output")
-    ordered = in_order(tensor)
-    assert isinstance(ordered, PatchTensor)
-    ordered.local  # noqa: B018  nothing waits for a model that has returned
-    return ordered if state.output == "shard" else on_rank0(ordered, "output")

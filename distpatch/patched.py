@@ -19,7 +19,7 @@ from distpatch.compiled import enter, enter_compiled
 from distpatch.errors import LayoutError
 from distpatch.group import ALONE
 from distpatch.rules.registry import per_dim
-from distpatch.tensor import PatchTensor, Region
+from distpatch.tensor import PatchTensor, Region, handed_back
 
 __all__ = [
     "PatchConv2d",
@@ -259,8 +259,7 @@ def _back(result: Tensor, x: Tensor) -> Tensor:
     if compiling:
         gathered: Tensor = torch.ops.distpatch.gather(result, "patch_conv")
         return gathered
-    assert isinstance(result, PatchTensor)
-    return result.local
+    return handed_back(result)
 
 
 def _check_splits(splits: Splits) -> None:

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distpatch.convert import convert_model, restore_model
+from distpatch.convert import convert_model
 from distpatch.displaced import POLICIES, displaced
 from distpatch.group import Communicator, Group, communicator, group_of
 from distpatch.guidance import check_mesh, on_all_ranks, split_guidance
+from distpatch.restore import restore_model
 from distpatch.tensor import PatchTensor, gather
 from distpatch.tree import map_tensors
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
 )
 
-from distpatch.convert import convert_model, is_converted, restore_model
+from distpatch.convert import convert_model, is_converted
 from distpatch.costs import Device, Link, device_named, link_named
 from distpatch.errors import DistPatchError, UnsupportedOpError
 from distpatch.group import Pretended
@@ -29,6 +29,7 @@ from distpatch.layout import even_bounds
 from distpatch.meter import Meter, briefly
 from distpatch.plans import Plan
 from distpatch.rank_plan import RankPlan
+from distpatch.restore import restore_model
 from distpatch.sizes import planned_as
 from distpatch.tensor import PatchTensor
 from distpatch.trace import trace

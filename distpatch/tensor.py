@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from distpatch import collectives, formats, holders
-from distpatch.errors import LayoutError, UnsupportedOpError
+from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
+from distpatch.kinds import Kind, kind_of, plain
 from distpatch.layout import EMPTY, BlockLayout, RowLayout, even_bounds, has_tiny_shards
 from distpatch.lazy import Recipe
-from distpatch.tree import map_tensors
+from distpatch.names import op_name
+from distpatch.tree import map_tensors, tensors_in
 
 Rule = Callable[..., Any]
 
@@ -29,7 +31,8 @@ class Region:
     (``convert_model``); ``lazy``: whether rows may be computed later (lazy.py). ``replicas``: the model's
     parameters by id, each with the stand-in that meets rows in this call, so that all their gradients are
     summed over ranks together. ``buffers``: ids of the model's buffers, which stay plain tensors whatever is
-    written to them.
+    written to them. ``kind``: of which class results are once they are whole, where that is a user's own (kinds.py).
+    ``conversion``: the converted model whose call it is, until a result is handed to the caller.
     """
 
     comm: Communicator
@@ -42,11 +45,18 @@ class Region:
     warned: set[str] = field(default_factory=set)
     replicas: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     buffers: frozenset[int] = frozenset()
+    kind: Kind | None = None
+    conversion: object = None
 
     @property
     def lasting(self) -> Region:
         """The region without what belongs to one call: as a compiled graph keeps it."""
-        return replace(self, replicas={}) if self.replicas else self
+        return replace(self, replicas={}, kind=None) if self.replicas or self.kind else self
+
+    @property
+    def handed_out(self) -> Region:
+        """The region of what a caller is given: no longer the model's own."""
+        return replace(self, replicas={}, buffers=frozenset(), conversion=None)
 
     def alike(self, other: Region) -> bool:
         """Whether what was compiled for one serves the other."""
@@ -138,8 +148,12 @@ class PatchTensor(torch.Tensor):
         if isinstance(local, Recipe):
             self.recipe = local
             holders.own(local, self)
-        else:
+        elif type(local) is Tensor:
             self.local = local
+        else:
+            if (kind := kind_of(local)) is not None:
+                region = replace(region, kind=kind)
+            self.local = plain(local)
         self.rows = rows
         self.region = region
         self._shape = shape
@@ -266,6 +280,27 @@ class BlockTensor(PatchTensor):
         return RULES.on_blocks(func, args, kwargs or {})
 
 
+class LeftTensor(PatchTensor):
+    """What others still held of a converted model's activations when the model was restored."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in LEFT:
+            return RULES[func](func, *args, **kwargs or {})
+        x = next(t for t in tensors_in((args, kwargs)) if isinstance(t, LeftTensor))
+        raise DistPatchError(
+            f"{op_name(func)} met a tensor of shape {tuple(x.shape)} (sharded; rank {x.region.comm.rank}). "
+            "It was made by a converted model that was restored since, and kept by something outside of that model (a "
+            "hook, a cache). Drop it, or make it plain, on all ranks: distpatch.gather(x)."
+        )
+
+
+LEFT = frozenset(
+    getattr(torch.Tensor, name)
+    for name in "size dim numel __len__ __hash__ __repr__ __format__ is_floating_point".split()
+)
+
+
 class PatchCopy(PatchTensor):
     """What is a view on one device, but whose rows had to move: a copy that knows where it came from.
 
@@ -306,6 +341,10 @@ def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] 
 
 def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     comm = region.comm
+    if type(tensor) is not Tensor:
+        if (kind := kind_of(tensor)) is not None:
+            region = replace(region, kind=kind)
+        tensor = plain(tensor)
     result = PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
     if has_tiny_shards(layout) and not torch.compiler.is_compiling():
         result.order = formats.memory_order(tensor)
@@ -317,7 +356,13 @@ def gather(tree: Any) -> Any:
 
     Collective: all ranks call it. Each gets the whole value; the backward keeps a rank's own rows.
     """
-    return map_tensors(whole, tree)
+    return map_tensors(handed_back, tree)
+
+
+def handed_back(tensor: Tensor) -> Tensor:
+    """``whole``, of the class that it is on one device."""
+    kind = tensor.region.kind if isinstance(tensor, PatchTensor) else None
+    return whole(tensor) if kind is None else kind.of(whole(tensor))
 
 
 def on_rank0(x: PatchTensor, op: str) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+import functools
+import types
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from distpatch.tree import map_tensors, tensors_in
+from distpatch.tree import give_back, map_tensors, streams_in, tensors_in
 
 Pair = namedtuple("Pair", "first second")
 ONE, TWO = torch.tensor(1.0), torch.tensor(2.0)
@@ -21,6 +23,11 @@ ONE, TWO = torch.tensor(1.0), torch.tensor(2.0)
 class Box:
     content: Tensor
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    content: Tensor
 
 
 TREES: dict[str, Any] = {
@@ -33,6 +40,14 @@ TREES: dict[str, Any] = {
     "model output": DecoderOutput(sample=ONE),
     "object": Box(ONE, "label"),
     "distribution": DiagonalGaussianDistribution(torch.randn(1, 4, 2, 2)),
+    "frozen": Sealed(ONE),
+    "in an object in an object": types.SimpleNamespace(inner=types.SimpleNamespace(y=ONE)),
+    "set": {ONE},
+    "deque": deque([ONE, 2], maxlen=2),
+    "default dict": defaultdict(list, a=[ONE]),
+    "view": {"a": ONE}.values(),
+    "proxy": types.MappingProxyType({"a": ONE}),
+    "partial": functools.partial(print, ONE, end=""),
 }
 
 
@@ -68,3 +83,50 @@ def test_model_output_stays_consistent() -> None:
     mapped = map_tensors(lambda t: t * 2, DecoderOutput(sample=ONE))
     assert mapped.sample is mapped["sample"] is mapped[0]
     assert mapped.sample == 2
+
+
+def test_sharing_cycles_and_sides() -> None:
+    """What holds no tensor is left alone also beside what does; what is held twice is copied once."""
+    aside: list[object] = []
+    aside.append(aside)
+    parent = types.SimpleNamespace(y=ONE, aside=aside)
+    parent.child = types.SimpleNamespace(parent=parent, y=ONE)
+    mapped = map_tensors(lambda t: t + 1, [parent, parent, aside])
+    assert mapped[0] is mapped[1] is mapped[0].child.parent is not parent
+    assert mapped[0].y is mapped[0].child.y == 2
+    assert mapped[0].aside is mapped[2] is aside
+    assert parent.child.parent is parent and parent.y is ONE
+
+
+def test_depth_has_no_limit() -> None:
+    tree: object = ONE
+    for _ in range(5000):
+        tree = [tree]
+    mapped = map_tensors(lambda t: t + 1, tree)
+    for _ in range(5000):
+        mapped = mapped[0]
+    assert mapped == 2
+
+
+def test_iterators_are_left_alone_without_a_stream() -> None:
+    numbers = iter([ONE])
+    assert map_tensors(lambda t: t + 1, {"a": numbers})["a"] is numbers
+    assert streams_in({"a": numbers}) and not streams_in({"a": [ONE]})
+    assert list(map_tensors(lambda t: t, [numbers], list)[0]) == [ONE]
+
+
+def test_in_place_and_given_back() -> None:
+    held = {"a": [ONE, (TWO,)]}
+    inner = held["a"]
+    assert map_tensors(lambda t: t + 1, held, in_place=True) is held
+    assert held["a"] is inner and inner == [2, (3,)]
+    made: list[tuple[object, object]] = []
+    x = torch.tensor(5.0)
+    given = {"x": x, "list": [x], "gone": 1}
+    copied = map_tensors(lambda t: t * 2, given, made=made)
+    copied["list"].append("new")
+    copied["more"] = copied.pop("list")
+    del copied["gone"]
+    kept = given["list"]
+    give_back(made)
+    assert given == {"x": x, "more": [x, "new"]} and given["x"] is x and given["more"] is kept
