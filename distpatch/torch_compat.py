@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +63,19 @@ def group_named(name: str) -> dist.ProcessGroup:
 def keep_in_order(operator: Any) -> None:
     """Have every compiled graph keep all calls of a custom operator, in one order with those of others."""
     operator.register_effect(EffectType.ORDERED)
+
+
+@functools.cache
+def inlined(func: Any) -> Any:
+    """A function that torch has in Python, as this release has it, without its question for a rule.
+
+    Its steps have rules of their own.
+    """
+    asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    namespace = {**func.__globals__, **dict.fromkeys(asks, lambda *_: False)}
+    steps = types.FunctionType(func.__code__, namespace, func.__name__, func.__defaults__)
+    steps.__kwdefaults__ = func.__kwdefaults__
+    return steps
 
 
 def in_backward() -> bool:
