@@ -204,14 +204,14 @@ def _identity(model: nn.Module, comm: Communicator, *options: Any) -> str:
 
 def _entry(call: Callable[..., Any], name: str, state: _Conversion) -> Callable[..., Any]:
     """The wrapper of one entry point. Calls from inside the sharded computation pass straight through."""
+    model = getattr(call, "__self__", None)
 
     @functools.wraps(call)
     def entry(*args: Any, **kwargs: Any) -> Any:
         if state.thread.inside:
             return call(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            return _compiled(call, name, state, args, kwargs)
-        model = getattr(call, "__self__", None)
+            return _compiled(call, model, name, state, args, kwargs)
         steps = state.steps if name == "forward" else None
 
         def run() -> Any:
@@ -226,10 +226,9 @@ def _entry(call: Callable[..., Any], name: str, state: _Conversion) -> Callable[
     return entry
 
 
-def _compiled(call: Callable[..., Any], name: str, state: _Conversion, args: Any, kwargs: Any) -> Any:
+def _compiled(call: Callable[..., Any], model: Any, name: str, state: _Conversion, args: Any, kwargs: Any) -> Any:
     """As ``entry``, in a form that torch.compile can trace; the ranks meet whenever the graph runs."""
     region = state.region
-    model = getattr(call, "__self__", None)
     what = f"{type(model).__name__}.{name}"
     problem = _tiles(model, state.tiled) or _problem(what, args, kwargs, state)
     if state.steps is not None:

@@ -78,6 +78,11 @@ def inlined(func: Any) -> Any:
     return steps
 
 
+def is_compiling() -> bool:
+    """Whether torch.compile asks, for a graph or for its guards, in this thread."""
+    return torch._guards.TracingContext.try_get() is not None or torch._guards.CompileContext.try_get() is not None
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward in this thread."""
     return torch._C._current_graph_task_id() >= 0
