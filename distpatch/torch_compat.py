@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor
 from torch._library.effects import EffectType
 from torch.distributed import distributed_c10d as c10d
@@ -20,6 +21,8 @@ RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 storage_uses = torch._C._storage_Use_Count  # type: ignore[attr-defined]
 KEEPS_ORDER = "sort_ranks" in inspect.signature(dist.new_group).parameters  # since 2.12
+
+KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # the Function of checkpoint, up to 2.12
 
 
 def all_gather(everyone: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
