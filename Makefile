@@ -1,5 +1,8 @@
 PYTHON ?= python3
-VENV := .venv
+# Another release than the one of constraints.txt, in an environment of its own: make test TORCH=2.11.0
+TORCH ?=
+VENV := $(if $(TORCH),.venv-$(TORCH),.venv)
+PIN := $(if $(TORCH),torch==$(TORCH),--constraint constraints.txt)
 BIN := $(VENV)/bin
 RANKS ?= 2
 CHAINS ?= 2000
@@ -10,14 +13,14 @@ WORKERS ?= 2
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]' $(PIN)
 	$(BIN)/pip install --quiet --no-deps distrifuser==0.0.1b1  # its modules, for a test; its pins are of 2023
 	touch $@
 
 demo: $(VENV)/installed  ## encode and decode a photograph across two processes
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) torchrun_examples/decode_vae.py
 
-test: $(VENV)/installed  ## the whole test suite
+test: $(VENV)/installed  ## the whole test suite (TORCH=2.11.0: on that release)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 fuzz: $(VENV)/installed  ## random chains of operations, other ones each time (CHAINS=2000)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.effects import EffectType
 
 from distpatch.exchange import fetch_rows
 from distpatch.formats import in_memory_order, memory_format
@@ -27,6 +26,7 @@ from distpatch.group import Communicator, attempt, communicator_of
 from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
 from distpatch.sizes import sizes_of
 from distpatch.stencil import ceil_div
+from distpatch.torch_compat import keep_in_order
 
 
 def in_one_thread(device: torch.device) -> None:
@@ -325,7 +325,7 @@ def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
 
 
 for _op in (_all_reduce, _all_gather):  # as transfers (exchange.py)
-    _op.register_effect(EffectType.ORDERED)
+    keep_in_order(_op)
 
 
 @_all_reduce.register_fake

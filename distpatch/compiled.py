@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.effects import EffectType
 
 from distpatch.collectives import gather_rows
 from distpatch.group import communicator_of
 from distpatch.layout import RowLayout, even_bounds
 from distpatch.tensor import RULES, PatchTensor, Region, check_dim, shard_in
+from distpatch.torch_compat import keep_in_order
 
 
 @torch.library.custom_op("distpatch::meet", mutates_args=())
@@ -33,7 +33,7 @@ def _(name: str, what: str, signature: str) -> None:
     return None
 
 
-meet.register_effect(EffectType.ORDERED)
+keep_in_order(meet)
 
 
 def enter(tensor: Tensor, dim: int, region: Region) -> PatchTensor:

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.effects import EffectType
 
 from distpatch.group import Communicator, Parts, attempt, communicator_of
 from distpatch.layout import Bounds, Needs, TransferPlan, plan_transfer
+from distpatch.torch_compat import keep_in_order
 from distpatch.transport import Batch, Works
 
 # What leaves the sharded computation, or stands in for an operation without a rule, is never an earlier step's.
@@ -257,6 +257,6 @@ def _return_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 for _op in (_fetch, _return):  # every rank's compiled graph keeps the order of transfers, and all of them
-    _op.register_effect(EffectType.ORDERED)
+    keep_in_order(_op)
 _fetch.register_autograd(_fetch_backward, setup_context=_fetch_setup)
 _return.register_autograd(_return_backward, setup_context=_return_setup)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from distpatch import devices, process_groups
+from distpatch import devices, process_groups, torch_compat
 from distpatch.errors import DistPatchError, LayoutError, RankError
 from distpatch.meeting import GRACE, Meeting
 from distpatch.relay import ByAllGather
@@ -147,7 +147,7 @@ class Communicator(Meeting):
     @property
     def closed(self) -> bool:
         """Whether the group, or its duplicate, was destroyed."""
-        return not all(pg is not None and pg in c10d._world.pg_map for pg in (self.group, self.pg))
+        return not all(pg is not None and torch_compat.is_open(pg) for pg in (self.group, self.pg))
 
     def enter(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         """Meet all ranks before a sharded computation; mend the transfers if the last one failed.
@@ -241,7 +241,7 @@ def communicator(group: Group, device: torch.device | None = None, *, connect: b
             f"this rank is not a member of the group ({group!r} is what torch gives to non-members); "
             "only members convert and call the model"
         )
-    if not dist.is_initialized() or group not in c10d._world.pg_map:
+    if not dist.is_initialized() or not torch_compat.is_open(group):
         raise RankError("the process group is closed (or was never initialised in this process)")
     known = _by_group.get(group)
     if known is None:
@@ -268,8 +268,7 @@ def communicator_of(name: str) -> Communicator:
     """
     if not name:
         return ALONE
-    group_name = c10d.GroupName(name.rpartition(" ")[0])
-    return _pretended.get(name) or _by_pg[torch._C._distributed_c10d._resolve_process_group(group_name)]
+    return _pretended.get(name) or _by_pg[torch_compat.group_named(name.rpartition(" ")[0])]
 
 
 def warmup(group: Group) -> None:

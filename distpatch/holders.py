@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from distpatch.torch_compat import storage_uses
+
 
 class Rows(Protocol):
     """What is asked of a ``Recipe`` here (lazy.py)."""
@@ -82,7 +84,7 @@ def holds_alone(leaf: Rows) -> bool:
 
 def _references(leaf: Any) -> tuple[int, int]:
     value = leaf.value
-    return sys.getrefcount(value), torch._C._storage_Use_Count(value.untyped_storage()._cdata)
+    return sys.getrefcount(value), storage_uses(value.untyped_storage()._cdata)
 
 
 class _Leaf:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from distpatch.memory import LivePeak, stored_tensors
 from distpatch.names import op_name
+from distpatch.torch_compat import in_backward
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -199,7 +200,7 @@ class Meter(LivePeak):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not _computes(func):
             return func(*args, **kwargs)
-        op = self.op or (BACKWARD if torch._C._current_graph_task_id() >= 0 else func._overloadpacket.__name__)
+        op = self.op or (BACKWARD if in_backward() else func._overloadpacket.__name__)
         inputs = list(stored_tensors((args, kwargs)))
         device = inputs[0].device if inputs else torch.device("cpu")
         start = mark(device) if self._timed else 0.0

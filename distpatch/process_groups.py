@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from distpatch import torch_compat
 from distpatch.errors import RankError
 
 
 def known() -> int:
     """How many groups this process knows; torch names a group that its members make alone by this number."""
-    return len(c10d._world.pg_names)
+    return torch_compat.groups_known()
 
 
 def by_members(
@@ -44,10 +45,7 @@ def by_members(
 
 
 def _new(members: Sequence[int], **options: Any) -> dist.ProcessGroup:
-    pg: dist.ProcessGroup = dist.new_group(
-        list(members), use_local_synchronization=True, group_desc="distpatch", sort_ranks=False, **options
-    )
-    return pg
+    return torch_compat.new_group(members, use_local_synchronization=True, group_desc="distpatch", **options)
 
 
 @contextlib.contextmanager

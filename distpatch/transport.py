@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 
+from distpatch import torch_compat
 from distpatch.errors import RankError
 
 # What gloo and NCCL add alike, and in what the rest is added. Messages travel as bytes, whatever they are.
@@ -124,7 +124,7 @@ class PointToPoint(Transport):
     def all_gather(self, tensor: Tensor) -> Tensor:
         pg = self.pg
         everyone = tensor.new_empty((pg.size(), *tensor.shape))
-        dist.all_gather_single(as_bytes(everyone.view(-1)), as_bytes(tensor.view(-1)), group=pg)
+        torch_compat.all_gather(as_bytes(everyone.view(-1)), as_bytes(tensor.view(-1)), pg)
         return everyone
 
 
@@ -134,7 +134,7 @@ def _end_batch(pg: dist.ProcessGroup, device: torch.device) -> None:
     torch does not: the thread's next calls of this group would return and do nothing, and NCCL's of any group
     would be queued and never run.
     """
-    c10d._world.pg_coalesce_state.pop(pg, None)
+    torch_compat.forget_batch(pg)
     backend = pg._get_backend(device)
     if backend.supports_coalescing:
         for end in (partial(pg._end_coalescing, device), backend.abort):

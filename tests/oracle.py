@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distpatch
+from distpatch import torch_compat
 from distpatch.layout import Bounds, even_bounds
 from distpatch.tree import tensors_in
 from tests.late import late
@@ -49,6 +50,11 @@ class Result:
 def case(fn: Callable[..., Any], *inputs: Input, **options: Any) -> Callable[[], None]:
     """One line of a table: ``check`` with its arguments, to be called by a test."""
     return partial(check, fn, *inputs, **options)
+
+
+def since_2_13(test: Callable[[], None]) -> Callable[[], None]:
+    """A test of what torch 2.11 has not got: it skips itself there, and says so."""
+    return test if torch_compat.RELEASE >= (2, 13) else partial(pytest.skip, "torch 2.11 has not got this, 2.13 has")
 
 
 def check(

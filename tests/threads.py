@@ -18,11 +18,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg
+from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld, _install_threaded_pg
+
+from distpatch import torch_compat
 
 T = TypeVar("T")
 Body = Callable[[int], Any]
 
+if not hasattr(ThreadLocalWorld, "comms"):  # of torch 2.11
+    ThreadLocalWorld.comms = property(lambda self: [])
 _install_threaded_pg()
 torch._C._distributed_c10d._set_thread_isolation_mode(True)
 
@@ -58,6 +62,11 @@ def close_kept() -> None:
     """End the ranks that were kept."""
     while _kept:
         _kept.popitem()[1].close()
+
+
+def turned_group() -> dist.ProcessGroup:
+    """Another group of both ranks, which stand in another order where this torch can do that."""
+    return torch_compat.new_group([1, 0] if torch_compat.KEEPS_ORDER else [0, 1])
 
 
 def _once(world_size: int, body: Body, timeout: float) -> tuple[list[Any], list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
 from functools import partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from distpatch.rules.registry import (
 from distpatch.rules.scores import keeps_scores, planned
 from distpatch.stencil import ceil_div
 from distpatch.tensor import PatchTensor, whole
+from distpatch.torch_compat import inlined
 
 # Without gradients keys and values are gathered for a few heads at a time, and scores, where torch's kernel keeps
 # them, are made for a few queries at a time: no more bytes of either than these.
@@ -98,22 +98,10 @@ def _one(func: Any, number: Tensor) -> Tensor:
     return func(*[number.view(1, 1)] * 3)
 
 
-def _inlined(func: Any) -> Any:
-    """A function of torch written in Python, without its question for a rule: its steps have rules of their own."""
-    steps = types.FunctionType(
-        func.__code__, {**func.__globals__, "has_torch_function": lambda _: False}, func.__name__, func.__defaults__
-    )
-    steps.__kwdefaults__ = func.__kwdefaults__
-    return steps
-
-
-_multi_head_attention = _inlined(F.multi_head_attention_forward)
-
-
 @rule(F.multi_head_attention_forward)
 def multi_head_attention(func: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``nn.MultiheadAttention`` calls; its fast path asks for tensors without rules, and is not taken."""
-    return _multi_head_attention(*args, **kwargs)
+    return inlined(func)(*args, **kwargs)
 
 
 def _by_groups(

@@ -24,6 +24,7 @@ from distpatch.layout import RowLayout
 from distpatch.rules.metadata import COMPILED
 from distpatch.rules.registry import own_rows, redistribute, rule, wrap
 from distpatch.tensor import RULES, PatchCopy, PatchTensor, Region, RowCopy, whole
+from distpatch.torch_compat import KEEPS_INPUTS
 from distpatch.tree import tensors_in
 
 Kind = tuple[RowLayout, Region] | None  # of a tensor: sharded so, or replicated
@@ -241,6 +242,8 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return _plain_apply(cls, *args, **kwargs)
     args, kwargs = tuple(map(_bare, args)), {key: _bare(value) for key, value in kwargs.items()}
     if not any(isinstance(arg, PatchTensor) for arg in (*args, *kwargs.values())):
+        return _plain_apply(cls, *args, **kwargs)
+    if cls is KEEPS_INPUTS:  # and reads them from the node: as they are, sharded
         return _plain_apply(cls, *args, **kwargs)
     if cls in RULES:
         return handle_torch_function(cls, tuple(tensors_in((args, kwargs))), *args, **kwargs)

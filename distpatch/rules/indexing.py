@@ -20,6 +20,7 @@ from distpatch.rules.joining import assembled
 from distpatch.rules.registry import named, rows_of, rule, spread, wrap
 from distpatch.rules.views import is_basic
 from distpatch.tensor import PatchTensor, whole
+from distpatch.torch_compat import storage_uses
 from distpatch.tree import tensors_in
 
 Items = list[Any]  # an index, one item for each dim of the tensor (and None for each new one)
@@ -233,7 +234,7 @@ def _is_alone(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad or x._is_view():
         return False
     storage = x.untyped_storage()
-    uses = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    uses = storage_uses(storage._cdata)
     once = x._use_count() == 1  # type: ignore[attr-defined]
     fresh = once and uses <= 2 and storage.resizable() and not storage.is_shared()  # by the tensor, and by ``storage``
     return fresh and not weakref.getweakrefs(x)

@@ -14,6 +14,7 @@ from distpatch.lazy import put_off
 from distpatch.rules.registry import may_wait, named, op_name, own_rows, rule, wrap
 from distpatch.rules.views import copied, is_sure, memory_of
 from distpatch.tensor import PatchTensor, whole
+from distpatch.torch_compat import is_compiling
 from distpatch.tree import tensors_in
 
 
@@ -257,7 +258,7 @@ _HAVE_NO_ADDRESS = named(
 
 @rule(*_HAVE_NO_ADDRESS)
 def refused(func: Any, *args: Any, **kwargs: Any) -> Any:
-    if torch._guards.TracingContext.try_get() is not None:  # torch.compile makes a fake tensor of it
+    if is_compiling():  # torch.compile makes a fake tensor of it
         x = args[0]
         if isinstance(x, PatchTensor) and type(x.local) is Tensor and x.requires_grad:  # an input of the graph
             raise UnsupportedOpError(f"torch.compile: {x!r} carries gradients into a compiled region. {COMPILED}")

@@ -28,6 +28,7 @@ from distpatch.rules.registry import (
 from distpatch.rules.resample import precise
 from distpatch.stencil import TransposedStencil, WindowStencil, ceil_div
 from distpatch.tensor import PatchTensor, shard_in
+from distpatch.torch_compat import inlined
 from distpatch.tree import map_tensors
 
 Sizes = int | Sequence[int]
@@ -115,22 +116,9 @@ def avg_pool(
 
 
 @rule(*named("lp_pool1d", "lp_pool2d", "lp_pool3d"))
-def lp_pool(
-    func: Any,
-    input: PatchTensor,
-    norm_type: float,
-    kernel_size: Sizes,
-    stride: Sizes | None = None,
-    ceil_mode: bool = False,
-) -> Any:
-    """As torch: a mean of powers, times the number of pixels of a window."""
-    spatial = spatial_dims(func)
-    if abs(norm_type) == math.inf:
-        sign = math.copysign(1.0, norm_type)
-        return sign * getattr(F, f"max_pool{spatial}d")(sign * input.abs(), kernel_size, stride, ceil_mode=ceil_mode)
-    means = getattr(F, f"avg_pool{spatial}d")(input.pow(norm_type), kernel_size, stride, 0, ceil_mode)
-    pixels = math.prod(per_dim(kernel_size, spatial))
-    return (means.sign() * F.relu(means.abs())).mul(pixels).pow(1 / norm_type)
+def lp_pool(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A mean of powers, times the number of pixels of a window; of infinity what this release of torch has."""
+    return inlined(func)(*args, **kwargs)
 
 
 @rule(*named("max_unpool1d", "max_unpool2d", "max_unpool3d"))

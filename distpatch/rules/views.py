@@ -209,6 +209,8 @@ def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if (stand_in := RULES.stand_in(func)) is not None:  # what it calls comes here by itself
         return stand_in(*args, **kwargs)
     copies = [t for t in tensors_in((args, kwargs)) if isinstance(t, (PatchCopy, RowCopy))]
+    if not copies:  # torch asked the rows of a sharded argument, which it goes through
+        return PatchTensor.__torch_function__(func, (), args, kwargs)
     written = set() if func in MOVES_DIMS else {id(t) for t in tensors_in(mutates(func, args, kwargs))}
     for copy in copies:
         copy.origin.check(func, writing=id(copy) in written)

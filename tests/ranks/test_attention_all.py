@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -241,6 +242,36 @@ def test_heads_and_queries_in_chunks(options: dict[str, Any], fused: bool, monke
         assert calls == [6] * 3  # a rank's four queries in two parts
     if not fused or options.get("is_causal"):  # whose mask is made, and as large
         assert largest["scores"] <= max(attention.SCORE_BYTES, fused * 2 * heads // 3 * 4 * 4 * 4)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": True}, {"enable_gqa": True}], ids=str)
+def test_no_kernel_is_given_nothing(options: dict[str, Any], dim: int) -> None:
+    """Ranks without rows compute blank ones: kernels of torch 2.11 end the process where there are no heads."""
+    options = dict(options)
+    q, k, v = random_tensor((3, 4, 5, 4)), random_tensor((3, 4, 5, 4), 1), random_tensor((3, 4, 5, 6), 2)
+    mask = random_tensor((3, 4, 5, 5), 3) if options.pop("mask", False) else None
+    if "enable_gqa" in options:
+        k, v = k[:, :2], v[:, :2]
+    right = F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+    def seen(*args: Any, **kwargs: Any) -> Tensor:
+        shapes = [tensor.shape for tensor in args if isinstance(tensor, Tensor)]
+        assert all(math.prod(shape) > 0 for shape in shapes), shapes
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+    def body(rank: int) -> tuple[Tensor, Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        bounds = [(0, 0, x.shape[dim], x.shape[dim]) for x in leaves]
+        sharded = [distpatch.shard(x, dist.group.WORLD, dim=dim, bounds=b) for x, b in zip(leaves, bounds)]
+        out = distpatch.gather(attention.attention(seen, *sharded, mask, **options))
+        return out, torch.autograd.grad(out.square().sum(), leaves)[0]
+
+    wanted = q.clone().requires_grad_()
+    F.scaled_dot_product_attention(wanted, k, v, mask, **options).square().sum().backward()
+    for out, grad in run_ranks(3, body):
+        torch.testing.assert_close(out, right, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(grad, wanted.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_causal_and_a_mask_are_refused() -> None:

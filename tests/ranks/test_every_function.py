@@ -21,7 +21,7 @@ from torch.overrides import get_testing_overrides
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import distpatch
-from distpatch import coverage
+from distpatch import coverage, torch_compat
 from distpatch.collectives import narrow_rows
 from distpatch.errors import UnsupportedOpError
 from distpatch.layout import BlockLayout
@@ -342,8 +342,11 @@ def test_writes_that_no_name_tells_of_are_refused(inference: bool) -> None:
 
 def test_the_coverage_table_is_up_to_date() -> None:
     """Else: make coverage."""
-    file = Path(__file__).parents[2] / "docs" / "coverage.md"
-    assert coverage.table() == file.read_text(encoding="utf-8")
+    table = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text(encoding="utf-8")
+    release = ".".join(map(str, torch_compat.RELEASE))
+    if f"torch {release}: " not in table:
+        pytest.skip(f"the table is of another release of torch than {release}, whose functions are others")
+    assert coverage.table() == table
 
 
 def test_kinds() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 import distpatch
 from distpatch.tensor import RULES
@@ -18,7 +19,14 @@ from tests.threads import run_ranks
 X = (2, 3, H, 5)
 
 
+def by_rows(x: Tensor) -> Tensor:
+    """Asks, as functions of torch do, what it goes through for a rule: here rows, which are copies."""
+    rows = [x.select(2, row) for row in range(x.shape[2])]
+    return handle_torch_function(by_rows, rows, x) if has_torch_function(rows) else sum(rows, x.new_zeros(()))
+
+
 CASES = {
+    "asked for by its rows": case(by_rows, X, fallback="by_rows"),
     "trapezoid over rows": case(lambda x: torch.trapezoid(x, dim=2), X, fallback="trapezoid"),
     "as tall as the input": case(lambda x: torch.renorm(x, 2, 2, 1.0), X, fallback="renorm"),
     "all of it": case(lambda x: torch.cov(x[0, 0]), X, fallback="cov"),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.oracle import H, case, random_tensor
+from tests.oracle import H, case, random_tensor, since_2_13
 
 X = (2, 3, H, 5)
 WIDTH = (2, 3, 5, H)
@@ -114,9 +114,9 @@ CASES = {
     "argmax of nan": case(lambda x: x.argmax(2), with_nan(*X)),
     "argmax of all, nan": case(torch.argmax, with_nan(*X)),
     "argmax of flat": case(torch.argmax, ties(H), dim=0),
-    "aminmax": case(lambda x: torch.aminmax(x), ties(*X)),
-    "aminmax rows": case(lambda x: x.aminmax(dim=2, keepdim=True), ties(*X)),
-    "aminmax channels": case(lambda x: x.aminmax(dim=1), X),
+    "aminmax": since_2_13(case(lambda x: torch.aminmax(x), ties(*X))),
+    "aminmax rows": since_2_13(case(lambda x: x.aminmax(dim=2, keepdim=True), ties(*X))),
+    "aminmax channels": since_2_13(case(lambda x: x.aminmax(dim=1), X)),
     "prod": case(torch.prod, X),
     "prod with one zero": case(lambda x: (x * (x != x.max())).prod(), (1, 1, H, 2)),
     "logsumexp of large": case(lambda x: (x * 1e3).logsumexp(2), X),

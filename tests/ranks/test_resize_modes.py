@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from tests.oracle import H, case, random_tensor
+from tests.oracle import H, case, random_tensor, since_2_13
 from tests.threads import rank_outcomes, run_ranks
 
 X, W = (2, 3, H, 5), (2, 3, 5, H)
@@ -62,8 +62,8 @@ CASES = {
     "bicubic corners": case(by("bicubic", size=(10, 9), align_corners=True), X),
     "bicubic smooth": case(by("bicubic", size=(3, 3), antialias=True), X),
     "bicubic smooth x1.5": case(by("bicubic", scale_factor=1.5, antialias=True), X, heights=TALL),
-    "lanczos smooth": case(by("lanczos", size=(4, 3), antialias=True), X),
-    "lanczos smooth x2": case(by("lanczos", scale_factor=2.0, antialias=True), X),
+    "lanczos smooth": since_2_13(case(by("lanczos", size=(4, 3), antialias=True), X)),
+    "lanczos smooth x2": since_2_13(case(by("lanczos", scale_factor=2.0, antialias=True), X)),
     "area": case(by("area", size=(3, 3)), X),
     "area half": case(by("area", scale_factor=0.5), X, heights=(14, 2)),
     "area x0.7": case(by("area", scale_factor=0.7), X, heights=TALL),

@@ -16,7 +16,7 @@ import distpatch
 from distpatch.memory import LivePeak
 from tests.models import on_ranks
 from tests.oracle import assert_same, random_tensor
-from tests.threads import run_ranks
+from tests.threads import run_ranks, turned_group
 
 
 def wan(dtype: torch.dtype = torch.float64, **sizes: Any) -> nn.Module:
@@ -119,7 +119,7 @@ def test_a_cache_from_another_layout() -> None:
         assert_same(model(second), expected, 1e-12, "other bounds")
         with pytest.raises(RuntimeError, match=r"sizes of tensors must match, got \(1, 2, 2, 6, 5\)"):
             model(second[..., :6, :])
-        turned = distpatch.shard(first, dist.new_group([1, 0], sort_ranks=False))
+        turned = distpatch.shard(first, turned_group())
         model.cache = turned[:, :, -1:]
         with pytest.raises(distpatch.LayoutError, match="different groups"):
             model(second)

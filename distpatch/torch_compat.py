@@ -1,0 +1,91 @@
+"""The names of torch that are private, or that its releases (2.11 to 2.14) have not alike."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch import Tensor
+from torch._library.effects import EffectType
+from torch.distributed import distributed_c10d as c10d
+
+from distpatch.errors import RankError
+
+RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
+
+storage_uses = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+KEEPS_ORDER = "sort_ranks" in inspect.signature(dist.new_group).parameters  # since 2.12
+
+KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # the Function of checkpoint, up to 2.12
+
+
+def all_gather(everyone: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Fill ``everyone`` with the contiguous tensors ``own`` of all ranks, one behind the other."""
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before 2.13
+    gather(everyone, own, group=group)
+
+
+def new_group(members: Sequence[int], **options: Any) -> dist.ProcessGroup:
+    """A group whose ranks stand in this order. Raises ``RankError`` where this torch can only sort them."""
+    if KEEPS_ORDER:
+        return dist.new_group(list(members), sort_ranks=False, **options)
+    if sorted(members) != list(members):
+        raise RankError(
+            f"the group's ranks stand in the order {list(members)}, and torch {torch.__version__} makes groups in "
+            "ascending order only: use torch 2.12 or later, or pass a group of ascending ranks"
+        )
+    return dist.new_group(list(members), **options)
+
+
+def is_open(group: dist.ProcessGroup) -> bool:
+    """Whether this process has not destroyed the group."""
+    return group in c10d._world.pg_map
+
+
+def groups_known() -> int:
+    """How many groups this process has open."""
+    return len(c10d._world.pg_names)
+
+
+def forget_batch(group: dist.ProcessGroup) -> None:
+    """Drop the messages of a batch that was begun and not ended."""
+    c10d._world.pg_coalesce_state.pop(group, None)
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """The open group of this name."""
+    return torch._C._distributed_c10d._resolve_process_group(c10d.GroupName(name))
+
+
+def keep_in_order(operator: Any) -> None:
+    """Have every compiled graph keep all calls of a custom operator, in one order with those of others."""
+    operator.register_effect(EffectType.ORDERED)
+
+
+@functools.cache
+def inlined(func: Any) -> Any:
+    """A function that torch has in Python, as this release has it, without its question for a rule.
+
+    Its steps have rules of their own.
+    """
+    asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    namespace = {**func.__globals__, **dict.fromkeys(asks, lambda *_: False)}
+    steps = types.FunctionType(func.__code__, namespace, func.__name__, func.__defaults__)
+    steps.__kwdefaults__ = func.__kwdefaults__
+    return steps
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile asks, for a graph or for its guards, in this thread."""
+    return torch._guards.TracingContext.try_get() is not None or torch._guards.CompileContext.try_get() is not None
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward in this thread."""
+    return torch._C._current_graph_task_id() >= 0
