@@ -7,6 +7,7 @@ torch on ``.local``, wrap.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -362,7 +363,7 @@ def normalize_dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...
     """Dims counted from the front; None means all."""
     if dim is None:
         return tuple(range(ndim))
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    dims = tuple(map(operator.index, dim)) if isinstance(dim, (tuple, list)) else (operator.index(dim),)
     for d in dims:
         if not -max(ndim, 1) <= d < max(ndim, 1):
             raise IndexError(f"Dimension out of range (got {d} for a tensor of {ndim} dims)")
