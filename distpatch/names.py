@@ -14,7 +14,7 @@ def op_name(func: Any) -> str:
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return str(func)
     if isinstance(func, (torch.jit.ScriptFunction, torch._C.ScriptMethod)):
-        return func.name
+        return str(func.name)
     name = getattr(func, "__name__", None) or str(func)
     owner = getattr(func, "__self__", None)
     return f"{owner.__name__}.{name}" if inspect.isgetsetdescriptor(owner) else name

@@ -33,7 +33,9 @@ def _written(plain: Callable[..., Any], func: Any, input: Tensor, *args: Any, **
 def _moved(plain: Callable[..., Any], func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """The same tensor with its dims in other places: it takes on the rows and the layout of the view."""
     if input.local.requires_grad and input.local.is_leaf and torch.is_grad_enabled():
-        raise RuntimeError(f"{op_name(func)}: a leaf Variable that requires grad is being used in an in-place operation.")
+        raise RuntimeError(
+            f"{op_name(func)}: a leaf Variable that requires grad is being used in an in-place operation."
+        )
     result = plain(input, *args, **kwargs)
     if type(result) is not type(input):
         raise UnsupportedOpError(

@@ -181,7 +181,7 @@ def _numbered_rows(func: Any, x: PatchTensor, items: Items, row: int) -> Any:
     shapes = [i.shape for i in chosen.values()]
     free = [d for d in range(-numbers.ndim, 0) if all(len(shape) < -d or shape[d] == 1 for shape in shapes)]
     along = [d for d in range(-numbers.ndim, 0) if numbers.shape[d] != 1] or free  # the dim that says which row
-    if len(along) != 1 and not along == free != [] or any(map(_is_mask, items)) or any(type(i) is int for i in items):
+    if (len(along) != 1 and not along == free != []) or any(map(_is_mask, items)) or any(type(i) is int for i in items):
         return fallback(func, x, tuple(items))
     back = along[0]
     x = rows_by_number(x, numbers.flatten(), func)

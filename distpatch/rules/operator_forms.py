@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named
-from distpatch.tensor import RULES, PatchTensor, whole
+from distpatch.rules.registry import named, nth
+from distpatch.tensor import RULES, whole
 
 Form = Callable[..., Any]
 FORMS: dict[str, Form] = {}
@@ -188,7 +188,13 @@ def attention_on_cpu(
 
 @form("_scaled_dot_product_flash_attention")
 def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *more: Any, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *more: Any,
+    **options: Any,
 ) -> Results:
     out = F.scaled_dot_product_attention(query, key, value, None, dropout_p, is_causal, scale=options.get("scale"))
     given = (query, key, value, dropout_p, is_causal, *more)
@@ -240,7 +246,9 @@ def _resized(mode: str, spatial: int, antialias: bool = False) -> Form:
         same = all(math.isclose(n / m, s, rel_tol=1e-12) for n, m, s in zip(output_size, input.shape[2:], scales))
         if same:
             return F.interpolate(input, size=list(output_size), **options)
-        return fallback(_upsampling(mode, spatial, antialias), input, output_size, *([align] if aligns else []), *scales)
+        return fallback(
+            _upsampling(mode, spatial, antialias), input, output_size, *([align] if aligns else []), *scales
+        )
 
     return resize
 
@@ -302,7 +310,7 @@ def col2im(input: Tensor, output_size: Any, kernel_size: Any, dilation: Any, pad
 
 @form("slice")
 def slice_(input: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    return input[(slice(None),) * (dim % input.ndim) + (slice(start, end, step),)]
+    return input[(slice(None),) * nth(dim, input.ndim) + (slice(start, end, step),)]
 
 
 @form("index", "_unsafe_index")
