@@ -77,7 +77,7 @@ class RuleTable(dict[Any, Rule]):
     each which function made of others that have rules stands for it, if one does.
     ``before_writing`` sees to it that what waits for rows is computed before they change, ``through`` to a call
     on a copy of rows (rules/views.py), ``on_blocks`` to one on a ``BlockTensor`` (rules/blocks.py), ``into`` to
-    one with ``out=`` (rules/in_place.py).
+    one with ``out=`` (rules/in_place.py); ``normal`` gives arguments the names that a rule has (rules/arguments.py).
     """
 
     fallback: Rule
@@ -85,6 +85,7 @@ class RuleTable(dict[Any, Rule]):
     on_blocks: Rule
     through: Rule
     into: Rule
+    normal: Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
     kinds: dict[type, Callable[[Any], Callable[..., Any] | None]]
 
     def __missing__(self, func: Any) -> Rule:
@@ -99,9 +100,6 @@ class RuleTable(dict[Any, Rule]):
 
 RULES = RuleTable()
 RULES.kinds = {}
-
-# torch takes numpy's names of these arguments too.
-_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
 
 class _Rows:
@@ -191,8 +189,7 @@ class PatchTensor(torch.Tensor):
         if holders.anything_waits():
             RULES.before_writing(func, args, kwargs or {})
         if kwargs:
-            if not _NUMPY_NAMES.keys().isdisjoint(kwargs) and func in RULES:
-                kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}
+            args, kwargs = RULES.normal(func, args, kwargs)
             if "out" in kwargs:
                 return RULES.into(func, args, kwargs)
             return RULES[func](func, *args, **kwargs)

@@ -3,6 +3,7 @@
 from distpatch.rules import (
     adaptive,
     along,
+    arguments,
     attention,
     autograd,
     blocks,
@@ -45,6 +46,7 @@ in_place.fill_in()
 __all__ = [
     "adaptive",
     "along",
+    "arguments",
     "attention",
     "autograd",
     "blocks",

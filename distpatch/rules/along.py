@@ -12,7 +12,7 @@ from torch import Tensor
 from distpatch.collectives import spread, stack_ranks
 from distpatch.rules.fallback import fallback
 from distpatch.rules.reduction import autocast, precise
-from distpatch.rules.registry import named, normalize_dims, op_name, rule, wrap
+from distpatch.rules.registry import named, normalize_dims, nth, op_name, rule, wrap
 from distpatch.tensor import PatchTensor
 
 
@@ -23,7 +23,7 @@ def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: 
         dtype = _stacklevel
     if dim is None:
         dim = F._get_softmax_dim(op_name(func), input.ndim, 3)  # type: ignore[attr-defined]
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     if at != input.rows.dim or not input.numel():
         return wrap(func(input.local, at, dtype=dtype), input)
     if op_name(func) == "softmin":
@@ -41,7 +41,7 @@ def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: 
 @rule(*named("cumsum", "cumprod", "logcumsumexp"))
 def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) -> Any:
     """Each rank's own, on top of the totals of the ranks before it."""
-    at, options = dim % input.ndim, {} if dtype is None else {"dtype": dtype}
+    at, options = nth(dim, input.ndim), {} if dtype is None else {"dtype": dtype}
     if at != input.rows.dim:
         return wrap(func(input.local, at, **options), input)
     name = op_name(func)
@@ -71,7 +71,7 @@ def normalize(func: Any, input: PatchTensor, p: float = 2.0, dim: Any = 1, eps: 
 
 @rule(*named("glu"))
 def glu(func: Any, input: PatchTensor, dim: int = -1) -> Any:
-    if dim % input.ndim != input.rows.dim:
+    if nth(dim, input.ndim) != input.rows.dim:
         return wrap(func(input.local, dim), input)
     values, gates = input.chunk(2, dim)
     return values * gates.sigmoid()

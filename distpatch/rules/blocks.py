@@ -45,8 +45,8 @@ ANY_ORDER = set(
 
 def on_blocks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The rule on the rows as they are, or, where it needs or may need to know their order, in order."""
-    if "axis" in kwargs or "keepdims" in kwargs:  # numpy's names
-        kwargs = {{"axis": "dim", "keepdims": "keepdim"}.get(key, key): value for key, value in kwargs.items()}
+    if kwargs:
+        args, kwargs = RULES.normal(func, args, kwargs)
     if (stand_in := RULES.stand_in(func)) is not None:  # what it calls comes here by itself
         return stand_in(*args, **kwargs)
     rule = RULES[func]

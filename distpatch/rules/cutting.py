@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distpatch.layout import RowLayout
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import crop, named, part_of, rule, wrap, written
+from distpatch.rules.registry import crop, named, nth, part_of, rule, wrap, written
 from distpatch.rules.views import copied
 from distpatch.stencil import ceil_div
 from distpatch.tensor import PatchTensor, whole
@@ -23,7 +23,7 @@ from distpatch.tree import map_tensors
 def split(func: Any, input: PatchTensor, sizes: Any = None, dim: int = 0, **kwargs: Any) -> Any:
     sizes = next(iter(kwargs.values()), sizes)  # chunks=, split_size=, sections=, indices=, ...
     sizes = whole(sizes) if isinstance(sizes, Tensor) else sizes
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     if at != input.rows.dim:
         return tuple(wrap(part, input) for part in func(input.local, sizes, at))
     # torch cuts a tensor that has rows and no data, and every rank keeps its own rows of each part.
@@ -42,7 +42,7 @@ def split_along(func: Any, input: PatchTensor, *sizes: Any, **kwargs: Any) -> An
 
 @rule(*named("unbind"), torch.Tensor.__iter__)
 def unbind(func: Any, input: PatchTensor, dim: int = 0) -> Any:
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     if at == input.rows.dim:
         return fallback(torch.unbind, input, at)
     parts = tuple(input.select(at, i) for i in range(input.shape[at]))
@@ -51,7 +51,7 @@ def unbind(func: Any, input: PatchTensor, dim: int = 0) -> Any:
 
 @rule(*named("narrow"))
 def narrow(func: Any, input: PatchTensor, dim: int, start: Any, length: int) -> PatchTensor:
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     if at != input.rows.dim:
         return wrap(input.local.narrow(at, start, length), input)
     if isinstance(start, Tensor):  # known on the device alone
@@ -64,7 +64,7 @@ def narrow(func: Any, input: PatchTensor, dim: int, start: Any, length: int) -> 
 
 @rule(*named("select"))
 def select(func: Any, input: PatchTensor, dim: int, index: int) -> Tensor:
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     if at == input.rows.dim:
         return one_row(func, input, index)
     kept = input.rows.dim - (at < input.rows.dim)

@@ -13,7 +13,7 @@ from distpatch.rules.fallback import fallback
 from distpatch.rules.gathering import picked
 from distpatch.rules.pointwise import pointwise
 from distpatch.rules.reduction import Dims, kept, never_empty
-from distpatch.rules.registry import named, needs_grad, normalize_dims, on_some_rows, op_name, rule, sum_ranks
+from distpatch.rules.registry import named, needs_grad, normalize_dims, nth, on_some_rows, op_name, rule, sum_ranks
 from distpatch.tensor import PatchTensor
 
 
@@ -57,7 +57,8 @@ def max_or_min(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     """Of all elements; of two tensors, element by element; or along a dim, with the place of the first."""
     if not args and not kwargs:
         return extreme(torch.amax if op_name(func) == "max" else torch.amin, input)
-    if isinstance(args[0] if args else kwargs.get("other"), Tensor):
+    several = len(args) > 1 or not kwargs.keys() <= {"other", "input"}  # with keepdim a tensor is the number of a dim
+    if isinstance(args[0] if args else kwargs.get("other"), Tensor) and not several:
         return pointwise(func, input, *args, **kwargs)
     return _along(func, input, *args, **kwargs)
 
@@ -111,7 +112,7 @@ def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tens
 def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     """Along one dim: local unless it is the sharded one. Without a dim, medians are of all elements."""
     whole_by_default = op_name(func).endswith("median")
-    dim = kwargs.get("dim", next((a for a in args if type(a) is int), None if whole_by_default else -1))
+    dim = kwargs.get("dim", next((a for a in args if type(a) is not bool), None if whole_by_default else -1))
     return _beside_rows(func, input, dim, args, kwargs, removes=op_name(func) in {"median", "nanmedian", "mode"})
 
 
@@ -122,10 +123,10 @@ def ranked(func: Any, input: PatchTensor, k: int, *args: Any, **kwargs: Any) -> 
 
 
 def _beside_rows(func: Any, input: PatchTensor, dim: int | None, args: Any, kwargs: Any, removes: bool) -> Any:
-    if dim is None or dim % input.ndim == input.rows.dim:
+    if dim is None or nth(dim, input.ndim) == input.rows.dim:
         return fallback(func, input, *args, **kwargs)
     keepdim = kwargs.get("keepdim", next((a for a in args if type(a) is bool), False)) or not removes
-    gone = 0 if keepdim else dim % input.ndim < input.rows.dim
-    row = input.rows.dim
+    dim, row = nth(dim, input.ndim), input.rows.dim
+    gone = 0 if keepdim else dim < row
     local = on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, row, out_dim=row - gone)
-    return kept(input, local, (dim % input.ndim,), keepdim)
+    return kept(input, local, (dim,), keepdim)

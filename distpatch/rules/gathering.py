@@ -17,6 +17,7 @@ from distpatch.rules.reduction import never_empty
 from distpatch.rules.registry import (
     fetch,
     named,
+    nth,
     on_some_rows,
     op_name,
     own_rows,
@@ -34,7 +35,7 @@ from distpatch.tensor import PatchTensor, whole
 def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out: Any = None) -> Any:
     if isinstance(index, PatchTensor) or not isinstance(input, PatchTensor) or out is not None:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
-    if dim % input.ndim == input.rows.dim:
+    if nth(dim, input.ndim) == input.rows.dim:
         return rows_by_number(input, index.flatten(), func)
     return wrap(func(input.local, dim, index), input)
 
@@ -42,7 +43,7 @@ def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out:
 @rule(*named("gather"))
 def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False, out: Any = None) -> Any:
     """The index may have fewer rows than the input: it is then taken from the first of them."""
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     row = next(t for t in (input, index) if isinstance(t, PatchTensor)).rows.dim
     if isinstance(index, PatchTensor) and index.rows.dim != row:
         index = redistribute(index, RowLayout(row, even_bounds(index.shape[row], index.region.comm.size)), func)
@@ -98,7 +99,7 @@ def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = 
     """``gather`` after broadcasting all other dims."""
     if dim is None or out is not None:
         return fallback(func, input, indices, dim, **({} if out is None else {"out": out}))
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     indices = torch.where(indices < 0, indices + input.shape[at], indices)
     one, other = list(input.shape), list(indices.shape)
     one[at] = other[at] = 1
@@ -112,7 +113,7 @@ def scatter(func: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, 
     """Rows stay where an index as tall as the input says what goes where in another dim."""
     named_value = "value" in kwargs
     value = kwargs.pop("value") if named_value else src
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     row = input.rows.dim if isinstance(input, PatchTensor) else at
     if at == row or index.shape[row] != input.shape[row] or kwargs.get("out") is not None:
         kwargs.update({"value": value} if named_value else {})
@@ -137,7 +138,7 @@ def index_write(
     options = {"alpha": alpha} if op_name(func).startswith("index_add") and alpha != 1 else {}
     if not isinstance(input, PatchTensor) or isinstance(index, PatchTensor) or kwargs:
         return fallback(func, input, dim, index, source, **options, **kwargs)
-    at, in_place = dim % input.ndim, op_name(func).endswith("_")
+    at, in_place = nth(dim, input.ndim), op_name(func).endswith("_")
     out_of_place = getattr(torch, op_name(func).rstrip("_"))
     if at != input.rows.dim:
         if isinstance(source, Tensor):
@@ -166,10 +167,10 @@ def into_a_part(func: Any, input: Tensor, src: Tensor, *args: Any, **kwargs: Any
     result = input.clone()
     if op_name(func) == "select_scatter":
         dim, index = _bind(("dim", "index"), args, kwargs)
-        result[(slice(None),) * (dim % input.ndim) + (index,)] = src
+        result[(slice(None),) * nth(dim, input.ndim) + (index,)] = src
     else:
         dim, start, end, step = _bind(("dim", "start", "end", "step"), args, kwargs)
-        result[(slice(None),) * ((dim or 0) % input.ndim) + (slice(start, end, step),)] = src
+        result[(slice(None),) * nth(dim or 0, input.ndim) + (slice(start, end, step),)] = src
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Sequence
 from itertools import groupby
@@ -25,6 +26,7 @@ from distpatch.tree import tensors_in
 
 Items = list[Any]  # an index, one item for each dim of the tensor (and None for each new one)
 WHOLE = slice(None)
+_SHORT = 32
 
 
 @rule(torch.Tensor.__getitem__)
@@ -38,6 +40,8 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
     row = _item_of(items, input.rows.dim)
     if row is None or any(map(_is_odd, items)):
         return fallback(func, input, index)
+    if _is_mask(items[row]):  # of rows: which they are has to be read anyway
+        items[row] = _places(items[row], input.rows.size)
     if isinstance(items[row], slice):
         x = slice_dim(input, input.rows.dim, items[row])
         assert isinstance(x, PatchTensor)
@@ -50,21 +54,41 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
 
 def _spelled_out(index: Any, x: Tensor) -> Items:
     """The index as items that speak of every dim: numbers, slices, None, lists of numbers, tensors."""
-    items = [_as_item(item, x) for item in (index if isinstance(index, tuple) else [index])]
+    items = [_as_item(item, x) for item in as_tuple(index)]
     left = [WHOLE] * (x.ndim - sum(map(_dims_of, items)))
     dots = next((at for at, item in enumerate(items) if item is Ellipsis), len(items))
     return items[:dots] + left + items[dots + 1 :]
 
 
+def as_tuple(index: Any) -> tuple[Any, ...]:
+    """As torch (and numpy, once) takes it: a short sequence that holds slices or sequences is a tuple."""
+    if isinstance(index, tuple):
+        return index
+    sequence = isinstance(index, Sequence) or (not isinstance(index, Tensor) and getattr(index, "ndim", 0) > 0)
+    if sequence and len(index) < _SHORT and any(map(_speaks_of_a_dim, index)):
+        return tuple(index)
+    return (index,)
+
+
+def _speaks_of_a_dim(item: Any) -> bool:
+    several = isinstance(item, (Tensor, Sequence, slice)) or getattr(item, "ndim", 0) > 0
+    return several or item is None or item is Ellipsis
+
+
 def _as_item(item: Any, x: Tensor) -> Any:
     if is_basic(item) or isinstance(item, bool):
-        return item
+        return _as_slice(item) if isinstance(item, slice) and item != WHOLE else item
     if isinstance(item, Tensor):
         return int(item) if _is_number(item) else item
     if isinstance(item, (list, tuple, range)) and all(type(i) is int for i in item):
         return list(item)
     tensor = torch.as_tensor(item, device=x.device)  # numpy's, lists of booleans, nested lists
     return tensor.item() if tensor.ndim == 0 and tensor.dtype != torch.bool else tensor
+
+
+def _as_slice(item: slice) -> slice:
+    """Bounds that are numpy's numbers, or tensors of one, are read, as torch reads them."""
+    return slice(*(None if n is None else operator.index(n) for n in (item.start, item.stop, item.step)))
 
 
 def _is_number(item: Tensor) -> bool:
@@ -143,6 +167,12 @@ def _chosen_rows(func: Any, x: PatchTensor, numbers: Sequence[int]) -> PatchTens
     runs = groupby(enumerate(i % size for i in numbers), key=lambda pair: pair[1] - pair[0])
     rows = [[row for _, row in run] for _, run in runs]
     return assembled(func, [x], [(0, run[0], run[-1] + 1) for run in rows])
+
+
+def _places(mask: Tensor, size: int) -> Tensor:
+    if len(mask) != size:
+        raise IndexError(f"a mask of {len(mask)} rows does not fit {size}")
+    return mask.nonzero().flatten()
 
 
 def _numbered_rows(func: Any, x: PatchTensor, items: Items, row: int) -> Any:

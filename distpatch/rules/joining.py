@@ -25,6 +25,7 @@ from distpatch.rules.registry import (
     may_wait,
     named,
     normalize_dims,
+    nth,
     op_name,
     placed,
     redistribute,
@@ -92,7 +93,7 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, *, out: Any = None) 
         return tensors[0]
     tensors = [t for t in tensors if t.shape != (0,)]
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
-    at = dim % lead.ndim
+    at = nth(dim, lead.ndim)
     if at == lead.rows.dim:
         return assembled(func, tensors, [(k, 0, t.shape[at]) for k, t in enumerate(tensors)])
     if (later := _cat_later(func, tensors, lead, at)) is not None:
@@ -172,7 +173,7 @@ def repeat_interleave(
         return fallback(func, input, output_size=output_size)
     if not isinstance(input, PatchTensor) or dim is None:
         return fallback(func, input, repeats, dim, output_size=output_size)
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     if at != input.rows.dim:
         if isinstance(repeats, PatchTensor):
             return fallback(func, input, repeats, dim, output_size=output_size)
@@ -186,8 +187,8 @@ def repeat_interleave(
 
 @rule(*named("roll"))
 def roll(func: Any, input: PatchTensor, shifts: Any, dims: Any = (), **kwargs: Any) -> Any:
-    steps = (shifts,) if isinstance(shifts, int) else tuple(shifts)
-    if dims is None or dims == ():
+    steps = tuple(shifts) if isinstance(shifts, (tuple, list)) else (shifts,)
+    if dims is None or (isinstance(dims, (tuple, list)) and not dims):
         return fallback(func, input, shifts, dims)
     along = normalize_dims(dims, input.ndim)
     others = [(step, d) for step, d in zip(steps, along, strict=True) if d != input.rows.dim]
@@ -204,7 +205,7 @@ def roll(func: Any, input: PatchTensor, shifts: Any, dims: Any = (), **kwargs: A
 def flip(func: Any, input: PatchTensor, *dims: Any, **kwargs: Any) -> Tensor:
     """Each rank keeps its place, and fetches the rows that come to it."""
     given = {"fliplr": (1,), "flipud": (0,)}.get(op_name(func)) or sizes_of(dims, kwargs, "dims")
-    mirrored = [d % input.ndim for d in given]
+    mirrored = [nth(d, input.ndim) for d in given]
     if input.rows.dim not in mirrored:
         return wrap(input.local.flip(mirrored), input)
     bounds = input.rows.bounds

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named
+from distpatch.rules.registry import named, nth
 from distpatch.tensor import RULES, whole
 
 Form = Callable[..., Any]
@@ -310,7 +310,7 @@ def col2im(input: Tensor, output_size: Any, kernel_size: Any, dilation: Any, pad
 
 @form("slice")
 def slice_(input: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    return input[(slice(None),) * (dim % input.ndim) + (slice(start, end, step),)]
+    return input[(slice(None),) * nth(dim, input.ndim) + (slice(start, end, step),)]
 
 
 @form("index", "_unsafe_index")

@@ -7,6 +7,7 @@ torch on ``.local``, wrap.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -382,12 +383,17 @@ def per_dim(value: Any, spatial: int) -> tuple[Any, ...]:
     return values * spatial if len(values) == 1 else values
 
 
+def nth(dim: int, ndim: int) -> int:
+    """A dim counted from the front; ``IndexError`` where there is no such dim."""
+    dim, most = operator.index(dim), max(ndim, 1)
+    if not -most <= dim < most:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-most}, {most - 1}], but got {dim})")
+    return dim % most
+
+
 def normalize_dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     """Dims counted from the front; None means all."""
     if dim is None:
         return tuple(range(ndim))
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    for d in dims:
-        if not -max(ndim, 1) <= d < max(ndim, 1):
-            raise IndexError(f"Dimension out of range (got {d} for a tensor of {ndim} dims)")
-    return tuple(d % ndim for d in dims) or tuple(range(ndim))
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    return tuple(nth(d, ndim) for d in dims) or tuple(range(ndim))  # type: ignore[arg-type]

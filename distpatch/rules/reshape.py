@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from distpatch.layout import BlockLayout, RowLayout, aligned_bounds
 from distpatch.rules.blocks import merged_place
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, op_name, opened, redistribute, reshard, rule, shares_memory, wrap
+from distpatch.rules.registry import named, nth, op_name, opened, redistribute, reshard, rule, shares_memory, wrap
 from distpatch.rules.views import copied, is_sure, memory_of
 from distpatch.tensor import PatchTensor, whole
 
@@ -58,9 +59,10 @@ def sizes_of(sizes: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> tup
     """Sizes given one by one, as one sequence, or by one of these names."""
     for name in names:
         sizes = kwargs.get(name, sizes)
-    if isinstance(sizes, int):
-        return (sizes,)
-    return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
+    given = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
+    if len(given) == 1 and isinstance(given[0], (tuple, list)):
+        given = given[0]
+    return tuple(map(operator.index, given))
 
 
 def _infer(shape: tuple[int, ...], numel: int) -> tuple[int, ...]:
@@ -123,7 +125,7 @@ def _view_dtype(func: Any, input: PatchTensor, dtype: torch.dtype) -> Tensor:
 
 @rule(*named("flatten"))
 def flatten(func: Any, input: PatchTensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
-    first, last = start_dim % input.ndim, end_dim % input.ndim
+    first, last = nth(start_dim, input.ndim), nth(end_dim, input.ndim)
     shape = (*input.shape[:first], math.prod(input.shape[first : last + 1]), *input.shape[last + 1 :])
     row = input.rows.dim
     if not first <= row <= last or input.numel() == 0 or isinstance(input.rows, BlockLayout):
@@ -138,7 +140,7 @@ def ravel(func: Any, input: PatchTensor) -> Tensor:
 
 @rule(*named("unflatten"))
 def unflatten(func: Any, input: PatchTensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    at = dim % input.ndim
+    at = nth(dim, input.ndim)
     sizes = _infer(tuple(sizes), input.shape[at])
     return input.reshape(*input.shape[:at], *sizes, *input.shape[at + 1 :])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,10 @@ def interpolate(
         return wrap(local, input)
     nearest, smooth = mode.startswith("nearest"), (mode, spatial, antialias) in FILTERS
     factors = None if scale_factor is None else per_dim(scale_factor, spatial)
-    sizes = per_dim(size, spatial) if factors is None else [int(n * f) for n, f in zip(shape, factors)]
+    if factors is None:
+        sizes: list[Any] = [n if n is None else operator.index(n) for n in per_dim(size, spatial)]
+    else:
+        sizes = [int(n * f) for n, f in zip(shape, factors)]
     valid = (size is None) != (factors is None) and not (size and recompute_scale_factor) and 0 not in sizes
     if not valid or not (nearest or smooth or mode == "area") or (smooth and not input.dtype.is_floating_point):
         return fallback(func, input, size, scale_factor, *how)  # or torch says what is wrong

@@ -12,7 +12,7 @@ from distpatch.formats import memory_order
 from distpatch.layout import RowLayout, even_bounds, has_tiny_shards
 from distpatch.rules.fallback import fallback
 from distpatch.rules.joining import assembled
-from distpatch.rules.registry import named, normalize_dims, rule, wrap
+from distpatch.rules.registry import named, normalize_dims, nth, rule, wrap
 from distpatch.rules.reshape import sizes_of
 from distpatch.rules.views import copied
 from distpatch.tensor import PatchTensor, whole
@@ -29,7 +29,7 @@ def _moved(x: PatchTensor, local: Tensor, order: Sequence[int]) -> PatchTensor:
 
 @rule(*named("permute"))
 def permute(func: Any, input: PatchTensor, *dims: Any, **kwargs: Any) -> PatchTensor:
-    order = [d % input.ndim for d in sizes_of(dims, kwargs, "dims")]
+    order = [nth(d, input.ndim) for d in sizes_of(dims, kwargs, "dims")]
     return _moved(input, input.local.permute(order), order)
 
 
@@ -62,14 +62,18 @@ def turn(func: Any, input: PatchTensor) -> PatchTensor:
 
 @rule(*named("unsqueeze"))
 def unsqueeze(func: Any, input: PatchTensor, dim: int) -> PatchTensor:
-    at = dim % (input.ndim + 1)
+    at = nth(dim, input.ndim + 1)
     rows = input.rows.with_dim(input.rows.dim + (at <= input.rows.dim))
     return wrap(input.local.unsqueeze(at), input, rows)
 
 
 @rule(*named("squeeze"))
 def squeeze(func: Any, input: PatchTensor, dim: Any = None) -> Tensor:
-    dims = [] if dim == () else [d for d in normalize_dims(dim, input.ndim) if input.shape[d] == 1]
+    dims = (
+        []
+        if isinstance(dim, tuple) and not dim
+        else [d for d in normalize_dims(dim, input.ndim) if input.shape[d] == 1]
+    )
     if input.rows.dim in dims:  # a tensor of one row is somebody's, and everybody's once it is no row
         value = whole(input).squeeze(tuple(dims))
         return copied(value, input, func, lambda: input.copy_(value.reshape(input.shape)))

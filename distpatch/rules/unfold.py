@@ -14,6 +14,7 @@ from distpatch.layout import RowLayout, aligned_bounds, even_bounds
 from distpatch.rules.fallback import fallback
 from distpatch.rules.registry import (
     named,
+    nth,
     on_some_rows,
     op_name,
     over_rows,
@@ -105,7 +106,7 @@ def fold(
 
 @rule(torch.Tensor.unfold)
 def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, step: int) -> Tensor:
-    at = dimension % input.ndim
+    at = nth(dimension, input.ndim)
     if at != input.rows.dim:
         return wrap(input.local.unfold(at, size, step), input)
     stencil = WindowStencil(size, step)
