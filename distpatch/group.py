@@ -85,13 +85,11 @@ class Communicator(Meeting):
         if group is None or (self.pg is not None and not self.broken):
             return
         device = self.device = devices.choose(group, given or self.device)
-        told = {"groups": process_groups.known(), **devices.identity(group, device)}
-        answers = self.agree("set-up", "", told)
-        devices.check(answers, self.rank)
+        devices.check(self.agree("set-up", "", devices.identity(group, device)), self.rank)
         with devices.current(device):
             pg = process_groups.by_members(
                 dist.get_process_group_ranks(group),
-                [int(str(answer["groups"])) for answer in answers],
+                self.new_name(group.group_name),
                 backend=str(dist.get_backend_config(group)),
                 timeout=self.timeout,
             )
@@ -254,11 +252,11 @@ def communicator(group: Group, device: torch.device | None = None, *, connect: b
 def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
     """A new group of these global ranks, of the default group's kind; each of them calls it, and nobody else."""
     world = c10d._get_default_group()
-    store = c10d.PrefixStore(f"distpatch/{'_'.join(map(str, ranks))}", world.get_group_store())
+    label = "_".join(map(str, ranks))
+    store = c10d.PrefixStore(f"distpatch/{label}", world.get_group_store())
     meeting = Meeting(store, ranks.index(dist.get_rank()), len(ranks), process_groups.timeout_of(world))
-    answers = meeting.agree("set-up of a group", str(list(ranks)), {"groups": process_groups.known()})
-    counts = [int(str(answer["groups"])) for answer in answers]
-    return process_groups.by_members(ranks, counts, timeout=meeting.timeout)
+    meeting.agree("set-up of a group", str(list(ranks)))
+    return process_groups.by_members(ranks, meeting.new_name(f"of {label}"), timeout=meeting.timeout)
 
 
 def communicator_of(name: str) -> Communicator:

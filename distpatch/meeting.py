@@ -15,16 +15,13 @@ GRACE = timedelta(seconds=2)  # between the first and the last rank that notices
 
 
 class Meeting:
-    """One rank's place among those that meet at ``store``; without one it is alone."""
+    """One rank's place among those that meet at ``store``, which is None for a rank alone."""
 
-    def __init__(self, store: Store | None, rank: int, size: int, timeout: timedelta) -> None:
-        self._store, self.rank, self.size, self.timeout = store, rank, size, timeout
+    store: Store
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.call = 0
-
-    @property
-    def store(self) -> Store:
-        assert self._store is not None
-        return self._store
 
     def agree(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         """Meet all ranks of the group, which must all come with the same signature.
@@ -75,6 +72,11 @@ class Meeting:
             if self.rank == 0:
                 store.delete_key(f"distpatch/{call - 1}/verdict")
         return answers, []
+
+    def new_name(self, label: str) -> str:
+        """A name that all who met last have alike, and that no other meeting gives."""
+        number = self.call if self.size > 1 else self.store.add("distpatch/alone", 1)
+        return f"distpatch {label} {number}"
 
     def leave_note(self, note: str) -> None:
         """Say that this rank gives up the call, and why; the first note counts."""

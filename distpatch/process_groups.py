@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,29 +15,32 @@ from distpatch import torch_compat
 from distpatch.errors import RankError
 
 
+<<<<<<< HEAD
 def known() -> int:
     """How many groups this process knows; torch names a group that its members make alone by this number."""
     return torch_compat.groups_known()
 
 
+=======
+>>>>>>> w-start
 def by_members(
-    members: Sequence[int],
-    counts: Iterable[int],
-    *,
-    backend: str | None = None,
-    timeout: timedelta | None = None,
+    members: Sequence[int], name: str, *, timeout: timedelta, backend: str | None = None
 ) -> dist.ProcessGroup:
     """A new group of these global ranks, in this order; each of them calls it, and nobody else.
 
-    ``counts``: how many groups each member knows. Ranks that know different numbers would wait for each other
-    under different names, so that each first makes as many groups of its own as it lacks. Raises ``RankError``
-    under torchcomms, which has no such groups.
+    ``name``: the same on all members, and new; ``backend``: by default that of the default group. Raises
+    ``RankError`` under torchcomms, which has no such groups.
+
+    ``dist.new_group(use_local_synchronization=True)`` is not used: it chooses the name by how many groups a
+    process has made, of which ranks that differ in that wait for each other under different names, and from
+    torch 2.14 it counts, so that the next group that all ranks make has different names.
     """
     if getattr(c10d, "_use_torchcomms_enabled", bool)():
         raise RankError(
             "torchcomms (TORCH_DISTRIBUTED_USE_TORCHCOMMS) cannot make a group of some ranks by these ranks alone, "
             "which distpatch needs: start the program without it"
         )
+<<<<<<< HEAD
     with _unbound():
         for _ in range(max(counts) - known()):
             _new([dist.get_rank()], backend="gloo", timeout=timeout)
@@ -46,15 +49,32 @@ def by_members(
 
 def _new(members: Sequence[int], **options: Any) -> dist.ProcessGroup:
     return torch_compat.new_group(members, use_local_synchronization=True, group_desc="distpatch", **options)
+=======
+    default = c10d._get_default_group()
+    default_backend, store = c10d._world.pg_map[default]
+    with _unbound(default):
+        pg, _ = c10d._new_process_group_helper(
+            len(members),
+            members.index(default.rank()),
+            list(members),
+            dist.Backend(backend or default_backend),
+            store,
+            c10d.GroupName(name),
+            timeout=timeout,
+            group_desc="distpatch",
+        )
+    c10d._world.pg_group_ranks[pg] = {rank: place for place, rank in enumerate(members)}
+    made: dist.ProcessGroup = pg
+    return made
+>>>>>>> w-start
 
 
 @contextlib.contextmanager
-def _unbound() -> Iterator[None]:
+def _unbound(default: Any) -> Iterator[None]:
     """The default group's device hidden: from a group that is bound to one torch splits new ones off.
 
     A split (``ncclCommSplit``) is collective over the whole default group, and hangs where some ranks alone call it.
     """
-    default: Any = c10d._get_default_group()
     bound: torch.device | None = default.bound_device_id
     default.bound_device_id = None
     try:

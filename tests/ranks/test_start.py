@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,6 +200,20 @@ def splitting(world: int) -> Iterator[list[int]]:
         yield splits
 
 
+def test_the_user_makes_groups_as_before() -> None:
+    """Whatever groups some of the ranks have made for distpatch: the names of the user's own must agree."""
+
+    def body(rank: int) -> int:
+        if rank < 2:
+            communicator(group_of([0, 1]))
+        everyone = dist.new_group([0, 1, 2])
+        total = torch.ones(1)
+        dist.all_reduce(total, group=everyone)
+        return int(total)
+
+    assert run_ranks(3, body, timeout=3) == [3] * 3
+
+
 def bound(body: Callable[[int], Any]) -> Callable[[int], Any]:
     """With the default group bound to a device, after the user's own groups were made by all ranks."""
 
@@ -223,10 +238,9 @@ def some_ranks(rank: int, groups: Any) -> None:
 
 
 def unequal_numbers_of_groups(rank: int, groups: Any) -> None:
-    """Rank 2 knows two groups more than rank 3, which makes padding groups."""
+    """Rank 2 knows two groups more than rank 3."""
     if rank == 2:
-        for _ in range(2):
-            process_groups.by_members([2], [0])
+        assert group_of([2]) is not group_of([2])
     if rank >= 2:
         assert sum_over(communicator(groups[1])) == 5
 
@@ -278,7 +292,7 @@ def test_groups_are_made_by_their_members_alone(body: Any) -> None:
 def test_torchcomms_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(c10d, "_use_torchcomms_enabled", lambda: True)
     with pytest.raises(distpatch.RankError, match="TORCH_DISTRIBUTED_USE_TORCHCOMMS"):
-        process_groups.by_members([0], [0])
+        process_groups.by_members([0], "name", timeout=timedelta(1))
 
 
 # What travels
