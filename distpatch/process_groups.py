@@ -11,18 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from distpatch import torch_compat
 from distpatch.errors import RankError
 
 
-<<<<<<< HEAD
-def known() -> int:
-    """How many groups this process knows; torch names a group that its members make alone by this number."""
-    return torch_compat.groups_known()
-
-
-=======
->>>>>>> w-start
 def by_members(
     members: Sequence[int], name: str, *, timeout: timedelta, backend: str | None = None
 ) -> dist.ProcessGroup:
@@ -40,16 +31,6 @@ def by_members(
             "torchcomms (TORCH_DISTRIBUTED_USE_TORCHCOMMS) cannot make a group of some ranks by these ranks alone, "
             "which distpatch needs: start the program without it"
         )
-<<<<<<< HEAD
-    with _unbound():
-        for _ in range(max(counts) - known()):
-            _new([dist.get_rank()], backend="gloo", timeout=timeout)
-        return _new(members, backend=backend, timeout=timeout)
-
-
-def _new(members: Sequence[int], **options: Any) -> dist.ProcessGroup:
-    return torch_compat.new_group(members, use_local_synchronization=True, group_desc="distpatch", **options)
-=======
     default = c10d._get_default_group()
     default_backend, store = c10d._world.pg_map[default]
     with _unbound(default):
@@ -66,7 +47,6 @@ def _new(members: Sequence[int], **options: Any) -> dist.ProcessGroup:
     c10d._world.pg_group_ranks[pg] = {rank: place for place, rank in enumerate(members)}
     made: dist.ProcessGroup = pg
     return made
->>>>>>> w-start
 
 
 @contextlib.contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +13,9 @@ from torch import Tensor
 from torch._library.effects import EffectType
 from torch.distributed import distributed_c10d as c10d
 
-from distpatch.errors import RankError
-
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 storage_uses = torch._C._storage_Use_Count  # type: ignore[attr-defined]
-KEEPS_ORDER = "sort_ranks" in inspect.signature(dist.new_group).parameters  # since 2.12
 
 KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # the Function of checkpoint, up to 2.12
 
@@ -31,26 +26,9 @@ def all_gather(everyone: Tensor, own: Tensor, group: dist.ProcessGroup | None) -
     gather(everyone, own, group=group)
 
 
-def new_group(members: Sequence[int], **options: Any) -> dist.ProcessGroup:
-    """A group whose ranks stand in this order. Raises ``RankError`` where this torch can only sort them."""
-    if KEEPS_ORDER:
-        return dist.new_group(list(members), sort_ranks=False, **options)
-    if sorted(members) != list(members):
-        raise RankError(
-            f"the group's ranks stand in the order {list(members)}, and torch {torch.__version__} makes groups in "
-            "ascending order only: use torch 2.12 or later, or pass a group of ascending ranks"
-        )
-    return dist.new_group(list(members), **options)
-
-
 def is_open(group: dist.ProcessGroup) -> bool:
     """Whether this process has not destroyed the group."""
     return group in c10d._world.pg_map
-
-
-def groups_known() -> int:
-    """How many groups this process has open."""
-    return len(c10d._world.pg_names)
 
 
 def forget_batch(group: dist.ProcessGroup) -> None:

@@ -7,6 +7,7 @@ module state (give every rank its own copy of a model).
 
 from __future__ import annotations
 
+import inspect
 import queue
 import sys
 import threading
@@ -19,8 +20,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld, _install_threaded_pg
-
-from distpatch import torch_compat
 
 T = TypeVar("T")
 Body = Callable[[int], Any]
@@ -66,7 +65,9 @@ def close_kept() -> None:
 
 def turned_group() -> dist.ProcessGroup:
     """Another group of both ranks, which stand in another order where this torch can do that."""
-    return torch_compat.new_group([1, 0] if torch_compat.KEEPS_ORDER else [0, 1])
+    if "sort_ranks" in inspect.signature(dist.new_group).parameters:  # since torch 2.12
+        return dist.new_group([1, 0], sort_ranks=False)
+    return dist.new_group([0, 1])
 
 
 def _once(world_size: int, body: Body, timeout: float) -> tuple[list[Any], list[int]]:

@@ -59,7 +59,7 @@ def sizes_of(sizes: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> tup
     """Sizes given one by one, as one sequence, or by one of these names."""
     for name in names:
         sizes = kwargs.get(name, sizes)
-    given = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
+    given: Any = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
     if len(given) == 1 and isinstance(given[0], (tuple, list)):
         given = given[0]
     return tuple(map(operator.index, given))
