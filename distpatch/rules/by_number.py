@@ -24,7 +24,7 @@ def rows_by_number(x: PatchTensor, numbers: Tensor, func: Any) -> PatchTensor:
     dim, size, rank = x.rows.dim, x.rows.size, x.region.comm.rank
     layout = x.rows if len(numbers) == size else RowLayout(dim, even_bounds(len(numbers), x.rows.world_size))
     lo, hi = layout.interval(rank)
-    if numbers.device.type != "cpu" or isinstance(numbers, FakeTensor):
+    if not _readable(numbers):
         return _passed_by(x, numbers[lo:hi], layout, func)
     known = numbers.tolist()
     if any(not -size <= n < size for n in known):
@@ -32,6 +32,11 @@ def rows_by_number(x: PatchTensor, numbers: Tensor, func: Any) -> PatchTensor:
     needs = _intervals([n % size for n in known], layout.bounds)
     rows = fetch(x, needs, func)[0]
     return wrap(rows.index_select(dim, numbers[lo:hi].long() % max(size, 1) - needs[rank][0][0]), x, layout)
+
+
+def _readable(numbers: Tensor) -> bool:
+    """Whether the host can read them without waiting for a device."""
+    return numbers.device.type == "cpu" and not isinstance(numbers, FakeTensor)
 
 
 def _intervals(numbers: Sequence[int], bounds: Sequence[int]) -> Needs:
