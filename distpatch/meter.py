@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from distpatch.memory import LivePeak, stored_tensors
 from distpatch.names import op_name
@@ -288,8 +288,25 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    return int(sdpa_flop_count(query.shape, _of_heads(key, query), _of_heads(value, query)))
 
 
-# torch.utils.flop_counter leaves out the CPU's own attention.
-FLOPS = {**flop_registry, aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _attention_backward_flops(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, _of_heads(key, query), _of_heads(value, query)))
+
+
+def _of_heads(t: Tensor, query: Tensor) -> tuple[int, ...]:
+    """The shape of keys or values, repeated for grouped queries."""
+    return (t.shape[0], query.shape[1], *t.shape[2:])
+
+
+# torch.utils.flop_counter leaves out the CPU's own attention and, up to torch 2.12, refuses grouped queries.
+_KERNELS = ("efficient_attention", "flash_attention", "cudnn_attention")
+FLOPS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    **{getattr(aten, f"_scaled_dot_product_{kernel}"): _attention_flops for kernel in _KERNELS},
+    **{getattr(aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward_flops for kernel in _KERNELS},
+}

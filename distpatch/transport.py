@@ -186,6 +186,8 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """A flat, contiguous tensor as it stands in memory: NCCL and gloo each lack some dtypes."""
+    if tensor.stride(0) != 1:  # of one element or none, the stride may be any
+        tensor = tensor.as_strided(tensor.shape, (1,))
     return tensor.view(torch.uint8)
 
 

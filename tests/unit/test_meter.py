@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch import trace
-from distpatch.meter import Kernel, Meter, briefly, few, gathered
+from distpatch.meter import FLOPS, Kernel, Meter, briefly, few, gathered
 from tests.oracle import random_tensor
 
 BYTES = 8  # of fp64
@@ -111,3 +111,14 @@ def test_few_counts_all(last_too: bool) -> None:
             for _ in few(range(9)):
                 raise KeyError
         assert run(7, 5) == whole, "a piece that failed is forgotten"
+
+
+@pytest.mark.parametrize("kernel", ["efficient_attention", "flash_attention", "cudnn_attention"])
+def test_grouped_queries_count_as_their_keys_repeated(kernel: str) -> None:
+    query, key = torch.ones(2, 6, 5, 4), torch.ones(2, 2, 7, 4)
+    repeated = key.repeat(1, 3, 1, 1)
+    forward, backward = (
+        FLOPS[getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{end}")] for end in ("", "_backward")
+    )
+    assert forward(query, key, key) == forward(query, repeated, repeated) == 2 * 2 * (2 * 6 * 5 * 7 * 4)
+    assert backward(query, query, key, key) == backward(query, query, repeated, repeated) > forward(query, key, key)
