@@ -84,7 +84,9 @@ def convolution(
 @form("native_layer_norm")
 def native_layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Results:
     dims = tuple(range(input.ndim - len(shape), input.ndim))
-    return Results([F.layer_norm(input, shape, weight, bias, eps)], lambda: _statistics(input.detach(), dims, eps, True))
+    return Results(
+        [F.layer_norm(input, shape, weight, bias, eps)], lambda: _statistics(input.detach(), dims, eps, True)
+    )
 
 
 @form("native_group_norm")

@@ -638,7 +638,11 @@ def test_a_users_own_class_of_tensor(make: Any, grad: bool, rows: int) -> None:
             assert_same(gradient, right_grad, 1e-3, "gradient")
 
 
-@pytest.mark.parametrize("make", [CLASSES["with attributes"], CLASSES["MetaTensor"], nn.Parameter], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [CLASSES["with attributes"], CLASSES["MetaTensor"], nn.Parameter],
+    ids=["with attributes", "MetaTensor", "parameter"],
+)
 @pytest.mark.parametrize("columns", [5, 40000])
 def test_own_classes_outside_a_model(make: Any, columns: int) -> None:
     """Sharded, adopted, gathered, and through one layer in patches."""

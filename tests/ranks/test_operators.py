@@ -84,7 +84,11 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.down, self.up = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 2, 1), nn.ConvTranspose2d(6, 6, 2, 2)
+        self.first, self.down, self.up = (
+            nn.Conv2d(3, 6, 3, 1, 1),
+            nn.Conv2d(6, 6, 3, 2, 1),
+            nn.ConvTranspose2d(6, 6, 2, 2),
+        )
         self.group, self.batch, self.layer = nn.GroupNorm(2, 6), nn.BatchNorm2d(6), nn.LayerNorm(6)
         self.query, self.slope = nn.Linear(6, 6), nn.PReLU(6)
 
