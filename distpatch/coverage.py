@@ -42,7 +42,7 @@ def functions() -> dict[Any, str]:
 def kind(func: Any) -> str:
     """One of ``KINDS``; of a function that nobody registered too."""
     if func not in RULES:
-        return "fallback"
+        return "refused" if getattr(func, "__name__", "") == "__set__" else "fallback"
     rule = RULES[func]
     if rule is refused or not _returns(rule.__code__):
         return "refused"

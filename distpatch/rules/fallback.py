@@ -43,6 +43,11 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
             with torch.set_grad_enabled(copy.grad_fn is not grad_fn):  # else it was written outside the graph
                 _write_back(func, x, copy, sharded)
             kept[id(copy)] = x
+        elif id(x) in written:  # names, an attribute
+            raise UnsupportedOpError(
+                f"{op_name(func)} would change something of {x!r} that is not its values, on a gathered copy. Register "
+                "a rule (distpatch.register_rule)."
+            )
     result = map_tensors(lambda t: kept[id(t)] if id(t) in kept else _shard_again(t, lead), result)
     return protect(func, lead, result, args)
 

@@ -81,7 +81,7 @@ def _check(func: Any, target: PatchTensor, result: Tensor) -> None:
             f"{op_name(func)}: result type {result.dtype} can't be cast to the desired output type {target.dtype}"
         )
     if target.shape != result.shape:
-        raise RuntimeError(
+        raise UnsupportedOpError(
             f"{op_name(func)}: a result of shape {tuple(result.shape)} cannot be written to {target!r}, which keeps "
             "its shape"
         )

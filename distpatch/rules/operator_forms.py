@@ -7,7 +7,7 @@ under the same name and gave no rule yet (``torch.convolution``) gets these too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,34 +31,25 @@ def form(*names: str) -> Callable[[Form], Form]:
     return register
 
 
-class Results(tuple[Any, ...]):
+class Results(Sequence[Any]):
     """Results of which, but for the first, hardly anybody asks: statistics for a backward pass of its own.
 
-    They are computed when somebody does.
+    They are computed when somebody does, or takes them apart.
     """
 
-    known: tuple[Any, ...]
-    others: Callable[[], Sequence[Any]] | None
-
-    def __new__(cls, known: Iterable[Any], others: Callable[[], Sequence[Any]] | None = None) -> Results:
-        known = tuple(known)
-        self = super().__new__(cls, known)
-        self.known, self.others = known, others
-        return self
-
-    def all(self) -> tuple[Any, ...]:
-        if self.others is not None:
-            self.known, self.others = (*self.known, *self.others()), None
-        return self.known
+    def __init__(self, first: Tensor, others: Callable[[], Sequence[Any]]) -> None:
+        self._known, self._others = [first], others
 
     def __len__(self) -> int:
-        return len(self.all())
+        return len(self._all())
 
     def __getitem__(self, at: Any) -> Any:
-        return self.known[0] if at == 0 else self.all()[at]
+        return self._known[0] if at == 0 else self._all()[at]
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.all())
+    def _all(self) -> tuple[Any, ...]:
+        if len(self._known) == 1:
+            self._known += self._others()
+        return tuple(self._known)
 
 
 @form("convolution", "_convolution", "convolution_overrideable")
@@ -84,9 +75,7 @@ def convolution(
 @form("native_layer_norm")
 def native_layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Results:
     dims = tuple(range(input.ndim - len(shape), input.ndim))
-    return Results(
-        [F.layer_norm(input, shape, weight, bias, eps)], lambda: _statistics(input.detach(), dims, eps, True)
-    )
+    return Results(F.layer_norm(input, shape, weight, bias, eps), lambda: _statistics(input.detach(), dims, eps, True))
 
 
 @form("native_group_norm")
@@ -96,7 +85,7 @@ def native_group_norm(
     def others() -> list[Tensor]:
         return _statistics(input.reshape(N, group, -1), (2,), eps, False)
 
-    return Results([F.group_norm(input, group, weight, bias, eps)], others)
+    return Results(F.group_norm(input, group, weight, bias, eps), others)
 
 
 def _statistics(x: Tensor, dims: tuple[int, ...], eps: float, keepdim: bool) -> list[Tensor]:
@@ -109,7 +98,7 @@ def fused_rms_norm(input: Tensor, shape: Sequence[int], weight: Any, eps: float 
     floor = torch.finfo(input.dtype).eps if eps is None else eps
     dims = tuple(range(input.ndim - len(shape), input.ndim))
     out = F.rms_norm(input, shape, weight, eps)
-    return Results([out], lambda: [(input.square().mean(dims, True) + floor).rsqrt()])
+    return Results(out, lambda: [(input.square().mean(dims, True) + floor).rsqrt()])
 
 
 @form("batch_norm")
@@ -135,7 +124,7 @@ def native_batch_norm(
             return [input.new_zeros(0), input.new_zeros(0)]
         return _statistics(input.detach(), (0, *range(2, input.ndim)), eps, False)
 
-    return Results([F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)], others)
+    return Results(F.batch_norm(input, mean, var, weight, bias, training, momentum, eps), others)
 
 
 @form("_native_batch_norm_legit")
@@ -190,7 +179,7 @@ def attention_on_cpu(
     mask, scale = options.get("attn_mask"), options.get("scale")
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale)
     given = (query, key, value, dropout_p, is_causal)
-    return Results([out], lambda: fallback(aten._scaled_dot_product_flash_attention_for_cpu, *given, **options)[1:])
+    return Results(out, lambda: fallback(aten._scaled_dot_product_flash_attention_for_cpu, *given, **options)[1:])
 
 
 @form("_scaled_dot_product_flash_attention")
@@ -205,7 +194,7 @@ def flash_attention(
 ) -> Results:
     out = F.scaled_dot_product_attention(query, key, value, None, dropout_p, is_causal, scale=options.get("scale"))
     given = (query, key, value, dropout_p, is_causal, *more)
-    return Results([out], lambda: fallback(aten._scaled_dot_product_flash_attention, *given, **options)[1:])
+    return Results(out, lambda: fallback(aten._scaled_dot_product_flash_attention, *given, **options)[1:])
 
 
 def _biased(name: str) -> Form:
@@ -225,7 +214,7 @@ def _biased(name: str) -> Form:
         scale = options.get("scale")
         out = F.scaled_dot_product_attention(query, key, value, attn_bias, dropout_p, is_causal, scale=scale)
         given = (query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, *more)
-        return Results([out], lambda: fallback(getattr(aten, name), *given, **options)[1:])
+        return Results(out, lambda: fallback(getattr(aten, name), *given, **options)[1:])
 
     return attention
 

@@ -99,6 +99,7 @@ def test_by_rule(name: str) -> None:
     case(BY_RULE[name], X, **SOME)()
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce")
 @pytest.mark.parametrize("name", GATHERED)
 def test_gathered(name: str) -> None:
     op, fn = GATHERED[name]

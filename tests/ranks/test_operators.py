@@ -37,10 +37,10 @@ OPERATORS = {
         lambda x, w: aten.convolution.default(x, w, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1), X, (3, 4, 3, 3), **SOME
     ),
     "conv2d, by name": case(lambda x, w: aten.conv2d(input=x, weight=w, padding="same"), X, (4, 3, 3, 3), **SOME),
-    "native_group_norm": case(lambda x: aten.native_group_norm.default(x, None, None, 2, 3, x[0, 0].numel(), 3, 1e-5), X, **SOME),
-    "native_layer_norm": case(lambda x: aten.native_layer_norm(x, [5], None, None, 1e-5), X, **SOME),
+    "native_group_norm": case(lambda x: tuple(aten.native_group_norm.default(x, None, None, 2, 3, x[0, 0].numel(), 3, 1e-5)), X, **SOME),
+    "native_layer_norm": case(lambda x: tuple(aten.native_layer_norm(x, [5], None, None, 1e-5)), X, **SOME),
     "layer_norm": case(lambda x: aten.layer_norm.default(x, [5], None, None, *NORM), X, **SOME),
-    "native_batch_norm": case(lambda x: aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5), X, **SOME),
+    "native_batch_norm": case(lambda x: tuple(aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)), X, **SOME),
     "batch norm, functional": case(
         lambda x: aten._native_batch_norm_legit_functional(x, None, None, *x.new_ones(2, 3).unbind(), True, 0.1, 1e-5), X, **SOME
     ),
@@ -57,7 +57,7 @@ OPERATORS = {
     "slice": case(lambda x: aten.slice.Tensor(x, 2, 1, 9223372036854775807, 2), X, **SOME),
     "copies of views": case(lambda x: aten.permute_copy(aten.unsqueeze_copy(x, 0), [0, 1, 3, 4, 2]), X, **SOME),
     "add, by place": case(lambda x: aten.add.Scalar(x, 1, 2) + aten.add.Tensor(x, x, alpha=3), X, **SOME),
-    "in place": case(lambda x: aten.add_.Tensor(aten.relu_.default(aten.clone(x)), x, alpha=2), X, **SOME),
+    "in place": case(lambda x: aten.add_.Tensor(aten.neg_.default(aten.clone(x)), x, alpha=2), X, **SOME),
     "out": case(lambda x: aten.sin.out(x.detach(), out=torch.empty_like(x)), X, **SOME),
     "a view that is written to": case(lambda x: (y := x * 1, aten.copy_(aten.select(y, 1, 0), y[:, 1]))[0], X, **SOME),
     "rows by numbers": case(lambda x: aten.index.Tensor(x, [None, None, reversed_rows(x)[:, None], torch.arange(4)]), X, **SOME),
