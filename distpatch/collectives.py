@@ -23,9 +23,9 @@ from torch import Tensor
 from torch._library.effects import EffectType
 
 from distpatch.exchange import fetch_rows
-from distpatch.formats import in_memory_order, memory_format
+from distpatch.formats import format_of, in_memory_order, memory_format, order_in
 from distpatch.group import Communicator, Pretended, attempt, communicator_of
-from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
+from distpatch.layout import BlockLayout, RowLayout
 from distpatch.stencil import ceil_div
 
 BUCKET_BYTES = 32 << 20  # of gradients or rows that are moved together
@@ -120,7 +120,11 @@ class _Gather(torch.autograd.Function):
         everything = (((0, layout.size),),) * layout.world_size
         shape = [layout.size if d == layout.dim else n for d, n in enumerate(local.shape)]
         # The kernels that will read it must be the same on all ranks: not by what few rows look like.
-        format = torch.contiguous_format if has_tiny_shards(layout) else memory_format(local)
+        format = torch.contiguous_format if layout.is_tiny else memory_format(local)
+        if order is not None:
+            format = format_of(tuple(order))
+            if tuple(order) == order_in(format, local.ndim):
+                order = None
         across, parts = _parts(shape, layout.dim, local.element_size())
 
         def fetch(rows: Tensor) -> Tensor:
@@ -169,7 +173,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, name: str) -> Tensor:
         ctx.name = name
-        return tensor.view_as(tensor)
+        return tensor[...]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -181,7 +185,7 @@ class _SpreadAll(torch.autograd.Function):
     def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
         ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(tensor[...] for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -217,7 +221,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, *pieces: Tensor) -> Tensor:
         ctx.count = len(pieces)
-        return rows.view_as(rows)
+        return rows[...]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,7 +231,7 @@ class _Tie(torch.autograd.Function):
 class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(tensor[...] for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -250,7 +254,7 @@ class _ShareOut(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(shares)
         ctx.name = name
-        return value.view_as(value)
+        return value[...]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

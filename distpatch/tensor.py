@@ -14,7 +14,7 @@ from distpatch import collectives, formats, holders
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
-from distpatch.layout import EMPTY, BlockLayout, RowLayout, even_bounds, has_tiny_shards
+from distpatch.layout import EMPTY, BlockLayout, RowLayout, even_bounds
 from distpatch.lazy import Recipe
 from distpatch.tree import map_tensors
 
@@ -65,12 +65,19 @@ class RuleTable(dict[Any, Rule]):
 
     ``before_writing`` sees to it that what waits for rows is computed before they change, ``through`` to a call
     on a copy of rows (rules/views.py), ``on_blocks`` to one on a ``BlockTensor`` (rules/blocks.py).
+    ``as_on_one_device`` sees to it that results stand in memory as on one device (rules/orders.py), where rows do not
+    tell, and for functions ``of_many_kernels``: which computes a result depends on its size.
     """
 
+    as_on_one_device: Rule
     fallback: Rule
     before_writing: Rule
     on_blocks: Rule
     through: Rule
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_many_kernels: set[Any] = set()
 
     def __missing__(self, func: Any) -> Rule:
         return self.fallback
@@ -167,8 +174,16 @@ class PatchTensor(torch.Tensor):
         if kwargs:
             if not _NUMPY_NAMES.keys().isdisjoint(kwargs) and func in RULES:
                 kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}
-            return RULES[func](func, *args, **kwargs)
-        return RULES[func](func, *args)
+            result = RULES[func](func, *args, **kwargs)
+        else:
+            result = RULES[func](func, *args)
+        kind = type(result)
+        if kind is PatchTensor or kind is PatchCopy:
+            if result.rows.is_tiny or func in RULES.of_many_kernels:
+                return RULES.as_on_one_device(func, args, kwargs or {}, result)
+        elif issubclass(kind, (tuple, list)) and result and type(result[0]) is PatchTensor and result[0].rows.is_tiny:
+            return RULES.as_on_one_device(func, args, kwargs or {}, result)
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -291,7 +306,7 @@ def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] 
 def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     comm = region.comm
     result = PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
-    if has_tiny_shards(layout) and not torch.compiler.is_compiling():
+    if layout.is_tiny and not torch.compiler.is_compiling():
         result.order = formats.memory_order(tensor)
     return result
 
@@ -318,7 +333,10 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.plain if isinstance(tensor, RowCopy) else tensor
     if torch.compiler.is_dynamo_compiling():
         return torch.ops.distpatch.gather(tensor, "gather")
-    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, order=tensor.order)
+    order = tensor.order
+    if order is None and not tensor.rows.is_tiny:
+        order = formats.memory_order(tensor.local)
+    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, order=order)
 
 
 def check_dim(tensor: Tensor, dim: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from distpatch import collectives, formats, lazy
 from distpatch.errors import LayoutError
 from distpatch.exchange import fetch_rows
+from distpatch.formats import Order
 from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_edges, plan_stencil
 from distpatch.lazy import Recipe
 from distpatch.names import op_name as op_name  # noqa: PLC0414 (rules import it from here)
@@ -259,6 +260,13 @@ def part_of(x: PatchTensor, local: Tensor, layout: RowLayout, step: int = 1) -> 
     return result
 
 
+def order_of(x: PatchTensor) -> Order:
+    """How its dims stand in memory, innermost first; without computing rows that wait."""
+    if x.order is not None:
+        return x.order
+    return formats.order_in(x.recipe.format, x.ndim) if x.waits else formats.memory_order(x.local)
+
+
 def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     """The same tensor in other rows, or sharded along another dim; one exchange either way."""
     if layout == x.rows:
@@ -271,7 +279,7 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
 
 def placed(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """Rows that came from elsewhere, in memory as those of ``x``."""
-    result = wrap(formats.in_memory_order(local, x.order or formats.memory_order(x.local)), x, layout)
+    result = wrap(formats.in_memory_order(local, order_of(x)), x, layout)
     if x.order is not None:
         result.order = x.order
     return result

@@ -134,7 +134,12 @@ def is_sure(x: PatchTensor) -> bool:
 
 
 def memory_of(x: PatchTensor) -> Tensor:
-    """A tensor without data of the strides that ``x`` has on one device; a slice has gaps between its rows."""
+    """A tensor without data of the strides that ``x`` has on one device."""
+    return torch.empty_strided(x.shape, strides_of(x), dtype=x.dtype, device="meta")
+
+
+def strides_of(x: PatchTensor) -> list[int]:
+    """The strides that it has on one device; a slice has gaps between its rows."""
     strides, row = list(x.stride()), x.rows.dim
     if x.cut:
         size, step = max(x.rows.size, 1), strides[row]
@@ -143,10 +148,10 @@ def memory_of(x: PatchTensor) -> Tensor:
             strides[d] = strides[d] // size * (size * x.cut + 1)
         strides[row] *= x.cut
     for d in range(x.ndim):
-        if d != row and x.shape[d] > 1 and x.local.stride(d) == 0:  # expanded
+        if d != row and x.shape[d] > 1 and not x.waits and x.local.stride(d) == 0:  # expanded
             strides = [step // x.shape[d] if step > strides[d] else step for step in strides]
             strides[d] = 0
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta")
+    return strides
 
 
 def _version(source: PatchTensor) -> int | None:
@@ -164,6 +169,7 @@ def copied(value: Tensor, source: PatchTensor, func: Any, write: Callable[[], ob
 def _mark(value: Tensor, origin: Origin) -> Tensor:
     if isinstance(value, PatchTensor):
         copy: Any = PatchCopy(value.local, value.rows, value.region)
+        copy.order = value.order
     else:
         copy = value.as_subclass(RowCopy)  # type: ignore[arg-type]
     copy.plain, copy.origin = value, origin
