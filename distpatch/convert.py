@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distpatch import rules as _rules
-from distpatch.collectives import gather_rows, spread_all
+from distpatch.collectives import spread_all
 from distpatch.compiled import enter, enter_compiled, meet
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.group import Group, Pretended, communicator
@@ -320,7 +320,7 @@ def _leave(tensor: Tensor, state: _Conversion) -> Any:
     if state.output == "gather":
         if comm.size == 1:
             return tensor.local  # all of it, and nobody else's: no copy
-        return gather_rows(tensor.local, tensor.rows, comm.name, "output")
+        return whole(tensor, "output")
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)
     ordered.local  # noqa: B018  nothing waits for a model that has returned

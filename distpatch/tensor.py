@@ -119,7 +119,7 @@ class PatchTensor(torch.Tensor):
     region: Region
     recipe: Recipe
     cut: int = 0  # of a view of some rows, each how many-th one it took: the others stand between them in memory
-    order: tuple[int, ...] | None = None  # dims as they stand in memory, innermost first, where strides do not tell
+    strides: tuple[int, ...] | None = None  # of the whole tensor on one device, where those of the rows do not tell
     _shape: torch.Size
 
     @staticmethod
@@ -307,7 +307,7 @@ def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     comm = region.comm
     result = PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
     if layout.is_tiny and not torch.compiler.is_compiling():
-        result.order = formats.memory_order(tensor)
+        result.strides = tensor.stride()
     return result
 
 
@@ -327,16 +327,18 @@ def on_rank0(x: PatchTensor, op: str) -> Tensor | None:
     return full.contiguous() if comm.rank == 0 else None
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full plain tensor of a PatchTensor; a plain tensor as it is."""
+def whole(tensor: Tensor, op: str = "gather") -> Tensor:
+    """The full plain tensor of a PatchTensor, as it stands in memory on one device; a plain tensor as it is."""
     if not isinstance(tensor, PatchTensor):
         return tensor.plain if isinstance(tensor, RowCopy) else tensor
     if torch.compiler.is_dynamo_compiling():
-        return torch.ops.distpatch.gather(tensor, "gather")
-    order = tensor.order
-    if order is None and not tensor.rows.is_tiny:
+        return torch.ops.distpatch.gather(tensor, op)
+    order = None
+    if tensor.strides is not None:
+        order = formats.order_by(tensor.shape, tensor.strides)
+    elif not tensor.rows.is_tiny:
         order = formats.memory_order(tensor.local)
-    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, order=order)
+    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, op, order)
 
 
 def check_dim(tensor: Tensor, dim: int) -> int:

@@ -9,6 +9,7 @@ from distpatch.rules import (
     convolution,
     creation,
     cutting,
+    empty,
     extreme,
     fallback,
     flex,
@@ -44,6 +45,7 @@ __all__ = [
     "convolution",
     "creation",
     "cutting",
+    "empty",
     "extreme",
     "fallback",
     "flex",
@@ -69,3 +71,5 @@ __all__ = [
     "unfold",
     "views",
 ]
+
+empty.wrap_rules()

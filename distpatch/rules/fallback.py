@@ -29,10 +29,16 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     write to a sharded argument: the gathered copy would take the change.
     """
     sharded = [t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor)]
-    lead = sharded[0]
     if written_tensors(func, args, kwargs):
         raise _writes(func, sharded)
     record(op_name(func), sharded)
+    return computed_on_all(func, args, kwargs)
+
+
+def computed_on_all(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The function on all rows of its sharded arguments, on every rank; its results are sharded as they were."""
+    sharded = [t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor)]
+    lead = sharded[0]
     kept = {id(t) for t in tensors_in(mutates(func, args, kwargs))}  # plain tensors that were written to
     copies: list[Tensor] = []
     full_args, full_kwargs = map_tensors(partial(_gathered, copies), (args, kwargs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,15 +15,28 @@ from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
 from distpatch.rules.in_place import shard_like
 from distpatch.rules.reduction import never_empty
-from distpatch.rules.registry import fetch, named, op_name, own_rows, redistribute, rule, spread, sum_ranks, wrap
+from distpatch.rules.registry import (
+    fetch,
+    named,
+    op_name,
+    own_rows,
+    redistribute,
+    reshard,
+    rule,
+    spread,
+    sum_ranks,
+    wrap,
+)
 from distpatch.tensor import PatchTensor, whole
 
 
 @rule(*named("index_select"))
 def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out: Any = None) -> Any:
     moved = isinstance(index, PatchTensor) or not isinstance(input, PatchTensor)
-    if moved or out is not None or dim % input.ndim == input.rows.dim:
+    if moved or out is not None:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
+    if dim % input.ndim == input.rows.dim:
+        return rows_by_number(input, index.reshape(-1), func)
     return wrap(func(input.local, dim, index), input)
 
 
@@ -64,19 +78,52 @@ def picked(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
 
 
 def _passed_by(func: Any, x: PatchTensor, index: PatchTensor) -> PatchTensor:
-    """Rows by numbers that only the device knows: each rank's rows are shown to all, one rank after the other."""
-    dim, world = x.rows.dim, x.rows.world_size
-    layout = RowLayout(dim, even_bounds(index.shape[dim], world))
+    """Elements by numbers of rows that only the device knows, each in its own place beside them."""
+    layout = RowLayout(x.rows.dim, even_bounds(index.shape[x.rows.dim], x.rows.world_size))
     own = redistribute(index, layout, func).local
+    return _shown(x, own, layout, func, lambda rows, at: rows.gather(x.rows.dim, at), lambda here: here)
+
+
+def rows_by_number(x: PatchTensor, index: Tensor, func: Any) -> PatchTensor:
+    """The rows of these numbers, a replicated tensor of one dim that only the device knows.
+
+    A few of them are summed over the ranks, each of which has its own and zeros.
+    """
+    dim, rank = x.rows.dim, x.region.comm.rank
+    index.new_zeros(1).expand(x.rows.size).index_select(0, index)  # refuses, on all ranks, what is nobody's
+    if 2 * len(index) <= x.rows.size:
+        shape = [len(index) if d == dim else n for d, n in enumerate(x.shape)]
+        return reshard(x, picked(x, index.view(-1, *[1] * (x.ndim - 1 - dim)).expand(shape), func), dim)
+    layout = RowLayout(dim, even_bounds(len(index), x.rows.world_size))
+    lo, hi = layout.interval(rank)
+    behind = [1] * (x.ndim - 1 - dim)
+    return _shown(
+        x, index[lo:hi], layout, func, lambda rows, at: rows.index_select(dim, at), lambda here: here.view(-1, *behind)
+    )
+
+
+def _shown(
+    x: PatchTensor,
+    own: Tensor,
+    layout: RowLayout,
+    func: Any,
+    take: Callable[[Tensor, Tensor], Tensor],
+    places: Callable[[Tensor], Tensor],
+) -> PatchTensor:
+    """What ``take(rows, numbers)`` gives: each rank's rows are shown to all, one rank after the other.
+
+    ``own``: the numbers of the rows that this rank asks for; ``places``: their mask in what is taken.
+    """
     found = None
     for lo, hi in pairwise(x.rows.bounds):
         if lo < hi:
-            rows = fetch(x, (((lo, hi),),) * world, func)[0]
+            rows = fetch(x, (((lo, hi),),) * x.rows.world_size, func)[0]
             here = (own >= lo) & (own < hi)
             elsewhere = torch.where((own >= 0) & (own < x.rows.size), 0, own)  # torch refuses what is nobody's
-            part = func(rows, dim, torch.where(here, own - lo, elsewhere))
-            found = part if found is None else torch.where(here, part, found)
-    assert found is not None
+            part = take(rows, torch.where(here, own - lo, elsewhere))
+            found = part if found is None else torch.where(places(here), part, found)
+    if found is None:  # of no rows at all
+        found = take(x.local, own)
     return wrap(found, x, layout)
 
 

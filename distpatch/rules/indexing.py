@@ -12,6 +12,7 @@ from torch import Tensor
 from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
+from distpatch.rules.gathering import rows_by_number
 from distpatch.rules.in_place import shard_along, shard_like
 from distpatch.rules.joining import assembled
 from distpatch.rules.registry import named, rows_of, rule, spread, wrap
@@ -39,9 +40,23 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
         assert isinstance(x, PatchTensor)
         items[row] = WHOLE
         return wrap(x.local[tuple(items)], x, x.rows.with_dim(_row_dim_after(x, items)[0]))
-    if isinstance(items[row], list) and all(map(_is_whole, [*items[:row], *items[row + 1 :]])):
-        return _chosen_rows(func, input, items[row])
+    numbers, items[row] = items[row], WHOLE
+    if all(map(is_basic, items)):
+        x = _basic(input, items)
+        return _chosen_rows(func, x, numbers) if isinstance(numbers, list) else _looked_up_rows(func, x, numbers)
     return fallback(func, input, index)
+
+
+def _looked_up_rows(func: Any, x: PatchTensor, numbers: Tensor) -> Tensor:
+    """Rows by a replicated tensor of numbers, or by a mask of them."""
+    if _is_mask(numbers):
+        if len(numbers) != x.rows.size:
+            raise IndexError(f"a mask of {len(numbers)} does not fit dim {x.rows.dim} of size {x.rows.size}")
+        numbers = numbers.nonzero().flatten()
+    numbers = torch.where(numbers < 0, numbers + x.rows.size, numbers.long())
+    row = x.rows.dim
+    chosen = rows_by_number(x, numbers.flatten(), func)
+    return chosen if numbers.ndim == 1 else chosen.unflatten(row, numbers.shape)
 
 
 def _spelled_out(index: Any, x: Tensor) -> Items:

@@ -75,10 +75,7 @@ def _wrap(result: Any, lead: PatchTensor, dim: int) -> Any:
     if isinstance(result, Tensor):
         if result is lead.local:
             return lead
-        new = PatchTensor(result, lead.rows.with_dim(result.ndim + dim), lead.region)
-        if lead.order is not None and result.ndim == lead.ndim:
-            new.order = lead.order
-        return new
+        return PatchTensor(result, lead.rows.with_dim(result.ndim + dim), lead.region)
     if isinstance(result, (tuple, list)):
         return type(result)(_wrap(item, lead, dim) for item in result)
     return result

@@ -11,7 +11,7 @@ from torch import Tensor
 from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.fallback import fallback
 from distpatch.rules.joining import assembled
-from distpatch.rules.registry import named, normalize_dims, order_of, rule, wrap
+from distpatch.rules.registry import named, normalize_dims, rule, wrap
 from distpatch.rules.reshape import sizes_of
 from distpatch.rules.views import copied
 from distpatch.tensor import PatchTensor, whole
@@ -20,10 +20,7 @@ from distpatch.tensor import PatchTensor, whole
 def _moved(x: PatchTensor, local: Tensor, order: Sequence[int]) -> PatchTensor:
     """``order[i]``: the old dim that is now dim i."""
     place = list(order).index
-    result = wrap(local, x, x.rows.with_dim(place(x.rows.dim)))
-    if x.rows.is_tiny and not torch.compiler.is_compiling():
-        result.order = tuple(map(place, order_of(x)))
-    return result
+    return wrap(local, x, x.rows.with_dim(place(x.rows.dim)))
 
 
 @rule(*named("permute"))

@@ -140,6 +140,8 @@ def memory_of(x: PatchTensor) -> Tensor:
 
 def strides_of(x: PatchTensor) -> list[int]:
     """The strides that it has on one device; a slice has gaps between its rows."""
+    if x.strides is not None:
+        return list(x.strides)
     strides, row = list(x.stride()), x.rows.dim
     if x.cut:
         size, step = max(x.rows.size, 1), strides[row]
@@ -148,7 +150,7 @@ def strides_of(x: PatchTensor) -> list[int]:
             strides[d] = strides[d] // size * (size * x.cut + 1)
         strides[row] *= x.cut
     for d in range(x.ndim):
-        if d != row and x.shape[d] > 1 and not x.waits and x.local.stride(d) == 0:  # expanded
+        if d != row and x.shape[d] > 1 and not x.waits and x.local.stride(d) == 0 and x.local.numel():  # expanded
             strides = [step // x.shape[d] if step > strides[d] else step for step in strides]
             strides[d] = 0
     return strides
@@ -169,7 +171,7 @@ def copied(value: Tensor, source: PatchTensor, func: Any, write: Callable[[], ob
 def _mark(value: Tensor, origin: Origin) -> Tensor:
     if isinstance(value, PatchTensor):
         copy: Any = PatchCopy(value.local, value.rows, value.region)
-        copy.order = value.order
+        copy.strides = value.strides
     else:
         copy = value.as_subclass(RowCopy)  # type: ignore[arg-type]
     copy.plain, copy.origin = value, origin

@@ -95,5 +95,3 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_fresh_tensors(case: Callable[[], None]) -> None:
     case()
-
-
