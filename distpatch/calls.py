@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from distpatch.arguments import is_image, problem_of, signature_of
-from distpatch.collectives import gather_rows
 from distpatch.compiled import enter
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.holders import waiting
@@ -192,8 +191,8 @@ def leave(tensor: Tensor, state: Conversion) -> Any:
     comm, kind = tensor.region.comm, tensor.region.kind
     if state.output == "gather":
         one = comm.size == 1  # then the rows are all of it, and nobody else's: no copy
-        gathered = tensor.local if one else gather_rows(tensor.local, tensor.rows, comm.name, "output")
-        return gathered if kind is None else kind.of(gathered)
+        gathered = tensor.local if one else whole(tensor, "output")
+        return gathered if kind is None or not one else kind.of(gathered)
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)
     ordered.local  # noqa: B018  nothing waits for a model that has returned

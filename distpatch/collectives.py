@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from distpatch.exchange import fetch_rows
-from distpatch.formats import in_memory_order, memory_format
+from distpatch.formats import format_of, in_memory_order, memory_format, order_in
 from distpatch.group import Communicator, attempt, communicator_of
-from distpatch.layout import BlockLayout, RowLayout, has_tiny_shards
+from distpatch.layout import BlockLayout, RowLayout
 from distpatch.sizes import sizes_of
 from distpatch.stencil import ceil_div
 from distpatch.torch_compat import keep_in_order
@@ -139,7 +139,11 @@ class _Gather(torch.autograd.Function):
         everything = (((0, layout.size),),) * layout.world_size
         shape = [layout.size if d == layout.dim else n for d, n in enumerate(local.shape)]
         # The kernels that will read it must be the same on all ranks: not by what few rows look like.
-        format = torch.contiguous_format if has_tiny_shards(layout) else memory_format(local)
+        format = torch.contiguous_format if layout.is_tiny else memory_format(local)
+        if order is not None:
+            format = format_of(tuple(order))
+            if tuple(order) == order_in(format, local.ndim):
+                order = None
         across, parts = _parts(shape, layout.dim, local.element_size(), sizes_of(local.device).bucket_bytes)
 
         def fetch(rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol
@@ -26,14 +26,23 @@ class Stencil(Protocol):
     def __hash__(self) -> int: ...  # plans are cached by it
 
 
+def _is_tiny(bounds: Bounds) -> bool:
+    return any(b - a < 2 for a, b in pairwise(bounds))
+
+
 @dataclass(frozen=True)
 class RowLayout:
-    """Rank r owns the global rows ``bounds[r]:bounds[r + 1]`` of dimension ``dim`` (>= 0)."""
+    """Rank r owns the global rows ``bounds[r]:bounds[r + 1]`` of dimension ``dim`` (>= 0).
+
+    ``is_tiny``: a rank has one row or none, whose strides do not tell in which order dims stand in memory.
+    """
 
     dim: int
     bounds: Bounds
+    is_tiny: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "is_tiny", _is_tiny(self.bounds))
         ordered = all(a <= b for a, b in pairwise(self.bounds))
         if len(self.bounds) < 2 or self.bounds[0] != 0 or not ordered:
             raise LayoutError(
@@ -85,7 +94,7 @@ class BlockLayout(RowLayout):
     blocks: int
 
     def __init__(self, dim: int, inner: Bounds, blocks: int) -> None:
-        for name, value in (("dim", dim), ("inner", inner), ("blocks", blocks)):
+        for name, value in (("dim", dim), ("inner", inner), ("blocks", blocks), ("is_tiny", _is_tiny(inner))):
             object.__setattr__(self, name, value)
 
     @property
@@ -124,13 +133,6 @@ class BlockLayout(RowLayout):
     @property
     def _key(self) -> tuple[int, Bounds, int]:
         return self.dim, self.inner, self.blocks
-
-
-@lru_cache(maxsize=4096)
-def has_tiny_shards(layout: RowLayout) -> bool:
-    """Whether a rank has one row or none, whose strides do not tell in which order dims stand in memory."""
-    bounds = layout.inner if isinstance(layout, BlockLayout) else layout.bounds
-    return any(b - a < 2 for a, b in pairwise(bounds))
 
 
 @lru_cache(maxsize=4096)

@@ -199,6 +199,8 @@ class Recipe:
         walk = Walk(spare if once else None, overwrites=spare is not None)
         if spare is None and step >= rows:
             part, fresh = walk.rows(self, 0, rows)
+            if memory_format(part) is not self.format:
+                return part.clone(memory_format=self.format)
             return part if fresh else part.clone()
         result = None if spare is None else spare.value
         for lo in few(range(0, rows, step), last_too=not self.heavy and rows % step == 0):
@@ -206,9 +208,7 @@ class Recipe:
             part, _ = walk.rows(self, lo, hi)
             walk.forget()
             if result is None:
-                result = torch.empty(
-                    self.shape, dtype=part.dtype, device=part.device, memory_format=memory_format(part)
-                )
+                result = torch.empty(self.shape, dtype=part.dtype, device=part.device, memory_format=self.format)
             place = result.narrow(dim, lo, hi - lo)
             if not (_same(part, place) and part.storage_offset() == place.storage_offset()):
                 place.copy_(part)

@@ -15,7 +15,7 @@ from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
 from distpatch.group import Communicator, Group, communicator
 from distpatch.kinds import Kind, kind_of, plain
-from distpatch.layout import EMPTY, BlockLayout, RowLayout, even_bounds, has_tiny_shards
+from distpatch.layout import EMPTY, BlockLayout, RowLayout, even_bounds
 from distpatch.lazy import Recipe
 from distpatch.names import op_name
 from distpatch.tree import map_tensors, tensors_in
@@ -78,8 +78,11 @@ class RuleTable(dict[Any, Rule]):
     ``before_writing`` sees to it that what waits for rows is computed before they change, ``through`` to a call
     on a copy of rows (rules/views.py), ``on_blocks`` to one on a ``BlockTensor`` (rules/blocks.py), ``into`` to
     one with ``out=`` (rules/in_place.py); ``normal`` gives arguments the names that a rule has (rules/arguments.py).
+    ``as_on_one_device`` sees to it that results stand in memory as on one device (rules/orders.py), where rows do not
+    tell, and for functions ``of_many_kernels``: which computes a result depends on its size.
     """
 
+    as_on_one_device: Rule
     fallback: Rule
     before_writing: Rule
     on_blocks: Rule
@@ -87,6 +90,10 @@ class RuleTable(dict[Any, Rule]):
     into: Rule
     normal: Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
     kinds: dict[type, Callable[[Any], Callable[..., Any] | None]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_many_kernels: set[Any] = set()
 
     def __missing__(self, func: Any) -> Rule:
         stand_in = self.stand_in(func)
@@ -132,7 +139,7 @@ class PatchTensor(torch.Tensor):
     region: Region
     recipe: Recipe
     cut: int = 0  # of a view of some rows, each how many-th one it took: the others stand between them in memory
-    order: tuple[int, ...] | None = None  # dims as they stand in memory, innermost first, where strides do not tell
+    strides: tuple[int, ...] | None = None  # of the whole tensor on one device, where those of the rows do not tell
     _shape: torch.Size
 
     @staticmethod
@@ -192,8 +199,16 @@ class PatchTensor(torch.Tensor):
             args, kwargs = RULES.normal(func, args, kwargs)
             if "out" in kwargs:
                 return RULES.into(func, args, kwargs)
-            return RULES[func](func, *args, **kwargs)
-        return RULES[func](func, *args)
+            result = RULES[func](func, *args, **kwargs)
+        else:
+            result = RULES[func](func, *args)
+        kind = type(result)
+        if kind is PatchTensor or kind is PatchCopy:
+            if result.rows.is_tiny or func in RULES.of_many_kernels:
+                return RULES.as_on_one_device(func, args, kwargs or {}, result)
+        elif issubclass(kind, (tuple, list)) and result and type(result[0]) is PatchTensor and result[0].rows.is_tiny:
+            return RULES.as_on_one_device(func, args, kwargs or {}, result)
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -343,8 +358,8 @@ def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
             region = replace(region, kind=kind)
         tensor = plain(tensor)
     result = PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
-    if has_tiny_shards(layout) and not torch.compiler.is_compiling():
-        result.order = formats.memory_order(tensor)
+    if layout.is_tiny and not torch.compiler.is_compiling():
+        result.strides = tensor.stride()
     return result
 
 
@@ -370,13 +385,18 @@ def on_rank0(x: PatchTensor, op: str) -> Tensor | None:
     return full.contiguous() if comm.rank == 0 else None
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full plain tensor of a PatchTensor; a plain tensor as it is."""
+def whole(tensor: Tensor, op: str = "gather") -> Tensor:
+    """The full plain tensor of a PatchTensor, as it stands in memory on one device; a plain tensor as it is."""
     if not isinstance(tensor, PatchTensor):
         return tensor.plain if isinstance(tensor, RowCopy) else tensor
     if torch.compiler.is_dynamo_compiling():
-        return torch.ops.distpatch.gather(tensor, "gather")
-    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, order=tensor.order)
+        return torch.ops.distpatch.gather(tensor, op)
+    order = None
+    if tensor.strides is not None:
+        order = formats.order_by(tensor.shape, tensor.strides)
+    elif not tensor.rows.is_tiny:
+        order = formats.memory_order(tensor.local)
+    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, op, order)
 
 
 def check_dim(tensor: Tensor, dim: int) -> int:

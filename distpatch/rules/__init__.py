@@ -10,6 +10,7 @@ from distpatch.rules import (
     convolution,
     creation,
     cutting,
+    empty,
     extreme,
     fallback,
     flex,
@@ -25,6 +26,7 @@ from distpatch.rules import (
     normalization,
     operator_forms,
     operators,
+    orders,
     own,
     pad,
     pointwise,
@@ -53,6 +55,7 @@ __all__ = [
     "convolution",
     "creation",
     "cutting",
+    "empty",
     "extreme",
     "fallback",
     "flex",
@@ -68,6 +71,7 @@ __all__ = [
     "normalization",
     "operator_forms",
     "operators",
+    "orders",
     "own",
     "pad",
     "pointwise",
@@ -82,3 +86,5 @@ __all__ = [
     "unfold",
     "views",
 ]
+
+empty.wrap_rules()

@@ -17,7 +17,7 @@ from distpatch.collectives import narrow_rows
 from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.fallback import fallback
 from distpatch.rules.pointwise import pointwise
-from distpatch.rules.registry import named, op_name, own_rows, rule, wrap
+from distpatch.rules.registry import named, op_name, order_of, own_rows, rule, wrap
 from distpatch.rules.reshape import sizes_of
 from distpatch.tensor import PatchTensor
 
@@ -51,7 +51,7 @@ def new_of_size(func: Any, input: PatchTensor, *size: Any, **kwargs: Any) -> Ten
 
 def _whole_like(x: PatchTensor) -> Tensor:
     """An uninitialised tensor of the global shape, dense in the memory order of the rows: that of the draws."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return torch.empty_permuted(x.shape, order_of(x)[::-1], dtype=x.dtype, device=x.device)
 
 
 def _own(full: Tensor, x: PatchTensor) -> Tensor:
@@ -110,7 +110,7 @@ def _placed(local: Tensor, x: PatchTensor) -> Tensor:
 
     For functions that draw as many numbers for each element, whatever its value.
     """
-    full = torch.empty_strided(x.shape, x.stride(), dtype=local.dtype, device=local.device).zero_()
+    full = torch.empty_permuted(x.shape, order_of(x)[::-1], dtype=local.dtype, device=local.device).zero_()
     narrow_rows(full, x.rows, x.region.comm.rank).copy_(local)
     return full
 

@@ -30,8 +30,14 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     argument would get another shape.
     """
     sharded = [t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor)]
-    lead = sharded[0]
     record(op_name(func), sharded)
+    return computed_on_all(func, args, kwargs)
+
+
+def computed_on_all(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The function on all rows of its sharded arguments, on every rank; its results are sharded as they were."""
+    sharded = [t for t in tensors_in((args, kwargs)) if isinstance(t, PatchTensor)]
+    lead = sharded[0]
     kept = {id(t): t for t in tensors_in(mutates(func, args, kwargs))}  # plain tensors that are written to
     copies: dict[int, tuple[PatchTensor, Tensor]] = {}
     written = {id(t) for t in written_tensors(func, args, kwargs)}

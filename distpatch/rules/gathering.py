@@ -13,6 +13,7 @@ from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.by_number import rows_by_number
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
+from distpatch.rules.fresh import shard_like
 from distpatch.rules.reduction import never_empty
 from distpatch.rules.registry import (
     fetch,
@@ -114,6 +115,8 @@ def scatter(func: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, 
     named_value = "value" in kwargs
     value = kwargs.pop("value") if named_value else src
     at = nth(dim, input.ndim)
+    if not isinstance(input, PatchTensor):
+        input = _sharded_as(func, input, at, index, value)
     row = input.rows.dim if isinstance(input, PatchTensor) else at
     if at == row or index.shape[row] != input.shape[row] or kwargs.get("out") is not None:
         kwargs.update({"value": value} if named_value else {})
@@ -126,6 +129,17 @@ def scatter(func: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, 
     return written(input) if result is input.local else wrap(result, input)
 
 
+def _sharded_as(func: Any, input: Tensor, at: int, *others: Any) -> Tensor:
+    """A plain tensor that sharded ones are written to beside their rows, sharded as they are: its rows are enough."""
+    lead = next((t for t in others if isinstance(t, PatchTensor)), None)
+    if lead is None or lead.ndim != input.ndim or lead.rows.dim == at or lead.rows.size != input.shape[lead.rows.dim]:
+        return input
+    if op_name(func).endswith("_"):
+        shard_like(input, lead)  # in place, where it can be
+        return input
+    return wrap(own_rows(input, lead, lead.rows.dim - lead.ndim, func), lead)
+
+
 @rule(*named("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_"))
 def index_write(
     func: Any, input: Tensor, dim: int, index: Tensor, source: Any = None, *, alpha: Any = 1, **kwargs: Any
@@ -136,6 +150,8 @@ def index_write(
     """
     source = kwargs.pop("value", source)
     options = {"alpha": alpha} if op_name(func).startswith("index_add") and alpha != 1 else {}
+    if not isinstance(input, PatchTensor):
+        input = _sharded_as(func, input, dim % input.ndim, source)
     if not isinstance(input, PatchTensor) or isinstance(index, PatchTensor) or kwargs:
         return fallback(func, input, dim, index, source, **options, **kwargs)
     at, in_place = nth(dim, input.ndim), op_name(func).endswith("_")
@@ -200,6 +216,6 @@ def embedding(
 
 @rule(F.one_hot)
 def one_hot(func: Any, input: PatchTensor, num_classes: int = -1) -> Any:
-    if num_classes < 0:  # as many as the largest number says
-        return fallback(func, input, num_classes)
+    if num_classes < 0 and input.numel():  # as many as the largest number says
+        num_classes = int(input.max()) + 1
     return wrap(func(input.local, num_classes), input)

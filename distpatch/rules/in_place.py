@@ -42,7 +42,7 @@ def _moved(plain: Callable[..., Any], func: Any, input: PatchTensor, *args: Any,
             f"{op_name(func)} would make {input!r} a tensor that is not sharded any more. Use its out-of-place form."
         )
     input.local, input.rows, input._shape = result.local, result.rows, result._shape
-    input.cut, input.order = result.cut, result.order
+    input.cut, input.strides = result.cut, result.strides
     return input
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -12,16 +11,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from distpatch.collectives import narrow_rows
 from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.by_number import rows_by_number
 from distpatch.rules.cutting import slice_dim
 from distpatch.rules.fallback import fallback
+from distpatch.rules.fresh import shard_along, shard_like
 from distpatch.rules.joining import assembled
 from distpatch.rules.registry import named, rows_of, rule, spread, wrap
 from distpatch.rules.views import is_basic
 from distpatch.tensor import PatchTensor, whole
-from distpatch.torch_compat import storage_uses
 from distpatch.tree import tensors_in
 
 Items = list[Any]  # an index, one item for each dim of the tensor (and None for each new one)
@@ -239,35 +237,20 @@ def setitem(func: Any, input: Tensor, index: Any, value: Any) -> None:
 
 
 def _adopt(target: Tensor, items: Items, value: Any) -> None:
-    """Make a plain tensor that rows are written to a sharded one, in place, where that can be done.
-
-    A model that asks torch for an empty tensor of its output's size, to fill it, gets a replicated one, which
-    would have to hold everybody's rows. Nobody else may see the tensor's memory.
-    """
+    """Make a plain tensor that rows are written to, or chosen in by a sharded mask, a sharded one."""
+    if items and isinstance(items[0], PatchTensor) and _is_mask(items[0]) and all(map(_is_whole, items[1:])):
+        shard_like(target, items[0], items[0].rows.dim)
     if not isinstance(value, PatchTensor) or None in items or not all(map(is_basic, items)):
         return
     kept = [dim for dim, item in enumerate(items) if isinstance(item, slice)]
     back = value.rows.dim - value.ndim
-    if -back > len(kept) or id(target) in value.region.buffers or not _is_alone(target):
+    if -back > len(kept):
         return
-    dim, rank = kept[back], value.region.comm.rank
+    dim = kept[back]
     rows = target.shape[dim]
-    if len(range(rows)[items[dim]]) != value.rows.size:
-        return
-    bounds = value.rows.bounds if value.rows.size == rows else even_bounds(rows, value.region.comm.size)
-    layout = RowLayout(dim, bounds)
-    torch.utils.swap_tensors(target, PatchTensor(narrow_rows(target, layout, rank).clone(), layout, value.region))
-
-
-def _is_alone(x: Tensor) -> bool:
-    """Whether the tensor is no view, has none, and shares its memory with nothing else."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad or x._is_view():
-        return False
-    storage = x.untyped_storage()
-    uses = storage_uses(storage._cdata)
-    once = x._use_count() == 1  # type: ignore[attr-defined]
-    fresh = once and uses <= 2 and storage.resizable() and not storage.is_shared()  # by the tensor, and by ``storage``
-    return fresh and not weakref.getweakrefs(x)
+    if len(range(rows)[items[dim]]) == value.rows.size:
+        bounds = value.rows.bounds if value.rows.size == rows else even_bounds(rows, value.region.comm.size)
+        shard_along(target, value, RowLayout(dim, bounds))
 
 
 def _set_basic(x: PatchTensor, items: Items, value: Any) -> None:

@@ -104,7 +104,7 @@ def _alike(x: PatchTensor, lead: PatchTensor) -> bool:
         type(x) is PatchTensor
         and x.rows == lead.rows
         and x.ndim == lead.ndim
-        and (x.region.comm is lead.region.comm and x.order is None and not x.cut)
+        and (x.region.comm is lead.region.comm and x.strides is None and not x.cut)
     )
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
-from distpatch.formats import memory_order
+from distpatch.formats import dense_strides
 from distpatch.lazy import put_off
-from distpatch.rules.registry import may_wait, named, op_name, own_rows, rule, wrap
+from distpatch.rules.registry import may_wait, named, op_name, order_of, own_rows, rule, wrap
 from distpatch.rules.views import copied, is_sure, memory_of
 from distpatch.tensor import PatchTensor, whole
 from distpatch.torch_compat import is_compiling
@@ -197,10 +197,8 @@ def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format
 @rule(torch.Tensor.stride)
 def stride(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
     """Strides that the global tensor would have, dense in the memory order of the local rows."""
-    strides, step = [0] * x.ndim, 1
-    for d in x.order or memory_order(x.local):
-        strides[d], step = step, step * x.shape[d]
-    return tuple(strides) if dim is None else strides[dim]
+    strides = dense_strides(x.shape, order_of(x)) if x.strides is None else x.strides
+    return strides if dim is None else strides[dim]
 
 
 @rule(*named("result_type", "promote_types", "can_cast"))

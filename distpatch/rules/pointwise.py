@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback
+from distpatch.rules.fresh import shard_like
 from distpatch.rules.later import put_off_pointwise
 from distpatch.rules.registry import may_wait, named, op_name, rows_of, rule, spread, wrap, written
 from distpatch.rules.views import mutates, written_tensors
@@ -51,7 +52,9 @@ def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not tall:  # a sharded dim of size 1 is itself broadcast
         return func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
     written = written_tensors(func, args, kwargs)
-    if not written and mutates(func, args, kwargs) is not None:  # sharded values into a replicated tensor
+    if not written and (target := mutates(func, args, kwargs)) is not None:  # sharded values into a replicated tensor
+        if isinstance(target, Tensor) and target.shape == shape and shard_like(target, tall[0]):
+            return _broadcast(func, args, kwargs)
         return func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
     lead = written[0] if written else tall[0]
     if lead.rows.size != shape[lead.rows.dim - lead.ndim] or any(t.rows != lead.rows for t in written):
@@ -72,10 +75,7 @@ def _wrap(result: Any, lead: PatchTensor, dim: int) -> Any:
     if isinstance(result, Tensor):
         if result is lead.local:
             return written(lead)
-        new = PatchTensor(result, lead.rows.with_dim(result.ndim + dim), lead.region)
-        if lead.order is not None and result.ndim == lead.ndim:
-            new.order = lead.order
-        return new
+        return PatchTensor(result, lead.rows.with_dim(result.ndim + dim), lead.region)
     if isinstance(result, (tuple, list)):
         return type(result)(_wrap(item, lead, dim) for item in result)
     return result

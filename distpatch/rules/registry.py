@@ -20,6 +20,7 @@ from distpatch import collectives, formats, lazy
 from distpatch.dtensors import is_dtensor, refusal
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.exchange import fetch_rows
+from distpatch.formats import Order
 from distpatch.layout import BlockLayout, Needs, RowLayout, Stencil, even_bounds, plan_edges, plan_stencil
 from distpatch.lazy import Recipe
 from distpatch.names import op_name as op_name  # noqa: PLC0414 (rules import it from here)
@@ -85,9 +86,8 @@ def named(*names: str) -> list[Any]:
 def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """A PatchTensor of the same region; of the same layout where none is given."""
     result = PatchTensor(local, layout or like.rows, like.region)
-    if (like.cut or like.order) and isinstance(local, Tensor) and shares_memory(local, like.local):
+    if like.cut and isinstance(local, Tensor) and shares_memory(local, like.local):
         result.cut = like.cut
-        result.order = like.order if local.ndim == like.ndim else None
     return result
 
 
@@ -102,7 +102,7 @@ def may_wait(x: PatchTensor, size_bytes: int | None = None) -> bool:
         size_bytes >= lazy.LEAST_BYTES
         and type(x) is PatchTensor
         and known.dtype.is_floating_point
-        and x.order is None
+        and x.strides is None
         and not x.cut
         and known.shape.numel() > 0
         and known.device.type != "meta"
@@ -264,6 +264,13 @@ def part_of(x: PatchTensor, local: Tensor, layout: RowLayout, step: int = 1) -> 
     return result
 
 
+def order_of(x: PatchTensor) -> Order:
+    """How its dims stand in memory, innermost first; without computing rows that wait."""
+    if x.strides is not None:
+        return formats.order_by(x.shape, x.strides)
+    return formats.order_in(x.recipe.format, x.ndim) if x.waits else formats.memory_order(x.local)
+
+
 def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     """The same tensor in other rows, or sharded along another dim; one exchange either way."""
     if layout == x.rows:
@@ -276,9 +283,9 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
 
 def placed(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """Rows that came from elsewhere, in memory as those of ``x``."""
-    result = wrap(formats.in_memory_order(local, x.order or formats.memory_order(x.local)), x, layout)
-    if x.order is not None:
-        result.order = x.order
+    result = wrap(formats.in_memory_order(local, order_of(x)), x, layout)
+    if result.rows.is_tiny and not torch.compiler.is_compiling():
+        result.strides = x.stride()
     return result
 
 

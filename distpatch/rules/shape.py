@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.formats import memory_order
-from distpatch.layout import RowLayout, even_bounds, has_tiny_shards
+from distpatch.layout import RowLayout, even_bounds
 from distpatch.rules.fallback import fallback
 from distpatch.rules.joining import assembled
 from distpatch.rules.registry import named, normalize_dims, nth, rule, wrap
@@ -21,10 +20,7 @@ from distpatch.tensor import PatchTensor, whole
 def _moved(x: PatchTensor, local: Tensor, order: Sequence[int]) -> PatchTensor:
     """``order[i]``: the old dim that is now dim i."""
     place = list(order).index
-    result = wrap(local, x, x.rows.with_dim(place(x.rows.dim)))
-    if has_tiny_shards(x.rows) and not torch.compiler.is_compiling():
-        result.order = tuple(map(place, x.order or memory_order(x.local)))
-    return result
+    return wrap(local, x, x.rows.with_dim(place(x.rows.dim)))
 
 
 @rule(*named("permute"))

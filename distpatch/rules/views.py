@@ -138,7 +138,14 @@ def is_sure(x: PatchTensor) -> bool:
 
 
 def memory_of(x: PatchTensor) -> Tensor:
-    """A tensor without data of the strides that ``x`` has on one device; a slice has gaps between its rows."""
+    """A tensor without data of the strides that ``x`` has on one device."""
+    return torch.empty_strided(x.shape, strides_of(x), dtype=x.dtype, device="meta")
+
+
+def strides_of(x: PatchTensor) -> list[int]:
+    """The strides that it has on one device; a slice has gaps between its rows."""
+    if x.strides is not None:
+        return list(x.strides)
     strides, row = list(x.stride()), x.rows.dim
     if x.cut:
         size, step = max(x.rows.size, 1), strides[row]
@@ -147,10 +154,10 @@ def memory_of(x: PatchTensor) -> Tensor:
             strides[d] = strides[d] // size * (size * x.cut + 1)
         strides[row] *= x.cut
     for d in range(x.ndim):
-        if d != row and x.shape[d] > 1 and x.local.stride(d) == 0:  # expanded
+        if d != row and x.shape[d] > 1 and not x.waits and x.local.stride(d) == 0 and x.local.numel():  # expanded
             strides = [step // x.shape[d] if step > strides[d] else step for step in strides]
             strides[d] = 0
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta")
+    return strides
 
 
 def _version(source: PatchTensor) -> int | None:
@@ -168,6 +175,7 @@ def copied(value: Tensor, source: PatchTensor, func: Any, write: Callable[[], ob
 def _mark(value: Tensor, origin: Origin) -> Tensor:
     if isinstance(value, PatchTensor):
         copy: Any = PatchCopy(value.local, value.rows, value.region)
+        copy.strides = value.strides
     else:
         copy = value.as_subclass(RowCopy)  # type: ignore[arg-type]
     copy.plain, copy.origin = value, origin
@@ -237,12 +245,12 @@ def _follow(copy: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     """A copy whose plain tensor got other dims in place gets them too; the way back to its origin is lost."""
     if isinstance(copy, PatchCopy):
         plain = copy.plain
-        copy.local, copy.rows, copy._shape, copy.cut, copy.order = (
+        copy.local, copy.rows, copy._shape, copy.cut, copy.strides = (
             plain.local,
             plain.rows,
             plain._shape,
             plain.cut,
-            plain.order,
+            plain.strides,
         )
     else:
         with torch._C.DisableTorchFunctionSubclass():

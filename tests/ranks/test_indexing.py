@@ -146,6 +146,22 @@ def filled_numpy(x: Tensor) -> Tensor:
     return torch.from_numpy(array)
 
 
+def joined_tokens(x: Tensor, text: Tensor) -> Tensor:
+    """Some tokens of a text, chosen by a mask, beside an image's: as MochiTransformer3DModel attends."""
+    both = torch.cat([x, text], 1)
+    image, words = both.split_with_sizes((x.shape[1], 4), 1)
+    mask = torch.tensor([True, True, False, True])
+    chosen = torch.nonzero(mask.flatten(), as_tuple=False).flatten()
+    return torch.cat([image, words[:, chosen, :], words[:, mask]], 1)
+
+
+def chosen_text(x: Tensor) -> Tensor:
+    """What came of one row is replicated: its mask, and where it is true, are local."""
+    row = x[0, :, 0]
+    mask = row > 0
+    return row[mask].sum() + torch.masked_select(row, mask).sum() * x + mask.nonzero().sum()
+
+
 READ = {
     "numbers and slices": case(lambda x: x[1, ..., 2:] + x[0, :, :, :3], X),
     "None": case(lambda x: x[:, None, :, :, None, 0], X),
@@ -169,6 +185,15 @@ READ = {
     "rows by long list": case(lambda x: x[:, :, list(range(x.shape[2])) * 3], X),
     "rows by range": case(lambda x: x[:, :, range(x.shape[2] - 1, -1, -1)], X),
     "rows by tensor": case(lambda x, i: x[:, :, i], X, numbers(4, below=1)),
+    "rows by many numbers": case(lambda x, i: x[:, :, i], X, numbers(9, below=1)),
+    "rows by negative numbers": case(lambda x: x[:, :, torch.tensor([-1, 0, -1])], X),
+    "rows of slices by numbers": case(lambda x, i: x[1:, 1, i, ::2], X, numbers(5, below=1)),
+    "rows by a table": case(lambda x, i: x[:, :, i, :], X, numbers(2, 3, below=1)),
+    "rows by a mask": case(lambda x: x[:, 1:, torch.arange(x.shape[2]) > 1], X),
+    "channels by a mask": case(lambda x: x[:, torch.tensor([True, False, True])], X),
+    "rows by numbers, then joined": case(joined_tokens, (2, H, 3), (2, 4, 3), dim=1),
+    "a mask of what is replicated": case(chosen_text, X),
+    "index_select of many rows": case(lambda x, i: x.index_select(2, i), X, numbers(9, below=1)),
     "rows and columns by tensors": case(lambda x: x[:, :, [0], [1]], X),
     "by mask": case(lambda x: x[x > 0], X, fallback="__getitem__"),
     "by sharded numbers": case(lambda i, t: t[i] * 2, numbers(2, H, 3, below=4), (4, 6)),
@@ -176,7 +201,7 @@ READ = {
     "embedding": case(lambda i, t: F.embedding(i, t) * 2, numbers(2, H, 3, below=4), (4, 6)),
     "embedding, padded": case(lambda i, t: F.embedding(i, t, padding_idx=1), numbers(2, H, 3, below=4), (4, 6)),
     "one_hot": case(lambda i: F.one_hot(i, 4), numbers(2, H, 3, below=4)),
-    "one_hot of how many": case(lambda i: F.one_hot(i), numbers(2, H, 3, below=4), heights=(7,), fallback="one_hot"),
+    "one_hot of how many": case(lambda i: F.one_hot(i), numbers(2, H, 3, below=4), heights=(7,)),
     "index_select": case(lambda x, i: torch.index_select(x, 1, i), X, numbers(4, below=3)),
     "index_select rows": case(lambda x, i: x.index_select(2, i), X, numbers(2, below=1)),
     "gather": case(lambda x, i: torch.gather(x, 1, i), X, numbers(2, 3, H, 5, below=3), sharded=2),
