@@ -1,7 +1,7 @@
 """Operators of ``torch.ops``, as exported programs call them: each is the public function of its name.
 
 ``torch.ops.aten.relu.default(x)`` is ``torch.relu(x)``, which has a rule. Those whose arguments differ are in
-operator_forms.py; one that is no function of torch's is gathered by its own name.
+operator_forms.py and operator_norms.py; one that is no function of torch's is gathered by its own name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch._ops import OpOverload, OpOverloadPacket
 
+from distpatch.rules import operator_norms
 from distpatch.rules.operator_forms import FORMS
 from distpatch.tensor import RULES
 from distpatch.tree import map_tensors
@@ -63,4 +64,5 @@ def _public(packet: OpOverloadPacket) -> Callable[..., Any] | None:
     return known
 
 
+assert operator_norms  # fills FORMS too
 RULES.kinds[OpOverload] = RULES.kinds[OpOverloadPacket] = operator
