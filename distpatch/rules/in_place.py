@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.fallback import fallback, record
+from distpatch.rules.fresh import shard_like
 from distpatch.rules.pointwise import pointwise
 from distpatch.rules.registry import named, needs_grad, op_name
 from distpatch.rules.views import MOVES_DIMS
@@ -64,7 +65,9 @@ def into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _store(func: Any, target: Tensor, result: Tensor) -> None:
-    """Copied to ``target``, which gets its shape, as torch does it, if it is a plain tensor."""
+    """Copied to ``target``, which gets its shape, as torch does it, if it is a plain tensor, or becomes sharded."""
+    if isinstance(result, PatchTensor) and target.shape == result.shape and type(target) is Tensor:
+        shard_like(target, result)
     if isinstance(target, PatchTensor):
         _check(func, target, result)
     elif isinstance(result, PatchTensor):

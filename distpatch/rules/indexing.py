@@ -47,6 +47,12 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
         return wrap(x.local[tuple(items)], x, x.rows.with_dim(_row_dim_after(x, items)[0]))
     if isinstance(items[row], list) and all(map(_is_whole, [*items[:row], *items[row + 1 :]])):
         return _chosen_rows(func, input, items[row])
+    numbers = items[row]
+    if isinstance(numbers, Tensor) and numbers.ndim and all(map(is_basic, [*items[:row], *items[row + 1 :]])):
+        items[row] = WHOLE
+        x = _basic(input, items)
+        chosen = rows_by_number(x, numbers.flatten(), func)
+        return chosen if numbers.ndim == 1 else chosen.unflatten(x.rows.dim, numbers.shape)
     return _numbered_rows(func, input, items, row)
 
 
