@@ -68,7 +68,7 @@ FORMS: dict[str, Callable[[], None]] = {
     ),
     "dims of extremes": case(
         lambda x: [x.max(), x.max(dim=2), x.max(two, True), torch.max(x, axis=2, keepdims=True)[0], torch.max(x, other=x * 2), torch.max(input=x, dim=n2)[1], x.min(-2).values,
-                   x.amax((2, 3)), torch.amin(input=x, dim=(1, n2), keepdim=True), torch.aminmax(x, dim=2), x.argmax(dim=None), torch.argmax(input=x, dim=-2, keepdim=True)], X, **SOME,
+                   x.amax((2, 3)), torch.amin(input=x, dim=(1, n2), keepdim=True), torch.aminmax(x.detach(), dim=2), x.argmax(dim=None), torch.argmax(input=x, dim=-2, keepdim=True)], X, **SOME,
     ),
     "deviations": case(
         lambda x: [x.std((2, 3), correction=0), x.std(2, False), x.std(unbiased=False), x.std(False), torch.var(input=x, dim=[n2], unbiased=True, keepdim=True), x.std(axis=2),
@@ -125,7 +125,7 @@ ERRORS: dict[str, Callable[[Tensor], object]] = {
     "unsqueeze beyond": lambda x: x.unsqueeze(6),
     "select beyond": lambda x: x.select(4, 0),
     "sum of a dim twice": lambda x: x.sum((2, 2)),
-    "a dim that is no number": lambda x: x.sum("2"),
+    "a dim that is no number": lambda x: x.sum(2.5),
     "a fraction as size": lambda x: x.view(2.5, -1),
     "sizes that do not fit": lambda x: x.view(7, -1, 11),
     "permute too few": lambda x: x.permute(0, 1),
