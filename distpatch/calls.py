@@ -192,7 +192,7 @@ def leave(tensor: Tensor, state: Conversion) -> Any:
     if state.output == "gather":
         one = comm.size == 1  # then the rows are all of it, and nobody else's: no copy
         gathered = tensor.local if one else whole(tensor, "output")
-        return gathered if kind is None or not one else kind.of(gathered)
+        return gathered if kind is None else kind.of(gathered)
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)
     ordered.local  # noqa: B018  nothing waits for a model that has returned

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from types import CodeType, FunctionType, MappingProxyType
@@ -43,7 +44,7 @@ def kind(func: Any) -> str:
     """One of ``KINDS``; of a function that nobody registered too."""
     if func not in RULES:
         return "refused" if getattr(func, "__name__", "") == "__set__" else "fallback"
-    rule = RULES[func]
+    rule = inspect.unwrap(RULES[func])
     if rule is refused or not _returns(rule.__code__):
         return "refused"
     return "partial" if _gathers(rule) else "sharded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ _NAMES = """
 def _unless_empty(rule: Rule) -> Rule:
     """The rule; torch's own function, on all ranks, where the tensor has no elements."""
 
+    @functools.wraps(rule)
     def checked(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], PatchTensor) and 0 in args[0].shape:
             return computed_on_all(func, args, kwargs)

@@ -150,8 +150,8 @@ def index_write(
     """
     source = kwargs.pop("value", source)
     options = {"alpha": alpha} if op_name(func).startswith("index_add") and alpha != 1 else {}
-    if not isinstance(input, PatchTensor):
-        input = _sharded_as(func, input, dim % input.ndim, source)
+    if not isinstance(input, PatchTensor) and input.ndim:
+        input = _sharded_as(func, input, nth(dim, input.ndim), source)
     if not isinstance(input, PatchTensor) or isinstance(index, PatchTensor) or kwargs:
         return fallback(func, input, dim, index, source, **options, **kwargs)
     at, in_place = nth(dim, input.ndim), op_name(func).endswith("_")
