@@ -33,7 +33,9 @@ def of_two_matrices(func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any
     if func in (torch.linalg.solve, torch.linalg.solve_ex) and _are_vectors(a, b) and kwargs.get("left", True):
         columns = of_two_matrices(func, a, b.unsqueeze(-1), *args, **kwargs)
         return (
-            columns.squeeze(-1) if isinstance(columns, Tensor) else type(columns)(columns[0].squeeze(-1), *columns[1:])
+            columns.squeeze(-1)
+            if isinstance(columns, Tensor)
+            else type(columns)((columns[0].squeeze(-1), *columns[1:]))
         )
     lead = max((t for t in (a, b) if _has_sharded_batch(t)), key=lambda t: (t.rows.size, t.ndim), default=None)
     if lead is None or lead.ndim < max(a.ndim, b.ndim) or _more_tensors(args, kwargs):

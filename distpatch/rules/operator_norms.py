@@ -1,6 +1,7 @@
 """Norms, dropout, softmax and attention among the operators of ``torch.ops.aten``: as operator_forms.py has it.
 
-They also return statistics for a backward pass of their own, which are computed when somebody asks for them.
+They also return statistics for a backward pass of their own: those of attention, which are gathered, are computed when
+somebody asks for them.
 """
 
 from __future__ import annotations
@@ -18,19 +19,17 @@ from distpatch.rules.operator_forms import FORMS, Form, Results, aten, form
 
 
 @form("native_layer_norm")
-def native_layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Results:
+def native_layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...]:
     dims = tuple(range(input.ndim - len(shape), input.ndim))
-    return Results(F.layer_norm(input, shape, weight, bias, eps), lambda: _statistics(input.detach(), dims, eps, True))
+    return F.layer_norm(input, shape, weight, bias, eps), *_statistics(input.detach(), dims, eps, True)
 
 
 @form("native_group_norm")
 def native_group_norm(
     input: Tensor, weight: Any, bias: Any, N: int, C: int, HxW: int, group: int, eps: float
-) -> Results:
-    def others() -> list[Tensor]:
-        return _statistics(input.reshape(N, group, -1), (2,), eps, False)
-
-    return Results(F.group_norm(input, group, weight, bias, eps), others)
+) -> tuple[Tensor, ...]:
+    statistics = _statistics(input.reshape(N, group, -1), (2,), eps, False)
+    return F.group_norm(input, group, weight, bias, eps), *statistics
 
 
 def _statistics(x: Tensor, dims: tuple[int, ...], eps: float, keepdim: bool) -> list[Tensor]:
@@ -39,11 +38,10 @@ def _statistics(x: Tensor, dims: tuple[int, ...], eps: float, keepdim: bool) -> 
 
 
 @form("_fused_rms_norm")
-def fused_rms_norm(input: Tensor, shape: Sequence[int], weight: Any, eps: float | None) -> Results:
+def fused_rms_norm(input: Tensor, shape: Sequence[int], weight: Any, eps: float | None) -> tuple[Tensor, ...]:
     floor = torch.finfo(input.dtype).eps if eps is None else eps
     dims = tuple(range(input.ndim - len(shape), input.ndim))
-    out = F.rms_norm(input, shape, weight, eps)
-    return Results(out, lambda: [(input.square().mean(dims, True) + floor).rsqrt()])
+    return F.rms_norm(input, shape, weight, eps), (input.square().mean(dims, True) + floor).rsqrt()
 
 
 @form("batch_norm")
@@ -63,17 +61,16 @@ def instance_norm(
 @form("native_batch_norm")
 def native_batch_norm(
     input: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
-) -> Results:
-    def others() -> list[Tensor]:
-        if not training:
-            return [input.new_zeros(0), input.new_zeros(0)]
-        return _statistics(input.detach(), (0, *range(2, input.ndim)), eps, False)
-
-    return Results(F.batch_norm(input, mean, var, weight, bias, training, momentum, eps), others)
+) -> tuple[Tensor, ...]:
+    if training:
+        statistics = _statistics(input.detach(), (0, *range(2, input.ndim)), eps, False)
+    else:
+        statistics = [torch.zeros(0, dtype=input.dtype, device=input.device) for _ in range(2)]
+    return F.batch_norm(input, mean, var, weight, bias, training, momentum, eps), *statistics
 
 
 @form("_native_batch_norm_legit")
-def batch_norm_legit(input: Tensor, weight: Any, bias: Any, *rest: Any) -> Results:
+def batch_norm_legit(input: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, ...]:
     """With running statistics, which it writes to, or without."""
     running = (None, None) if isinstance(rest[0], bool) else (rest[0], rest[1])
     return native_batch_norm(input, weight, bias, *running, *rest[-3:])
@@ -90,7 +87,7 @@ def batch_norm_functional(
 @form("_native_batch_norm_legit_no_training")
 def batch_norm_no_training(
     input: Tensor, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
-) -> Results:
+) -> tuple[Tensor, ...]:
     return native_batch_norm(input, weight, bias, mean, var, False, momentum, eps)
 
 
