@@ -138,6 +138,9 @@ CASES = {
     "U-Net with dropout": Case(unet, (2, 3, 12, 8), (2,), call=lambda model, x: model(x, 5)),
     "U-Net with dropout, batch of one, few rows": Case(unet, (1, 3, 6, 8), (3,), call=lambda model, x: model(x, 5), grads=(True,)),
     "U-Net with dropout, channels_last": Case(unet, (1, 3, 8, 8), (2,), True, lambda model, x: model(x, 5), grads=(False,)),
+    "pools of a batch of one, channels_last": Case(
+        lambda: Then(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), Noise()), (1, 3, 12, 6), (2,), True
+    ),
     "attention, then a convolution": Case(images, (2, 4, 7, 6)),
     "attention, then a convolution, batch of one": Case(images, (1, 4, 7, 6)),
     "attention, then a larger map than a rank's": Case(images, (1, 4, 90, 60), (2,)),
