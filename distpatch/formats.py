@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
+
+from distpatch.torch_compat import FakeMode
 
 Order = tuple[int, ...]  # dims as they stand in memory, innermost first
 Strides = tuple[int, ...]
@@ -185,7 +186,7 @@ def _strides(
         with (
             torch._C.DisableTorchFunction(),
             _disable_current_modes(),
-            FakeTensorMode() if by_device else nullcontext(),
+            FakeMode() if by_device else nullcontext(),
             saved_tensors_hooks(lambda t: t, lambda t: t),
         ):
             args, kwargs = _answered(asked, not by_device)

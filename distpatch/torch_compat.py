@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._library.effects import EffectType
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d as c10d
 
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
@@ -18,6 +19,16 @@ RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 storage_uses = torch._C._storage_Use_Count  # type: ignore[attr-defined]
 
 KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # the Function of checkpoint, up to 2.12
+
+
+class FakeMode(FakeTensorMode):
+    """Tensors without data, of devices that this machine has.
+
+    So it needs no stand-in for a GPU that is missing, which torch 2.11 keeps in the memory of the thread that asked
+    for it: a segmentation fault in the next one, where that thread has ended.
+    """
+
+    avoid_device_init = False  # type: ignore[assignment]
 
 
 def all_gather(everyone: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:

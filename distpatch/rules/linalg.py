@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distpatch.collectives import together
 from distpatch.rules.fallback import fallback
-from distpatch.rules.registry import named, rows_of, rule, wrap
+from distpatch.rules.registry import named, of_linalg, rows_of, rule, wrap
 from distpatch.tensor import PatchTensor
 from distpatch.tree import map_tensors
 
@@ -17,9 +17,10 @@ _OF_ONE_MATRIX = """
 cholesky cholesky_ex cholesky_inverse cond det eig eigh eigvals eigvalsh geqrf inv inv_ex inverse ldl_factor
 ldl_factor_ex logdet lu lu_factor lu_factor_ex matrix_exp matrix_power matrix_rank pinv pinverse qr slogdet svd svdvals
 """.split()
+_OF_TWO_MATRICES = "cholesky_solve lstsq solve solve_ex solve_triangular triangular_solve".split()
 
 
-@rule(*named(*_OF_ONE_MATRIX))
+@rule(*named(*_OF_ONE_MATRIX), *of_linalg(*_OF_ONE_MATRIX, "polar"))
 def of_one_matrix(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """``x``: (..., M, N). Results have the batch dims of ``x`` in front."""
     if not isinstance(x, PatchTensor) or x.rows.dim >= x.ndim - 2 or _more_tensors(args, kwargs):
@@ -27,7 +28,7 @@ def of_one_matrix(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return map_tensors(lambda t: wrap(t, x), func(x.local, *args, **kwargs))
 
 
-@rule(*named("cholesky_solve", "lstsq", "solve", "solve_ex", "solve_triangular", "triangular_solve"))
+@rule(*named(*_OF_TWO_MATRICES), *of_linalg(*_OF_TWO_MATRICES))
 def of_two_matrices(func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     """``a`` and ``b``: (..., M, N), whose batch dims are broadcast; for ``solve`` also vectors, (..., M)."""
     if func in (torch.linalg.solve, torch.linalg.solve_ex) and _are_vectors(a, b) and kwargs.get("left", True):

@@ -26,7 +26,7 @@ def longest(*labels: Labels) -> list[Any]:
     return max(([d for d in own if isinstance(d, int)] for own in labels), key=len)
 
 
-@rule(*named("matmul", "bmm", "mm", "mv", "dot", "__matmul__"))
+@rule(torch.linalg.matmul, *named("matmul", "bmm", "mm", "mv", "dot", "__matmul__"))
 def matmul(func: Any, left: Tensor, right: Tensor) -> Any:
     """(..., N, K) @ (..., K, M); either may be a vector (K)."""
     if left.ndim == 0 or right.ndim == 0:

@@ -75,9 +75,18 @@ def keys(func: Any) -> list[Any]:
 def named(*names: str) -> list[Any]:
     """Every public torch function of these names: torch, Tensor methods, nn.functional, special.
 
-    A name that a torch release does not have is skipped.
+    A name that a torch release does not have is skipped. Those of ``torch.linalg`` are asked for by
+    ``of_linalg``: some do something else than their namesakes (``polar``).
     """
-    places = (torch, torch.Tensor, F, torch.special, torch.linalg)
+    return _found((torch, torch.Tensor, F, torch.special), names)
+
+
+def of_linalg(*names: str) -> list[Any]:
+    """The functions of these names in torch.linalg; one that a torch release does not have is skipped."""
+    return _found((torch.linalg,), names)
+
+
+def _found(places: tuple[Any, ...], names: tuple[str, ...]) -> list[Any]:
     found = [vars(place).get(name) or getattr(place, name, None) for place in places for name in names]
     unique = {id(func): func for func in found if callable(func)}
     return [func for func in unique.values() if not isinstance(func, type)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def test_peers(tmp_path: Path) -> None:
     ours, alone = results["distpatch"], results["one process"]
     assert ours["error"] < 1e-5 and ours["sent_bytes"] > 0 and ours["calls"] > 0 and ours["ranks"] == 2
     assert 0 < alone["error"] < 1e-5 and alone["live_bytes"] > 0 and alone["versions"]["torch"]
-    assert "Error" in results["DTensor"]["problem"] and "DTensor: RuntimeError" in done.stdout
+    assert "Error" in results["DTensor"]["problem"] and re.search(r"DTensor: \w+Error", done.stdout)
     assert picture.stat().st_size > 0
     again = subprocess.run(
         [sys.executable, "benchmarks/peers.py", "--from", str(numbers)],
