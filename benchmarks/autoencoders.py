@@ -2,7 +2,7 @@
 
     python -m benchmarks.autoencoders --worlds 2 3 4
 
-Small configs with random weights (tests/autoencoders.py); all heights that diffusers accepts of even, odd and
+Small configs with random weights; all heights that diffusers accepts of even, odd and
 fractional multiples, the smallest included; ranks are threads over gloo. ``fallback="error"``: an operation
 that would have to be gathered fails the call.
 """
@@ -18,8 +18,8 @@ import typer
 from diffusers.utils import logging
 from rich.progress import track
 
-from tests.autoencoder_runs import accepted_heights, compare
-from tests.autoencoders import AUTOENCODERS
+from tests.support.zoo.autoencoder_runs import accepted_heights, compare
+from tests.support.zoo.autoencoders import AUTOENCODERS
 
 # DistVAE 0.1.0 has an adapter for these; of what was seen to fail, in brackets.
 PEER = {

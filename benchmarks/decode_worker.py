@@ -15,8 +15,8 @@ from crew import serve
 from torch import Tensor
 
 import distpatch
-import launch
-from distpatch.memory import LivePeak
+from distpatch import launch
+from distpatch.profiling.live_memory import LivePeak
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -24,10 +24,10 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 import distpatch
-import launch
 from benchmarks.train_denoiser import WEIGHTS, load_vae, scheduler
-from distpatch.displaced import POLICIES
-from tests.delay import delayed
+from distpatch import launch
+from distpatch.diffusion.displaced import POLICIES
+from tests.support.transports.delay import delayed
 
 TEXT = 64
 

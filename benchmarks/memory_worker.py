@@ -20,9 +20,9 @@ from decode_worker import FORMATS, build_decoder, draw_latents, reset_resident_p
 from torch import Tensor, nn
 
 import distpatch
-import launch
-from distpatch.layout import even_bounds
-from distpatch.memory import LivePeak
+from distpatch import launch
+from distpatch.layout.rows import even_bounds
+from distpatch.profiling.live_memory import LivePeak
 
 CONV_CHANNELS = 128
 BLOCK_ROWS = 64  # of a drawn image: random ones, the next block the same at another scale

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import distpatch
-import launch
+from distpatch import launch
 
 SHAPE = (1, 4, 8, 8)
 PLAIN = "plain torch"

@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distpatch
-import launch
-from distpatch.memory import LivePeak
+from distpatch import launch
+from distpatch.profiling.live_memory import LivePeak
 
 assert before_diffusers
 PATIENCE = timedelta(seconds=60)  # a peer whose ranks wait for each other has failed

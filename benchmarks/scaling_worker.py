@@ -14,7 +14,7 @@ from crew import serve
 from decode_worker import FORMATS, build_decoder, draw_latents
 
 import distpatch
-import launch
+from distpatch import launch
 
 
 def main(size: int, threads: int, ranks: int, device: str) -> None:

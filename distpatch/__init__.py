@@ -6,15 +6,15 @@ runs a convolutional model on all ranks of a group: activations are sharded alon
 point to point, and the result is the one of a single device, to rounding.
 """
 
-from distpatch.calibrate import calibrate
-from distpatch.convert import convert_model
-from distpatch.costs import Device, Link
-from distpatch.displaced import displaced, synchronize
+from distpatch.comm.communicator import warmup
+from distpatch.comm.self_test import SelfTest, self_test
+from distpatch.diffusion.displaced import displaced, synchronize
+from distpatch.diffusion.guidance import guidance_mesh, split_guidance
+from distpatch.diffusion.pipeline import parallelize_pipeline
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
-from distpatch.group import warmup
-from distpatch.guidance import guidance_mesh, split_guidance
-from distpatch.layout import RowLayout
-from distpatch.patched import (
+from distpatch.layout.rows import RowLayout
+from distpatch.model.convert import convert_model
+from distpatch.model.patch_conv_layers import (
     PatchConv2d,
     patch_conv1d,
     patch_conv2d,
@@ -23,17 +23,17 @@ from distpatch.patched import (
     patch_conv_transpose2d,
     patch_conv_transpose3d,
 )
-from distpatch.pipeline import parallelize_pipeline
-from distpatch.planner import plan, smallest_plan
-from distpatch.plans import Plan
-from distpatch.restore import restore_model
-from distpatch.rules.own import register_pointwise
-from distpatch.rules.registry import register_rule
+from distpatch.model.restore import restore_model
+from distpatch.planning.calibrate import calibrate
+from distpatch.planning.fake_run import plan, smallest_plan
+from distpatch.planning.hardware import Device, Link
+from distpatch.planning.report import Plan
+from distpatch.planning.scaling import Scaling, scaling
+from distpatch.profiling.trace import Trace, trace
+from distpatch.rules.core.registry import register_rule
+from distpatch.rules.elementwise.register_pointwise import register_pointwise
 from distpatch.save import save_image, save_video, to_memmap
-from distpatch.scaling import Scaling, scaling
-from distpatch.selftest import SelfTest, self_test
-from distpatch.tensor import PatchTensor, gather, shard
-from distpatch.trace import Trace, trace
+from distpatch.tensor.patch_tensor import PatchTensor, gather, shard
 
 __version__ = "0.1.0"
 

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distpatch.comm.communicator import ALONE, Communicator
 from distpatch.errors import DistPatchError, LayoutError
-from distpatch.group import ALONE, Communicator
-from distpatch.rules.blocks import in_order
-from distpatch.tensor import PatchTensor, on_rank0
+from distpatch.rules.shapes.block_layout import in_order
+from distpatch.tensor.patch_tensor import PatchTensor, on_rank0
 
 Range = tuple[float, float]
 CHUNK_BYTES = 16 << 20  # of a PNG on its way to rank 0

@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest.register_assert_rewrite("tests.oracle", "tests.late", "tests.models", "tests.chains")
+pytest.register_assert_rewrite(
+    "tests.support.oracle", "tests.support.transports.late", "tests.support.zoo.models", "tests.support.chains.chain"
+)
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, max_examples=100, derandomize=True, print_blob=True)
 settings.register_profile(
@@ -23,12 +25,17 @@ WARNINGS = ["error", "ignore::DeprecationWarning", "ignore::FutureWarning:(torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--forced", action="store_true", help="lazy rows of any size, three patches (tests/forced.py)")
-    parser.addoption("--staged", action="store_true", help="all tensors go through other memory (tests/staged.py)")
+    parser.addoption(
+        "--forced", action="store_true", help="lazy rows of any size, three patches (tests/support/forced.py)"
+    )
+    parser.addoption(
+        "--staged", action="store_true", help="all tensors go through other memory (tests/support/transports/staged.py)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from tests import forced, staged
+    from tests.support import forced
+    from tests.support.transports import staged
 
     if config.getoption("--forced"):
         forced.apply()
@@ -39,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    from tests import oracle
+    from tests.support import oracle
 
     found = _found()
     terminalreporter.write_line(f"oracle: {found['compared']} sharded runs compared with the unsharded one")
@@ -49,7 +56,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    from tests import threads
+    from tests.support import threads
 
     threads.close_kept()
     if hasattr(session.config, "workeroutput"):
@@ -59,7 +66,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """What a worker of pytest-xdist has counted is counted here."""
-    from tests import oracle
+    from tests.support import oracle
 
     found = getattr(node, "workeroutput", {})
     oracle.compared += found.get("compared", 0)
@@ -68,7 +75,8 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def _found() -> dict[str, Any]:
-    from tests import chains, oracle
+    from tests.support import oracle
+    from tests.support.chains import chain as chains
 
     if chains.count.compared:
         oracle.notes["random chains:"] = [str(chains.count)]

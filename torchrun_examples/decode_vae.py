@@ -27,8 +27,8 @@ from rich.table import Table
 from torch import Tensor
 
 import distpatch
-import launch
-from distpatch.memory import MIB, LivePeak
+from distpatch import launch
+from distpatch.profiling.live_memory import MIB, LivePeak
 
 PASSES = 3  # a warm-up, one for the time, one for memory and traffic
 SHIPPED = Path(__file__).parent / "demo_vae"

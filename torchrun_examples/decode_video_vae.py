@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import Tensor
 
 import distpatch
-import launch
-from distpatch.memory import MIB, LivePeak
+from distpatch import launch
+from distpatch.profiling.live_memory import MIB, LivePeak
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from pipeline import generate, prompt_of, tiny_pipeline
 
 import distpatch
-import launch
+from distpatch import launch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDif
 from torch import Tensor
 
 import distpatch
-import launch
+from distpatch import launch
 
 TEXT = 32  # numbers a token of the tiny pipeline's prompt
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import distpatch
 from benchmarks.foreign.nets import LIBRARIES, Foreign
-from distpatch.tree import tensors_in
-from tests.threads import run_ranks
+from distpatch.torch_utils.tree import tensors_in
+from tests.support.threads import run_ranks
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "out" / "foreign"

@@ -1,7 +1,7 @@
 """Ranks as threads on one device, over a transport in memory that is as asynchronous as NCCL: exactness and times.
 
 NCCL refuses two ranks on one GPU. These ranks compute on streams of their own, and their rows are copied on side
-streams behind random delays, so that what is not ordered shows as wrong values (tests/late.py).
+streams behind random delays, so that what is not ordered shows as wrong values (tests/support/transports/late.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from benchmarks.gpu.decode import BF16
 from benchmarks.gpu.measure import launches
 from benchmarks.gpu.nets import SdDecoder, seeded
 from benchmarks.gpu.section import Row, Section, exact
-from tests.late import Late, late
-from tests.threads import run_ranks
+from tests.support.threads import run_ranks
+from tests.support.transports.late import Late, late
 
 T = TypeVar("T")
 POLICIES = ("full_sync", "corrected_async_gn")

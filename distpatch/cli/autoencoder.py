@@ -11,7 +11,7 @@ import typer
 from torch import Tensor, nn
 
 import distpatch
-import launch
+from distpatch import launch
 from distpatch.cli.session import Session
 
 Call = Callable[[nn.Module, Tensor], Tensor]

@@ -15,12 +15,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import distpatch
-import launch
+from distpatch import launch
 from distpatch.cli import files
 from distpatch.cli import options as o
 from distpatch.cli.autoencoder import Call, check_input, decoded, encoded, stable_diffusion
 from distpatch.cli.session import Session, first, parse_shape, session
-from distpatch.memory import MIB, LivePeak
+from distpatch.profiling.live_memory import MIB, LivePeak
 
 CALLS: dict[str, Call] = {"decode": decoded, "encode": encoded}
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 import distpatch
-import launch
+from distpatch import launch
 from distpatch.cli import options as o
 from distpatch.cli.session import FAULT, Session, session
 

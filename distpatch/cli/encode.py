@@ -10,7 +10,7 @@ import typer
 from torch import Tensor, nn
 
 import distpatch
-import launch
+from distpatch import launch
 from distpatch.cli import files
 from distpatch.cli import options as o
 from distpatch.cli.autoencoder import check_input, difference, encoded, run, summary, takes_clips

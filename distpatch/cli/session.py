@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
-import launch
+from distpatch import launch
 from distpatch.errors import DistPatchError
 
 FAILED, WRONG_INPUT, FAULT = 1, 2, 3

@@ -1,92 +1,17 @@
 """The sharded meaning of torch functions, a file a family. Importing this package fills the table."""
 
-from distpatch.rules import (
-    adaptive,
-    along,
-    arguments,
-    attention,
-    autograd,
-    blocks,
-    convolution,
-    creation,
-    cutting,
-    empty,
-    extreme,
-    fallback,
-    flex,
-    fourier,
-    gathering,
-    in_place,
-    indexing,
-    joining,
-    linalg,
-    losses,
-    matmul,
-    metadata,
-    normalization,
-    operator_forms,
-    operator_norms,
-    operators,
-    orders,
-    own,
-    pad,
-    pointwise,
-    pooling,
-    reduction,
-    reshape,
-    resize,
-    sampling,
-    scripted,
-    shape,
-    transposed,
-    unfold,
-    views,
-)
+from distpatch.rules import aten as aten
+from distpatch.rules import core as core
+from distpatch.rules import elementwise as elementwise
+from distpatch.rules import linalg as linalg
+from distpatch.rules import reductions as reductions
+from distpatch.rules import shapes as shapes
+from distpatch.rules import tensor_api as tensor_api
+from distpatch.rules import windows as windows
+from distpatch.rules.aten import forms
+from distpatch.rules.core import empty_tensors
+from distpatch.rules.elementwise import in_place
 
-operator_forms.fill_in()
+forms.fill_in()
 in_place.fill_in()
-
-__all__ = [
-    "adaptive",
-    "along",
-    "arguments",
-    "attention",
-    "autograd",
-    "blocks",
-    "convolution",
-    "creation",
-    "cutting",
-    "empty",
-    "extreme",
-    "fallback",
-    "flex",
-    "fourier",
-    "gathering",
-    "in_place",
-    "indexing",
-    "joining",
-    "linalg",
-    "losses",
-    "matmul",
-    "metadata",
-    "normalization",
-    "operator_forms",
-    "operator_norms",
-    "operators",
-    "orders",
-    "own",
-    "pad",
-    "pointwise",
-    "pooling",
-    "reduction",
-    "reshape",
-    "resize",
-    "sampling",
-    "scripted",
-    "shape",
-    "transposed",
-    "unfold",
-    "views",
-]
-
-empty.wrap_rules()
+empty_tensors.wrap_rules()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-import launch
+from distpatch import launch
 from distpatch.cli import app
 
 KIND, RANK, PEER, *OPTIONS = sys.argv[1:]

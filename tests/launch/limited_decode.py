@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 import distpatch
-import launch
+from distpatch import launch
 
 MIB = 1 << 20
 SPLITS = 16

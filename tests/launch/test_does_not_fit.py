@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.launch.limited_decode import build, decode, draw
-from tests.oracle import assert_same
+from tests.support.oracle import assert_same
 
 ROOT = Path(__file__).parents[2]
 # The plain decode needs about 230 MiB beyond what stands when all is built, distpatch with lazy rows about 130, and

@@ -19,9 +19,9 @@ from benchmarks.gpu.cases import NETS, Net, net_error
 from benchmarks.gpu.convolution import band_error, folded, verdict
 from benchmarks.gpu.report import table, with_status
 from benchmarks.gpu.section import FAILED, NO_MEMORY, NOT_RUN, OK, PEER_FAILED, Section, Where, written
-from distpatch import lazy
-from tests.late import late
-from tests.threads import run_ranks
+from distpatch.lazy import recipe
+from tests.support.threads import run_ranks
+from tests.support.transports.late import late
 
 ROOT = Path(__file__).parents[2]
 NEEDS_A_GPU = {"sanitizers", "graph of a converted decode, no group"}
@@ -96,7 +96,7 @@ def test_what_fails_is_passed_by(tmp_path: Path) -> None:
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
 def test_nets(net: Net, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kit's own nets are exact, on ranks whose messages are late."""
-    monkeypatch.setattr(lazy, "LEAST_BYTES", 0)
+    monkeypatch.setattr(recipe, "LEAST_BYTES", 0)
     for world in (2, 3, 4):
         with late(delay_s=0.001):
             body = lambda rank: net_error(net, dist.group.WORLD, torch.device("cpu"), train=train)  # noqa: E731

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import launch
-from tests.threads import rank_outcomes, run_ranks
+from distpatch import launch
+from tests.support.threads import rank_outcomes, run_ranks
 
 
 def test_without_torchrun_it_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

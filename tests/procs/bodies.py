@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
-from tests import forced as _forced  # noqa: F401  where the suite runs so
-from tests.models import tiny_kl
-from tests.oracle import random_tensor
+from tests.support import forced as _forced  # noqa: F401  where the suite runs so
+from tests.support.oracle import random_tensor
+from tests.support.zoo.models import tiny_kl
 
 SHAPE = (1, 3, 27, 16)
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
-from tests.models import tiny_kl, tiny_unet
-from tests.oracle import random_tensor
+from tests.support.oracle import random_tensor
+from tests.support.zoo.models import tiny_kl, tiny_unet
 
 CHANNELS = {"decoder": 4, "unet": 3}
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import distpatch
-from tests.oracle import random_tensor
+from tests.support.oracle import random_tensor
 
 BATCH, HEIGHT, STEPS = 4, 9, 5
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.oracle import assert_same
 from tests.procs import compiling
 from tests.procs.pool import Pool
+from tests.support.oracle import assert_same
 
 SIZES = {"decoder": [(1, 7, 4), (1, 6, 4)], "unet": [(1, 6, 4), (1, 10, 4)]}
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.oracle import assert_same, random_tensor
 from tests.procs import sharding
 from tests.procs.pool import Pool
+from tests.support.oracle import assert_same, random_tensor
 
 CASES: dict[str, dict[str, Any]] = {
     "before": {"mesh": "rows", "order": "before"},

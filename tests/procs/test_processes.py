@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.models import tiny_kl
-from tests.oracle import assert_same, random_tensor
 from tests.procs import bodies
 from tests.procs.pool import Died, Pool
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.zoo.models import tiny_kl
 
 gpu = pytest.mark.gpu
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")

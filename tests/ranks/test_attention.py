@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.oracle import H, case, random_tensor
+from tests.support.oracle import H, case, random_tensor
 
 Q, KV, SHORT = (2, 3, H, 4), (2, 3, H, 4), (2, 3, 5, 4)
 X = (2, H, 6)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.rules import attention
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks
+from distpatch.rules.linalg import attention
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 Q, SHORT = (2, 3, H, 4), (2, 3, 5, 4)
 GROUPED = (2, 2, H, 4)

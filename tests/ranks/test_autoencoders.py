@@ -10,11 +10,11 @@ import re
 import pytest
 import torch
 
-from tests import oracle
-from tests.autoencoder_runs import compare, is_accepted, result_of
-from tests.autoencoders import AUTOENCODERS, spatial_classes
-from tests.models import on_ranks
-from tests.threads import rank_outcomes
+from tests.support import oracle
+from tests.support.threads import rank_outcomes
+from tests.support.zoo.autoencoder_runs import compare, is_accepted, result_of
+from tests.support.zoo.autoencoders import AUTOENCODERS, spatial_classes
+from tests.support.zoo.models import on_ranks
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 CALLS = [(name, call) for name, entry in AUTOENCODERS.items() for call in entry.calls]

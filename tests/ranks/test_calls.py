@@ -25,9 +25,9 @@ from torch.distributions import Bernoulli, Categorical, Independent, MixtureSame
 
 import distpatch
 from distpatch import DistPatchError, LayoutError, PatchTensor, RankError
-from distpatch.tree import tensors_in
-from tests.oracle import assert_same, random_tensor
-from tests.threads import rank_outcomes, run_ranks
+from distpatch.torch_utils.tree import tensors_in
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.threads import rank_outcomes, run_ranks
 
 SHAPE = (1, 3, 7, 5)
 WORLDS = (2, 3)

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import distpatch
 from distpatch import DistPatchError, LayoutError
-from tests.models import on_ranks, tiny_kl
-from tests.oracle import assert_same, random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.threads import run_ranks
+from tests.support.zoo.models import on_ranks, tiny_kl
 
 SMALL = (8, 16)  # channels of a two-level autoencoder
 Z = (1, 4, 7, 5)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from tests.oracle import H, case
+from tests.support.oracle import H, case
 
 X, W3, B = (2, 4, H, 5), (6, 4, 3, 3), (6,)
 TALL = (13, 5)  # heights that a kernel without padding still fits

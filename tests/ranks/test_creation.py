@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import distpatch
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 X = (2, 3, H, 5)
 LOCK = threading.Lock()

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.collectives import merge_moments
-from distpatch.steps import POLICIES, _corrected
-from tests.delay import delayed
-from tests.late import late
-from tests.oracle import random_tensor
-from tests.simulation import Simulation
-from tests.threads import run_ranks
-from tests.unets import NETS, text
+from distpatch.comm.collectives import merge_moments
+from distpatch.diffusion.displaced_steps import POLICIES, _corrected
+from tests.support.oracle import random_tensor
+from tests.support.simulation import Simulation
+from tests.support.threads import run_ranks
+from tests.support.transports.delay import delayed
+from tests.support.transports.late import late
+from tests.support.zoo.unets import NETS, text
 
 BOUNDS = {2: (0, 12, 16), 3: (0, 8, 12, 16), 4: (0, 4, 8, 12, 16)}
 WARMUP = 1

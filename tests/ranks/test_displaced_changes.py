@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.steps import POLICIES, Displaced
-from tests.delay import delayed
-from tests.late import late
-from tests.oracle import random_tensor
-from tests.threads import rank_outcomes, run_ranks
+from distpatch.diffusion.displaced_steps import POLICIES, Displaced
+from tests.support.oracle import random_tensor
+from tests.support.threads import rank_outcomes, run_ranks
+from tests.support.transports.delay import delayed
+from tests.support.transports.late import late
 
 ROWS, WIDTH, CHANNELS = 9, 4, 4
 TEXT = random_tensor((1, 3, CHANNELS), 1)

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from tests.oracle import random_tensor
-from tests.pipelines import PIPELINES
-from tests.threads import run_ranks
+from tests.support.oracle import random_tensor
+from tests.support.threads import run_ranks
+from tests.support.zoo.pipelines import PIPELINES
 
 utils = pytest.importorskip("distrifuser.utils", reason="pip install --no-deps distrifuser")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")]

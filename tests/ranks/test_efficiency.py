@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distpatch
-from distpatch import collectives, exchange
-from tests.models import on_ranks, tiny_autoencoder, tiny_kl
-from tests.oracle import random_tensor
-from tests.threads import run_ranks
+from distpatch.comm import collectives, row_exchange
+from tests.support.oracle import random_tensor
+from tests.support.threads import run_ranks
+from tests.support.zoo.models import on_ranks, tiny_autoencoder, tiny_kl
 
 READ_BACK = "item tolist numpy cpu nonzero __bool__ __int__ __float__ __index__ __complex__".split()
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero"}
 CUSTOM_OPS = {
     op._qualname.removeprefix("distpatch::"): op
-    for module in (exchange, collectives)
+    for module in (row_exchange, collectives)
     for op in vars(module).values()
     if isinstance(op, torch._library.custom_ops.CustomOpDef)
 }
@@ -133,10 +133,10 @@ def test_host_sync_would_be_noticed(
         torch.ops.aten._local_scalar_dense(parts[0].sum())
         return original(parts)
 
-    original = exchange._message
+    original = row_exchange._message
     model = tiny_kl(channels=(8, 16)).decoder
     if how == "inside an exchange":
-        monkeypatch.setattr(exchange, "_message", message)
+        monkeypatch.setattr(row_exchange, "_message", message)
     else:
         model.conv_out.register_forward_pre_hook(read)
     no_read_back()

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import distpatch
 from distpatch import PatchTensor
-from distpatch.tree import tensors_in
-from tests import oracle
-from tests.oracle import random_tensor
-from tests.threads import run_ranks
+from distpatch.torch_utils.tree import tensors_in
+from tests.support import oracle
+from tests.support.oracle import random_tensor
+from tests.support.threads import run_ranks
 
 # Shapes, the dim that is sharded.
 SHAPES = [

@@ -21,14 +21,15 @@ from torch.overrides import get_testing_overrides
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import distpatch
-from distpatch import coverage, torch_compat
-from distpatch.collectives import narrow_rows
+from distpatch.comm.collectives import narrow_rows
 from distpatch.errors import UnsupportedOpError
-from distpatch.layout import BlockLayout
-from distpatch.tensor import PatchTensor
-from tests import oracle
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks
+from distpatch.layout.rows import BlockLayout
+from distpatch.rules import coverage
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils import private
+from tests.support import oracle
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 # Say where they are in memory, or what object they are: another for every tensor.
 IDENTITIES = {"__hash__", "__repr__", "__format__", "__dir__", "_cdata.__get__"}
@@ -345,7 +346,7 @@ def test_writes_that_no_name_tells_of(inference: bool) -> None:
 def test_the_coverage_table_is_up_to_date() -> None:
     """Else: make coverage."""
     table = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text(encoding="utf-8")
-    release = ".".join(map(str, torch_compat.RELEASE))
+    release = ".".join(map(str, private.RELEASE))
     if f"torch {release}: " not in table:
         pytest.skip(f"the table is of another release of torch than {release}, whose functions are others")
     assert coverage.table() == table

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import distpatch
-from tests.models import tiny_kl
-from tests.oracle import assert_same, random_tensor
-from tests.threads import rank_outcomes, run_ranks
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.threads import rank_outcomes, run_ranks
+from tests.support.zoo.models import tiny_kl
 
 TIMEOUT = 1.5  # seconds that a rank waits for another
 Z = (1, 4, 7, 5)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 import distpatch
-from distpatch.tensor import RULES
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks
+from distpatch.tensor.rule_table import RULES
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 X = (2, 3, H, 5)
 

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from tests.oracle import H, case
+from tests.support.oracle import H, case
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 TOKENS = (1, 2, H, 4)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch import PatchTensor
-from tests.oracle import H, case
+from tests.support.oracle import H, case
 
 X = (2, 3, H, 5)
 FEW = {"heights": (7, 1), "worlds": (2, 3)}

@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distpatch
-from distpatch.group import Pretended
-from distpatch.meter import briefly
+from distpatch.comm.communicator import Pretended
+from distpatch.profiling.op_costs import briefly
 
 # Default constructor arguments; latents of 720 × 1280 in 21 frames, 512² and 256² in 9, 2048², 1024².
 LATENTS = {

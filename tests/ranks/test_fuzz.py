@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests import chains
-from tests.chains_of import FAMILIES, draw_chain
+from tests.support.chains import FAMILIES, draw_chain
+from tests.support.chains import chain as chains
 
 
 @pytest.mark.slow

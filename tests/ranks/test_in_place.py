@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distpatch
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 X = (2, 3, H, 5)
 SOME: dict[str, Any] = {"heights": (7, 3), "worlds": (2, 3)}

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 X = (2, 3, H, 5)
 LEFT, RIGHT = (..., slice(0, 2)), (..., slice(2, None))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import distpatch
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 X = (2, 3, H, 5)
 FLAT = (H, 4)

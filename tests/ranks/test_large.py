@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distpatch import patch_conv, sizes
-from distpatch.group import ALONE
-from distpatch.layout import RowLayout
-from distpatch.tensor import PatchTensor, Region
-from tests.oracle import H, case, random_tensor
+from distpatch.comm.communicator import ALONE
+from distpatch.layout.rows import RowLayout
+from distpatch.lazy import row_patches
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.region import Region
+from distpatch.torch_utils import chunk_sizes
+from tests.support.oracle import H, case, random_tensor
 
 LIMIT = 600
 
 
 @pytest.fixture(autouse=True)
 def _limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(patch_conv, "INDEX_LIMIT", LIMIT)
+    monkeypatch.setattr(row_patches, "INDEX_LIMIT", LIMIT)
     yield
 
 
@@ -63,9 +65,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("grads", [False, True])
 def test_no_call_is_larger(name: str, grads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x = PatchTensor(random_tensor((1, 4, 400, 50)), RowLayout(2, (0, 400)), Region(ALONE))
-    monkeypatch.setattr(patch_conv, "INDEX_LIMIT", 10 * LIMIT)
+    monkeypatch.setattr(row_patches, "INDEX_LIMIT", 10 * LIMIT)
     chunk_bytes = x.element_size() * 10 * LIMIT  # as far below it as 256 MiB are
-    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], chunk_bytes=chunk_bytes))
+    monkeypatch.setitem(chunk_sizes.BY_KIND, "cpu", replace(chunk_sizes.BY_KIND["cpu"], chunk_bytes=chunk_bytes))
     with torch.set_grad_enabled(grads), Largest() as largest:
         CALLS[name](x).local  # type: ignore[attr-defined]  # noqa: B018
     assert 0 < largest.numel < 13 * LIMIT  # what parts overlap by is little of 2**31 elements

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle import H, case, random_tensor
+from tests.support.oracle import H, case, random_tensor
 
 M = (H, 2, 3, 3)  # a matrix for each place of an image
 LINALG = torch.linalg

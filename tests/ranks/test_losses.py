@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.oracle import H, case
+from tests.support.oracle import H, case
 
 X = (2, 4, H, 5)
 

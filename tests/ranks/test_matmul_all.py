@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.oracle import H, case
+from tests.support.oracle import H, case
 
 X = (2, H, 6)
 FEW: dict[str, Any] = {"worlds": (3, 2), "heights": (7, 2)}

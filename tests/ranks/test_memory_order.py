@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import distpatch
-from distpatch.formats import order_by
-from distpatch.tree import tensors_in
-from tests import oracle
-from tests.models import tiny_kl
-from tests.oracle import random_tensor
-from tests.threads import run_ranks
+from distpatch.torch_utils.memory_format import order_by
+from distpatch.torch_utils.tree import tensors_in
+from tests.support import oracle
+from tests.support.oracle import random_tensor
+from tests.support.threads import run_ranks
+from tests.support.zoo.models import tiny_kl
 
 LOCK = threading.Lock()  # thread-ranks share the default generator
 DRAWS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.gumbel_softmax, torch.randn_like, torch.rand_like}

@@ -15,11 +15,11 @@ from skimage import data
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.tree import tensors_in
-from tests import oracle
-from tests.models import TAEF2, Taef2, on_ranks, tiny_autoencoder, tiny_kl
-from tests.oracle import assert_same, random_tensor
-from tests.threads import run_ranks
+from distpatch.torch_utils.tree import tensors_in
+from tests.support import oracle
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.threads import run_ranks
+from tests.support.zoo.models import TAEF2, Taef2, on_ranks, tiny_autoencoder, tiny_kl
 
 TOLERANCE = 1e-11
 WORLDS = (1, 2, 3, 4, 8)

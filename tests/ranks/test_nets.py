@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import distpatch
-from distpatch.tree import tensors_in
-from tests import oracle
-from tests.nets import UNETS, Net
-from tests.oracle import random_tensor
-from tests.threads import run_ranks
-from tests.transformer_nets import TRANSFORMERS
+from distpatch.torch_utils.tree import tensors_in
+from tests.support import oracle
+from tests.support.oracle import random_tensor
+from tests.support.threads import run_ranks
+from tests.support.zoo.nets import UNETS, Net
+from tests.support.zoo.transformer_nets import TRANSFORMERS
 
 TOLERANCE = 1e-10  # of the largest value of the tensor, or of a thousandth of the largest of all gradients
 WORLDS = (2, 3, 4)

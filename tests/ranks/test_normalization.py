@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distpatch
-from distpatch import sizes
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks
+from distpatch.torch_utils import chunk_sizes
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 X = (3, 8, H, 5)
 
@@ -58,7 +58,7 @@ def test_normalization(case: Callable[[], None]) -> None:
 @pytest.fixture
 def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics as devices without a large cache take them."""
-    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], reads_twice=False))
+    monkeypatch.setitem(chunk_sizes.BY_KIND, "cpu", replace(chunk_sizes.BY_KIND["cpu"], reads_twice=False))
 
 
 @pytest.mark.usefixtures("read_once")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import distpatch
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 X = (3, 8, H, 5)
 FEW: dict[str, Any] = {"worlds": (4, 2), "heights": (7, 2)}

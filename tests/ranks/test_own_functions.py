@@ -16,10 +16,10 @@ from torch import Tensor
 
 import distpatch
 from distpatch.errors import UnsupportedOpError
-from distpatch.rules.registry import keys
-from distpatch.tensor import RULES
-from tests.oracle import H, case, check, random_tensor
-from tests.threads import run_ranks
+from distpatch.rules.core.registry import keys
+from distpatch.tensor.rule_table import RULES
+from tests.support.oracle import H, case, check, random_tensor
+from tests.support.threads import run_ranks
 
 X = (2, 3, H, 5)
 CHANNELS = (3, 1, 1)

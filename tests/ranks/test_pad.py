@@ -8,7 +8,7 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.oracle import H, case
+from tests.support.oracle import H, case
 
 X = (2, 3, H, 5)
 TALL = (7, 4)  # heights from which three rows can be reflected

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import distpatch
-from tests.pipelines import PIPELINES, Run
-from tests.threads import run_ranks
+from tests.support.threads import run_ranks
+from tests.support.zoo.pipelines import PIPELINES, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")]
 TOLERANCE = 1e-8  # fp64, after all steps of a net with random weights

@@ -23,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 import distpatch
 from distpatch import PatchTensor, UnsupportedOpError
-from distpatch.memory import LivePeak
-from tests.models import on_ranks, tiny_kl
-from tests.oracle import H, assert_same, case, random_tensor
-from tests.threads import rank_outcomes, run_ranks
+from distpatch.profiling.live_memory import LivePeak
+from tests.support.oracle import H, assert_same, case, random_tensor
+from tests.support.threads import rank_outcomes, run_ranks
+from tests.support.zoo.models import on_ranks, tiny_kl
 
 X = (2, 3, H, 5)
 W3, W4, W2 = (4, 3, 3, 3), (4, 3, 4, 4), (4, 3, 2, 2)
@@ -418,7 +418,7 @@ def test_the_whole_causal_mask_is_never_made() -> None:
             F.scaled_dot_product_attention(x, x, x, is_causal=True)
         return live.peak_bytes
 
-    from distpatch.rules import attention
+    from distpatch.rules.linalg import attention
 
     wide, attention.SCORE_BYTES = attention.SCORE_BYTES, 1 << 13
     try:

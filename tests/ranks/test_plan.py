@@ -18,9 +18,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import distpatch
-from tests.oracle import random_tensor
-from tests.threads import run_ranks
-from tests.unets import CONDITIONED, DOWN, UP
+from tests.support.oracle import random_tensor
+from tests.support.threads import run_ranks
+from tests.support.zoo.unets import CONDITIONED, DOWN, UP
 
 
 @dataclass(frozen=True)

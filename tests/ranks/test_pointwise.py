@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.oracle import H, case
+from tests.support.oracle import H, case
 
 X = (2, 3, H, 5)
 NAMES = "abs ceil cos erf exp floor frac neg reciprocal relu round sigmoid sign sin square tanh trunc".split()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.oracle import H, case
+from tests.support.oracle import H, case
 
 X, W = (2, 3, H, 6), (2, 3, 6, H)
 TALL = (13, 5)

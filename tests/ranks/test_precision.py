@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distpatch
-from tests.oracle import random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import random_tensor
+from tests.support.threads import run_ranks
 
 CHANNELS = 8
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.oracle import H, case, random_tensor, since_2_13
+from tests.support.oracle import H, case, random_tensor, since_2_13
 
 X = (2, 3, H, 5)
 WIDTH = (2, 3, 5, H)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chains import Chain, Input, compare
+from tests.support.chains.chain import Chain, Input, compare
 
 CASES = {
     "unpooling of channels that a rank has none of": Chain(

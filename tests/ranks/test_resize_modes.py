@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from tests.oracle import H, case, random_tensor, since_2_13
-from tests.threads import rank_outcomes, run_ranks
+from tests.support.oracle import H, case, random_tensor, since_2_13
+from tests.support.threads import rank_outcomes, run_ranks
 
 X, W = (2, 3, H, 5), (2, 3, 5, H)
 TALL = (13, 2)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 import distpatch
 from distpatch import DistPatchError, LayoutError, save
-from tests.oracle import random_tensor
-from tests.threads import rank_outcomes, run_ranks
+from tests.support.oracle import random_tensor
+from tests.support.threads import rank_outcomes, run_ranks
 
 PICTURE = random_tensor((1, 3, 37, 20), dtype=torch.float32).sigmoid()
 BYTES = (PICTURE[0] * 255).round().to(torch.uint8).movedim(0, -1).numpy()

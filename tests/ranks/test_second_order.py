@@ -18,10 +18,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 import distpatch
-from tests.late import late
-from tests.models import on_ranks
-from tests.oracle import H, assert_same, case, random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import H, assert_same, case, random_tensor
+from tests.support.threads import run_ranks
+from tests.support.transports.late import late
+from tests.support.zoo.models import on_ranks
 
 X, TALL = (1, 4, H, 5), (9, 4)
 FEW: dict[str, Any] = {"worlds": (2, 3), "heights": (7, 2), "order": 2}  # over gloo, and over the strict transport

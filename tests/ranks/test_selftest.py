@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 import distpatch
-from distpatch.selftest import SelfTest, rounds
-from distpatch.transport import Batch, PointToPoint, Works, using
-from tests.threads import rank_outcomes, run_ranks
+from distpatch.comm.self_test import SelfTest, rounds
+from distpatch.comm.transport import Batch, PointToPoint, Works, using
+from tests.support.threads import rank_outcomes, run_ranks
 
 
 class Faulty(PointToPoint):

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tests.oracle import H, case
+from tests.support.oracle import H, case
 
 X = (2, 4, H, 6)
 EVEN = (10, 4)  # heights of several pairs of rows

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
 import distpatch
-from distpatch import devices, process_groups
-from distpatch.collectives import stack_ranks, sum_partials
-from distpatch.exchange import fetch_rows
-from distpatch.group import Communicator, communicator, group_of
-from distpatch.layout import even_bounds
-from distpatch.steps import lane_of
-from distpatch.transport import PointToPoint, Staged, between, using
-from tests.models import on_ranks, tiny_kl
-from tests.oracle import assert_same, random_tensor
-from tests.staged import staged
-from tests.threads import rank_outcomes, run_ranks
+from distpatch.comm import devices, process_groups
+from distpatch.comm.collectives import stack_ranks, sum_partials
+from distpatch.comm.communicator import Communicator, communicator, group_of
+from distpatch.comm.row_exchange import fetch_rows
+from distpatch.comm.transport import PointToPoint, Staged, between, using
+from distpatch.diffusion.displaced_steps import lane_of
+from distpatch.layout.rows import even_bounds
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.threads import rank_outcomes, run_ranks
+from tests.support.transports.staged import staged
+from tests.support.zoo.models import on_ranks, tiny_kl
 
 CPU = torch.device("cpu")
 
@@ -419,7 +419,7 @@ def test_a_batch_is_ended_before_its_group(monkeypatch: pytest.MonkeyPatch) -> N
             done.append(f"end on {device}")
             raise RuntimeError("nothing to end")
 
-    from distpatch import transport
+    from distpatch.comm import transport
 
     group: Any = Collects(**NCCL)
     transport._end_batch(group, gpu(1))

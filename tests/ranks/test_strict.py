@@ -1,4 +1,4 @@
-"""The same bodies over a transport that is as late and as strict as NCCL may be (tests/late.py), and that transport."""
+"""The same bodies over a transport that is as late and as strict as NCCL may be (tests/support/transports/late.py), and that transport."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distpatch
-from distpatch import exchange
-from distpatch.exchange import fetch_rows
-from distpatch.group import communicator
-from distpatch.transport import Batch
-from tests.late import End, Late, late
-from tests.models import on_ranks, tiny_kl
-from tests.oracle import assert_same, random_tensor
-from tests.threads import rank_outcomes, run_ranks
+from distpatch.comm import row_exchange
+from distpatch.comm.communicator import communicator
+from distpatch.comm.row_exchange import fetch_rows
+from distpatch.comm.transport import Batch
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.threads import rank_outcomes, run_ranks
+from tests.support.transports.late import End, Late, late
+from tests.support.zoo.models import on_ranks, tiny_kl
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -102,7 +102,7 @@ def post(rank: int, verbs: str, sizes: tuple[int, ...] = (1, 1)) -> None:
         to, source = ([1 - rank], []) if verb == "s" else ([], [1 - rank])
         tensors = [torch.zeros(size)]
         batch = Batch("test", to, tensors * len(to), source, tensors * len(source), torch.device("cpu"))
-        exchange.post(comm, batch)
+        row_exchange.post(comm, batch)
 
 
 def test_crossed_sends_are_a_deadlock() -> None:

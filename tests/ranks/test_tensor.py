@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distpatch
-from distpatch import LayoutError, PatchTensor, RowLayout, sizes
-from distpatch.memory import LivePeak
-from tests.oracle import H, case, random_tensor
-from tests.threads import run_ranks, turned_group
+from distpatch import LayoutError, PatchTensor, RowLayout
+from distpatch.profiling.live_memory import LivePeak
+from distpatch.torch_utils import chunk_sizes
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks, turned_group
 
 X = random_tensor((2, 3, 7, 5))
 
@@ -206,14 +207,14 @@ def test_gather_in_parts(
         return [result, distpatch.gather(grad), distpatch.gather(moved)]
 
     at_once = run_ranks(ranks, body)
-    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], bucket_bytes=200))
+    monkeypatch.setitem(chunk_sizes.BY_KIND, "cpu", replace(chunk_sizes.BY_KIND["cpu"], bucket_bytes=200))
     for mine, (result, grad, moved) in zip(at_once, run_ranks(ranks, body)):
         assert torch.equal(result, 2 * full) and torch.equal(grad, 2 * full) and torch.equal(moved, full.movedim(0, -1))
         assert [t.stride() for t in mine] == [result.stride(), grad.stride(), moved.stride()]
 
 
 def test_gather_holds_one_part_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], bucket_bytes=1 << 14))
+    monkeypatch.setitem(chunk_sizes.BY_KIND, "cpu", replace(chunk_sizes.BY_KIND["cpu"], bucket_bytes=1 << 14))
     full = random_tensor((1, 16, 32, 64))
 
     def body(rank: int) -> int:

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import distpatch
 from distpatch import PatchTensor, UnsupportedOpError
-from tests.oracle import H, case, check, random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import H, case, check, random_tensor
+from tests.support.threads import run_ranks
 
 X = (2, 3, H, 5)
 WEIGHT = (3, 3, 3, 3)

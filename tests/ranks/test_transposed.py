@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from tests.oracle import TOLERANCE, H, assert_same, case, random_tensor
+from tests.support.oracle import TOLERANCE, H, assert_same, case, random_tensor
 
 X, B = (2, 4, H, 5), (6,)
 

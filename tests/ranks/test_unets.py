@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distpatch.tree import tensors_in
-from tests import oracle
-from tests.models import on_ranks
-from tests.oracle import assert_same, random_tensor
-from tests.threads import run_ranks
-from tests.unets import NETS, Net
+from distpatch.torch_utils.tree import tensors_in
+from tests.support import oracle
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.threads import run_ranks
+from tests.support.zoo.models import on_ranks
+from tests.support.zoo.unets import NETS, Net
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 TOLERANCE = 1e-9  # of the largest value

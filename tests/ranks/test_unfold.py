@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.oracle import H, case, random_tensor
+from tests.support.oracle import H, case, random_tensor
 
 X, W = (2, 4, H, 6), (2, 4, 6, H)
 TALL = (9, 3)

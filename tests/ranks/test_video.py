@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.memory import LivePeak
-from tests.models import on_ranks
-from tests.oracle import assert_same, random_tensor
-from tests.threads import run_ranks, turned_group
+from distpatch.profiling.live_memory import LivePeak
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.threads import run_ranks, turned_group
+from tests.support.zoo.models import on_ranks
 
 
 def wan(dtype: torch.dtype = torch.float64, **sizes: Any) -> nn.Module:

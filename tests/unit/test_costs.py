@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distpatch import Device, Link, calibrate
-from distpatch.costs import (
+from distpatch.planning.hardware import (
     DEVICES,
     LAUNCH_SECONDS,
     LINKS,
@@ -18,8 +18,8 @@ from distpatch.costs import (
     link_named,
     transfer_seconds,
 )
-from distpatch.meter import Kernel
-from distpatch.trace import Record
+from distpatch.profiling.op_costs import Kernel
+from distpatch.profiling.trace import Record
 
 TOY = Device("toy", {"half": 100.0, "tf32": 40.0, "float32": 10.0, "float64": 1.0}, 50.0, 1e3, overhead_seconds=0.5)
 WIRE = Link("wire", 10.0, 2.0, 1.0)

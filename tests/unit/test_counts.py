@@ -14,8 +14,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 import distpatch
-from distpatch import planner
-from distpatch.rules import attention
+from distpatch.planning import fake_run
+from distpatch.rules.linalg import attention
 
 
 @cache
@@ -109,7 +109,7 @@ def test_fake_cuda_tensors_count_the_same(size: int, monkeypatch: pytest.MonkeyP
     cuDNN keeps, as fake CPU tensors do.
     """
     on_cpu = planned(size, 8)
-    monkeypatch.setattr(planner, "FAKES_ARE_ON", "cuda")
+    monkeypatch.setattr(fake_run, "FAKES_ARE_ON", "cuda")
     on_cuda = planned(size, 8, fakes_are_on="cuda")
     assert attention_calls(on_cuda) == 1 and on_cuda.ranks[0].trace.records == on_cpu.ranks[0].trace.records
     assert on_cuda.launches == pytest.approx(on_cpu.launches, rel=0.01) and on_cuda.flops == on_cpu.flops

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from distpatch import convert_model, known_faults
-from distpatch.known_faults import FAULTS, LARGE, warn_of_known_faults
+from distpatch import convert_model
+from distpatch.model import known_torch_bugs
+from distpatch.model.known_torch_bugs import FAULTS, LARGE, warn_of_known_faults
 
 CASES = {
     "cuDNN 9.10, 3-D, bf16": (("2.13.0+cu130", 91002, "cuda", ["conv3d"], "bfloat16"), "pytorch#163539"),
@@ -34,7 +35,7 @@ CASES = {
 
 @pytest.mark.parametrize(("call", "thread"), CASES.values(), ids=CASES)
 def test_known_faults(call: tuple, thread: str | None) -> None:
-    found = known_faults.known_faults(*call)
+    found = known_torch_bugs.known_faults(*call)
     assert [thread in fault.threads for fault in found] == ([True] if thread else [])
 
 
@@ -52,11 +53,11 @@ class Video(nn.Module):
 
 def test_warned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a layer's own device and dtype; "meta" stands for a GPU here."""
-    monkeypatch.setattr(known_faults, "_warned", set())
-    monkeypatch.setattr(known_faults, "_cudnn_version", lambda device: 91002)
+    monkeypatch.setattr(known_torch_bugs, "_warned", set())
+    monkeypatch.setattr(known_torch_bugs, "_cudnn_version", lambda device: 91002)
     warn_of_known_faults(Video(3))  # none is known for "meta"
     faults = tuple(dataclasses.replace(fault, device="meta") for fault in FAULTS)
-    monkeypatch.setattr(known_faults, "FAULTS", faults)
+    monkeypatch.setattr(known_torch_bugs, "FAULTS", faults)
     warn_of_known_faults(Video(1))
     warn_of_known_faults(Video(3).float())
     with pytest.warns(UserWarning, match=r"cuDNN 9\.15 or later"):

@@ -9,16 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from distpatch import LayoutError, RowLayout
-from distpatch.layout import (
-    Bounds,
-    Needs,
-    TransferPlan,
-    aligned_bounds,
-    even_bounds,
-    plan_stencil,
-    plan_transfer,
-)
-from distpatch.stencil import NearestStencil, WindowStencil
+from distpatch.layout.rows import Bounds, Needs, aligned_bounds, even_bounds
+from distpatch.layout.stencil import NearestStencil, WindowStencil
+from distpatch.layout.transfers import TransferPlan, plan_stencil, plan_transfer
 from tests.unit.test_stencil import windows
 
 

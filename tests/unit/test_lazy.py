@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from distpatch import lazy, sizes
+from distpatch.comm.communicator import ALONE
 from distpatch.errors import DistPatchError
-from distpatch.group import ALONE
-from distpatch.layout import RowLayout
-from distpatch.memory import LivePeak
-from distpatch.tensor import PatchTensor, Region
-from tests.oracle import random_tensor
+from distpatch.layout.rows import RowLayout
+from distpatch.lazy import recipe
+from distpatch.profiling.live_memory import LivePeak
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.region import Region
+from distpatch.torch_utils import chunk_sizes
+from tests.support.oracle import random_tensor
 
 ROWS = 23
 SHAPE = (2, 6, ROWS, 5)
@@ -26,8 +28,8 @@ KERNEL = random_tensor((6, 6, 3, 3), seed=7) / 6
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(lazy, "LEAST_BYTES", 0)
-    monkeypatch.setitem(sizes.BY_KIND, "cpu", replace(sizes.BY_KIND["cpu"], chunk_bytes=2048))
+    monkeypatch.setattr(recipe, "LEAST_BYTES", 0)
+    monkeypatch.setitem(chunk_sizes.BY_KIND, "cpu", replace(chunk_sizes.BY_KIND["cpu"], chunk_bytes=2048))
     with torch.no_grad():
         yield
 
@@ -221,14 +223,14 @@ def test_computed_once() -> None:
 
     plain, x = image()
     right = Counting()(plain)
-    original = lazy.Walk.window
+    original = recipe.Walk.window
 
-    def counted(self: lazy.Walk, *args: object) -> Tensor:
+    def counted(self: recipe.Walk, *args: object) -> Tensor:
         calls.append(args[1])
         return original(self, *args)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lazy.Walk, "window", counted)
+        patch.setattr(recipe.Walk, "window", counted)
         y = Counting()(x)
         del x
         equal(y, right)
@@ -242,11 +244,11 @@ def test_residuals_do_not_pile_up() -> None:
         other = random_tensor(SHAPE, seed)
         plain = plain + other
         x = x + sharded(other.clone())
-        assert x.known is x.local or x.as_recipe.held_bytes <= lazy.MOST_HELD * plain.nbytes
+        assert x.known is x.local or x.as_recipe.held_bytes <= recipe.MOST_HELD * plain.nbytes
     equal(x, plain)
-    for _ in range(3 * lazy.MOST_STEPS):
+    for _ in range(3 * recipe.MOST_STEPS):
         plain, x = plain * 0.9, x * 0.9
-        assert x.as_recipe.steps <= lazy.MOST_STEPS + 1
+        assert x.as_recipe.steps <= recipe.MOST_STEPS + 1
     equal(x, plain)
 
 
@@ -338,8 +340,8 @@ def test_failed_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
             raise MemoryError
         return original(*args)  # type: ignore[arg-type]
 
-    original = lazy.Walk.window
-    monkeypatch.setattr(lazy.Walk, "window", fail_later)
+    original = recipe.Walk.window
+    monkeypatch.setattr(recipe.Walk, "window", fail_later)
     with pytest.raises(MemoryError):
         y.local  # noqa: B018
     with pytest.raises(DistPatchError, match="failed halfway"):

@@ -7,9 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import distpatch
-from distpatch.memory import MIB, LivePeak
-from tests.oracle import random_tensor
-from tests.threads import run_ranks
+from distpatch.profiling.live_memory import MIB, LivePeak
+from tests.support.oracle import random_tensor
+from tests.support.threads import run_ranks
 
 KB = 1024
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distpatch
-from tests.threads import run_ranks
+from tests.support.threads import run_ranks
 
 # FORWARDS=10000 in the environment: the long run, on one device and on two ranks.
 FORWARDS, FORWARDS_OF_RANKS = (int(os.environ.get("FORWARDS", default)) for default in ("2000", "500"))

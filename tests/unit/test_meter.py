@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch import trace
-from distpatch.meter import FLOPS, Kernel, Meter, briefly, few, gathered
-from tests.oracle import random_tensor
+from distpatch.profiling.op_costs import FLOPS, Kernel, Meter, briefly, few, gathered
+from tests.support.oracle import random_tensor
 
 BYTES = 8  # of fp64
 

@@ -11,10 +11,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distpatch.layout import plan_stencil
-from distpatch.patch_conv import Slab, choose_patch_rows, convolve
-from distpatch.stencil import WindowStencil
-from tests.oracle import random_tensor
+from distpatch.layout.stencil import WindowStencil
+from distpatch.layout.transfers import plan_stencil
+from distpatch.lazy.row_patches import Slab, choose_patch_rows, convolve
+from tests.support.oracle import random_tensor
 from tests.unit.test_layout import bounds_of
 from tests.unit.test_stencil import windows
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distpatch
 from distpatch import LayoutError, PatchConv2d
-from tests.oracle import assert_same, random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import assert_same, random_tensor
+from tests.support.threads import run_ranks
 
 SPLITS = (4, 3, 100)  # 100: more than there are rows
 X1, X2, X3 = (2, 4, 13), (2, 4, 13, 6), (1, 4, 3, 11, 4)  # heights that none of the splits divides

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distpatch
-from distpatch.planner import _representatives
-from tests import forced
-from tests.models import tiny_kl
-from tests.oracle import random_tensor
+from distpatch.planning.fake_run import _representatives
+from tests.support import forced
+from tests.support.oracle import random_tensor
+from tests.support.zoo.models import tiny_kl
 
 
 class Pixels(nn.Module):

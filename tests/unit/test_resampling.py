@@ -8,9 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distpatch import torch_compat
-from distpatch.rules.resample import FILTERS
-from distpatch.stencil import AreaStencil, FilterStencil, NearestStencil, TransposedStencil, WindowStencil
+from distpatch.layout.stencil import AreaStencil, FilterStencil, NearestStencil, TransposedStencil, WindowStencil
+from distpatch.rules.windows.filters import FILTERS
+from distpatch.torch_utils import private
 
 
 def dependencies(out: Tensor, x: Tensor, row: int) -> list[int]:
@@ -67,7 +67,7 @@ def test_rows_out_of_step_are_not_repeats() -> None:
 @given(
     st.integers(1, 30),
     st.integers(1, 30),
-    st.sampled_from([kind for kind in FILTERS if kind[0] != "lanczos" or torch_compat.RELEASE >= (2, 13)]),
+    st.sampled_from([kind for kind in FILTERS if kind[0] != "lanczos" or private.RELEASE >= (2, 13)]),
     st.booleans(),
 )
 def test_filter_reads_no_more_than_its_stencil_says(

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distpatch.meter import Meter
-from distpatch.rules import scores
-from distpatch.rules.scores import keeps_scores, planned
-from distpatch.sizes import ELSEWHERE, kind_of, planned_as, sizes_of
+from distpatch.profiling.op_costs import Meter
+from distpatch.rules.linalg import kept_scores
+from distpatch.rules.linalg.kept_scores import keeps_scores, planned
+from distpatch.torch_utils.chunk_sizes import ELSEWHERE, kind_of, planned_as, sizes_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASKS: dict[str, Any] = {
@@ -107,7 +107,7 @@ def test_a_device_that_is_here_is_asked(monkeypatch: pytest.MonkeyPatch) -> None
 
     answers = [SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value]
     monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
-    monkeypatch.setattr(scores, "kind_of", lambda device: "cuda")
+    monkeypatch.setattr(kept_scores, "kind_of", lambda device: "cuda")
     tensors = operands(dtype=torch.float64)
     assert [keeps_scores(*tensors, None, True, True) for _ in answers] == [False, True]
     assert asked[0][3:] == (None, 0.0, True, {"enable_gqa": True})

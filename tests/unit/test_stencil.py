@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from distpatch.layout import plan_stencil
-from distpatch.stencil import NearestStencil, WindowStencil
+from distpatch.layout.stencil import NearestStencil, WindowStencil
+from distpatch.layout.transfers import plan_stencil
 
 windows = st.builds(
     WindowStencil,

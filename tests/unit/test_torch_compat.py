@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
-from tests.oracle import random_tensor
-from tests.threads import run_ranks
+from tests.support.oracle import random_tensor
+from tests.support.threads import run_ranks
 
 
 @pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor")  # where it is the old name

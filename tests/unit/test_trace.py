@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from distpatch import Trace, trace
-from distpatch.trace import Recorder
+from distpatch.profiling.trace import Recorder
 
 
 def test_counts() -> None:

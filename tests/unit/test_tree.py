@@ -13,7 +13,7 @@ import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from distpatch.tree import give_back, map_tensors, streams_in, tensors_in
+from distpatch.torch_utils.tree import give_back, map_tensors, streams_in, tensors_in
 
 Pair = namedtuple("Pair", "first second")
 ONE, TWO = torch.tensor(1.0), torch.tensor(2.0)

@@ -1,0 +1,383 @@
+"""Differentiable movements between replicated and sharded values.
+
+A plain tensor is replicated: every rank holds the same value and, in the backward pass, the same
+cotangent. Rows of a shard are one rank's own. So, forward and backward:
+
+    shard_rows      slice                       gather of the slices
+    gather_rows     gather                      slice
+    spread, spread_all   identity (before a replicated tensor meets rows)    sum over ranks
+    sum_partials    sum over ranks              identity
+    stack_ranks     one row a rank              own row
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.comm.communicator import Communicator, attempt, communicator_of
+from distpatch.comm.row_exchange import fetch_rows
+from distpatch.layout.rows import BlockLayout, RowLayout
+from distpatch.layout.stencil import ceil_div
+from distpatch.torch_utils.chunk_sizes import sizes_of
+from distpatch.torch_utils.memory_format import format_of, in_memory_order, memory_format, order_in
+from distpatch.torch_utils.private import keep_in_order
+
+
+def in_one_thread(device: torch.device) -> None:
+    """Backward passes that this thread starts run in it, as they do on a CPU.
+
+    Autograd runs what is ready in the order of its numbers, which each thread counts by itself: in one thread every
+    rank has the same order, also of a derivative's derivative, whose nodes are made in a backward pass.
+    """
+    if device.type != "cpu":
+        torch.autograd.set_multithreading_enabled(False)
+
+
+def gather_rows(
+    local: Tensor, layout: RowLayout, name: str, op: str = "gather", order: Sequence[int] | None = None
+) -> Tensor:
+    """All rows of a sharded tensor, on every rank; the backward keeps the rank's own rows.
+
+    ``order``: how dims stand in memory, innermost first, where that is known.
+    """
+    if isinstance(layout, BlockLayout):
+        rows = layout.opened
+        local = local.unflatten(layout.dim, (layout.blocks, local.shape[layout.dim] // layout.blocks))
+        return gather_rows(local, rows, name, op).flatten(layout.dim, rows.dim)
+    return _Gather.apply(local, layout, name, op, order)
+
+
+def shard_rows(full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
+    """This rank's rows of a replicated tensor, a view; the backward gathers the gradient."""
+    if torch.is_grad_enabled() and full.requires_grad:
+        in_one_thread(full.device)
+        return _Shard.apply(full, layout, rank, name)
+    return narrow_rows(full, layout, rank)
+
+
+def narrow_rows(full: Tensor, layout: RowLayout, rank: int) -> Tensor:
+    lo, hi = layout.interval(rank)
+    return full.narrow(layout.dim, lo, hi - lo)
+
+
+def spread(tensor: Tensor, name: str) -> Tensor:
+    """The same tensor, about to meet this rank's rows; the backward sums over ranks."""
+    if name and torch.is_grad_enabled() and tensor.requires_grad:
+        return _Spread.apply(tensor, name)
+    return tensor
+
+
+def spread_all(tensors: Sequence[Tensor], name: str) -> list[Tensor]:
+    """``spread`` for many tensors at once: their gradients are summed together when all have come."""
+    return list(_SpreadAll.apply(name, *tensors))
+
+
+def tie(rows: Tensor, *pieces: Tensor) -> Tensor:
+    """The same rows, so that a backward pass that reaches them also reaches the pieces' exchange.
+
+    Returning rows is collective. A rank that sent rows but uses none of its pieces must take part.
+    """
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return _Tie.apply(rows, *pieces)
+    return rows
+
+
+def together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, whose gradients go on together, and in one order, when all have come.
+
+    For what was spread or fetched and meets in one operation. Which kernels torch chooses may depend on how
+    many rows a rank has; the order in which gradients come out of them must not, as each is collective.
+    """
+    tensors = list(tensors)
+    which = [i for i, t in enumerate(tensors) if t.requires_grad] if torch.is_grad_enabled() else []
+    if len(which) > 1:
+        for i, t in zip(which, _Together.apply(*(tensors[i] for i in which)), strict=True):
+            tensors[i] = t
+    return tensors
+
+
+def sum_partials(tensor: Tensor, name: str, op: str) -> Tensor:
+    """The sum of every rank's partial result, on every rank; bit-identical on all."""
+    return _Sum.apply(tensor, name, op) if name else tensor
+
+
+def share_out(local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor:
+    """``value``, replicated, which is ``sum(shares * local)`` over all ranks: the gradient is that of the sum.
+
+    For what was found another way, such as a maximum.
+    """
+    if torch.is_grad_enabled() and local.requires_grad:
+        return _ShareOut.apply(local, shares, value, name)
+    return value
+
+
+def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
+    """Every rank's (small) tensor, stacked along a new first dim in rank order."""
+    return _Stack.apply(tensor, name, op) if name else tensor.unsqueeze(0)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same tensor for autograd to give another node, with its strides.
+
+    ``view_as`` gives dims of size 1 others, with which torch's gradient of a grouped convolution's weight is wrong
+    (channels_last, a batch of one; seen in 2.13 on a CPU).
+    """
+    return tensor.expand_as(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None) -> Tensor:
+        ctx.layout, ctx.name = layout, name
+        everything = (((0, layout.size),),) * layout.world_size
+        shape = [layout.size if d == layout.dim else n for d, n in enumerate(local.shape)]
+        # The kernels that will read it must be the same on all ranks: not by what few rows look like.
+        format = torch.contiguous_format if layout.is_tiny else memory_format(local)
+        if order is not None:
+            format = format_of(tuple(order))
+            if tuple(order) == order_in(format, local.ndim):
+                order = None
+        across, parts = _parts(shape, layout.dim, local.element_size(), sizes_of(local.device).bucket_bytes)
+
+        def fetch(rows: Tensor) -> Tensor:
+            return fetch_rows(rows, layout.dim, layout.bounds, everything, name, op, False)[0]
+
+        if parts == 1:
+            rows = fetch(local)
+            return rows.contiguous(memory_format=format) if order is None else in_memory_order(rows, order)
+        if order is None:
+            result = torch.empty(shape, memory_format=format, dtype=local.dtype, device=local.device)
+        else:
+            result = torch.empty_permuted(shape, tuple(order)[::-1], dtype=local.dtype, device=local.device)
+        for rows, place in zip(local.chunk(parts, across), result.chunk(parts, across)):
+            place.copy_(fetch(rows))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rank = communicator_of(ctx.name).rank
+        return shard_rows(grad, ctx.layout, rank, ctx.name), None, None, None, None
+
+
+def _parts(shape: Sequence[int], dim: int, itemsize: int, bucket_bytes: int) -> tuple[int, int]:
+    """A dim, and in how many parts of it to gather: rows come one after the other, and are copied to where they belong.
+
+    One where they belong one after the other, or are few.
+    """
+    across = max((d for d in range(len(shape)) if d != dim), key=lambda d: shape[d], default=dim)
+    if across == dim or math.prod(shape[:dim]) == 1:
+        return across, 1
+    return across, max(min(ceil_div(math.prod(shape) * itemsize, bucket_bytes), shape[across]), 1)
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
+        ctx.layout, ctx.name = layout, name
+        return narrow_rows(full, layout, rank)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return gather_rows(grad, ctx.layout, ctx.name, "shard backward"), None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return _alias(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return sum_partials(grad, ctx.name, "replicated gradient"), None
+
+
+class _SpreadAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        ctx.set_materialize_grads(False)
+        return tuple(_alias(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        summed: dict[int, Tensor] = {}
+        for bucket in _buckets([(i, grad) for i, grad in enumerate(grads) if grad is not None]):
+            flat = torch.cat([grad.reshape(-1) for _, grad in bucket])
+            parts = sum_partials(flat, ctx.name, "replicated gradients")
+            sizes = [grad.numel() for _, grad in bucket]
+            for (index, grad), part in zip(bucket, parts.split(sizes), strict=True):
+                summed[index] = part.view(grad.shape)
+        return None, *(summed.get(i) for i in range(len(grads)))
+
+
+def _buckets(grads: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Gradients of one dtype and device, up to ``bucket_bytes`` together: one message each."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    for item in grads:
+        kinds.setdefault((item[1].dtype, item[1].device), []).append(item)
+    for (_, device), kind in kinds.items():
+        bucket_bytes = sizes_of(device).bucket_bytes
+        bucket: list[tuple[int, Tensor]] = []
+        size_bytes = 0
+        for index, grad in kind:
+            bucket.append((index, grad))
+            size_bytes += grad.numel() * grad.element_size()
+            if size_bytes >= bucket_bytes:
+                yield bucket
+                bucket, size_bytes = [], 0
+        if bucket:
+            yield bucket
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, *pieces: Tensor) -> Tensor:
+        ctx.shapes = [piece.shape for piece in pieces]
+        return _alias(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and grad.requires_grad:
+            return grad, *_Nothing.apply(ctx.shapes, grad)
+        return grad, *[None] * len(ctx.shapes)
+
+
+class _Nothing(torch.autograd.Function):
+    """Zeros of some shapes which, for autograd, depend on all the tensors: its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: Sequence[torch.Size], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shapes = [tensor.shape for tensor in tensors]
+        return tuple(tensors[0].new_zeros(()).expand(shape) for shape in shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
+            return None, *_Nothing.apply(ctx.shapes, *grads)
+        return None, *[None] * len(ctx.shapes)
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_alias(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, name: str, op: str) -> Tensor:
+        ctx.name = name
+        return _all_reduce(tensor, name, op)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return spread(grad, ctx.name), None, None
+
+
+class _ShareOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(shares)
+        ctx.name = name
+        return _alias(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * spread(grad, ctx.name), None, None, None
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, name: str, op: str) -> Tensor:
+        ctx.name = name
+        return _all_gather(tensor, name, op)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return spread(grad, ctx.name)[communicator_of(ctx.name).rank], None, None
+
+
+@torch.library.custom_op("distpatch::all_reduce", mutates_args=())
+def _all_reduce(tensor: Tensor, name: str, op: str) -> Tensor:
+    comm = communicator_of(name)
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    transport = comm.transport(total.device)
+    with comm.recorder.transfer(*_ring(comm, "all_reduce", op, total), total.device):
+        attempt(comm, op, lambda: transport.all_reduce(total), None)
+    return total
+
+
+@torch.library.custom_op("distpatch::all_gather", mutates_args=())
+def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
+    comm = communicator_of(name)
+    mine = tensor.contiguous()
+    transport = comm.transport(mine.device)
+    with comm.recorder.transfer(*_ring(comm, "all_gather", op, mine), mine.device):
+        return attempt(comm, op, lambda: transport.all_gather(mine), None)
+
+
+for _op in (_all_reduce, _all_gather):  # as transfers (comm/row_exchange.py)
+    keep_in_order(_op)
+
+
+@_all_reduce.register_fake
+def _(tensor: Tensor, name: str, op: str) -> Tensor:
+    _pretend("all_reduce", tensor, name, op)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@_all_gather.register_fake
+def _(tensor: Tensor, name: str, op: str) -> Tensor:
+    _pretend("all_gather", tensor, name, op)
+    return tensor.new_empty((communicator_of(name).size, *tensor.shape))
+
+
+def _pretend(kind: str, tensor: Tensor, name: str, op: str) -> None:
+    """Record what a rank of a pretended group would send."""
+    comm = communicator_of(name)
+    comm.planned(*_ring(comm, kind, op, tensor))
+
+
+def _ring(comm: Communicator, kind: str, op: str, tensor: Tensor) -> tuple[str, str, int, int]:
+    """Kind, op, bytes and messages of a ring: each rank passes on what it has to its neighbour, size - 1 times."""
+    passes = (2 if kind == "all_reduce" else 1) * (comm.size - 1)
+    share = tensor.numel() * tensor.element_size()
+    sent = passes * share // comm.size if kind == "all_reduce" else passes * share
+    return kind, op, sent, passes
+
+
+def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Mean and centred second moment of the union of samples stacked along dim 0.
+
+    ``mean`` and ``m2`` (sum of squared distances from the mean): (K, ...); ``counts``: K. Chan, Golub
+    and LeVeque's pairwise update, in its K-way form (Updating Formulae, 1979): no difference of large
+    squares, so as exact as the samples' own moments. Returns (count, mean (...), m2 (...)).
+    """
+    total = sum(counts)
+    if counts and min(counts) == max(counts):
+        union = mean[0] + (mean - mean[0]).mean(0)  # around one of them: means that are equal stay so
+        return total, union, m2.sum(0) + (mean - union).square().sum(0) * counts[0]
+    weight = mean.new_full((len(counts), *[1] * (mean.ndim - 1)), counts[0] if counts else 0)
+    start = 0
+    for count, alike in groupby(counts):
+        stop = start + len(list(alike))
+        if count != counts[0]:
+            weight[start:stop] = count  # filled on the device: nothing is copied to it
+        start = stop
+    middle = (
+        mean[max(range(len(counts)), key=counts.__getitem__)] if counts else 0.0
+    )  # around it, means that are equal stay so
+    union = middle + ((mean - middle) * (weight / max(total, 1))).sum(0)
+    spread_between = ((mean - union).square() * weight).sum(0)
+    return total, union, m2.sum(0) + spread_between

@@ -1,0 +1,263 @@
+"""Rows that move between ranks: the only place that makes messages of them.
+
+``fetch_rows`` gives each rank the intervals of global rows that it asks for, ``return_rows`` is its
+transpose (rows of gradient go back to their owners and are added); each is the other's backward.
+All ranks know everyone's needs, so nothing but the rows themselves is sent.
+
+On the wire rows come first, then the other dims with the channels last (``channels_last=True``,
+images) or in their own order (tokens). The order may depend only on what all ranks know: local
+strides are ambiguous for shards of one row, and must not decide it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.comm.communicator import Communicator, Parts, attempt, communicator_of
+from distpatch.comm.transport import Batch, Works
+from distpatch.layout.rows import Bounds, Needs
+from distpatch.layout.transfers import TransferPlan, plan_transfer
+from distpatch.torch_utils.private import keep_in_order
+
+# What leaves the sharded computation, or stands in for an operation without a rule, is never an earlier step's.
+AT_ONCE = frozenset({"gather", "output"})
+
+
+def fetch_rows(
+    local: Tensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
+) -> list[Tensor]:
+    """Fetch the intervals of global rows ``needs[rank]``, from whoever owns them.
+
+    ``local``: this rank's rows, ``bounds[rank]:bounds[rank + 1]`` of dimension ``dim``; ``name``: the
+    communicator's. Returns one tensor an interval. All ranks call it; it is one batch of at most one
+    message to and one from each other rank. Every piece must stay connected to the result, even where
+    it is empty: the backward is collective too.
+    """
+    flat = _flat(needs)
+    if not any(flat):  # nobody needs anything, as all ranks know
+        return [local.narrow(dim, 0, 0) for _ in needs[0]]
+    pieces: list[Tensor] = _fetch(local, dim, list(bounds), flat, name, op, channels_last)
+    return pieces
+
+
+@torch.library.custom_op("distpatch::fetch_rows", mutates_args=())
+def _fetch(
+    local: Tensor,
+    dim: int,
+    bounds: Sequence[int],
+    needs: Sequence[int],
+    name: str,
+    op: str,
+    channels_last: bool,
+) -> list[Tensor]:
+    comm = communicator_of(name)
+    plan = _plan(bounds, needs, comm)
+    order = _wire_order(local.ndim, dim, channels_last)
+    wire = local.permute(order)
+    fetched = [_empty_rows(local, dim, rows, order) for rows in plan.rows]
+    pieces = [piece.permute(order) for piece in fetched]
+    for (lo, hi), part in plan.own:
+        pieces[part.interval][part.start : part.stop] = wire[lo:hi]
+    sends = [(peer, [wire[lo:hi] for lo, hi in cut]) for peer, cut in plan.sends]
+    recvs = [(peer, [pieces[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
+    if comm.policy is None or op in AT_ONCE or not local.is_floating_point():
+        transfer(comm, op, sends, recvs, local.device)
+    else:
+        known = (dim, tuple(bounds), tuple(needs), local.dtype, tuple(wire.shape[1:]))
+        comm.policy.exchange(op, known, sends, recvs, local.device)
+    return fetched
+
+
+def _empty_rows(like: Tensor, dim: int, rows: int, order: list[int]) -> Tensor:
+    """Rows to be filled, in the order of the wire. No view: autograd lets nobody write to a view made in an op."""
+    shape = [rows if d == dim else n for d, n in enumerate(like.shape)]
+    return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
+
+
+@torch.library.custom_op("distpatch::return_rows", mutates_args=())
+def _return(
+    pieces: Sequence[Tensor],
+    dim: int,
+    bounds: Sequence[int],
+    needs: Sequence[int],
+    name: str,
+    op: str,
+    channels_last: bool,
+) -> Tensor:
+    comm = communicator_of(name)
+    plan = _plan(bounds, needs, comm)
+    order = _wire_order(pieces[0].ndim, dim, channels_last)
+    wires = [piece.permute(order) for piece in pieces]
+    shape = (bounds[comm.rank + 1] - bounds[comm.rank], *wires[0].shape[1:])
+    total = wires[0].new_zeros(shape)
+    for (lo, hi), part in plan.own:
+        total[lo:hi] += wires[part.interval][part.start : part.stop]
+    sends = [(peer, [wires[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
+    landing = [(peer, [total.new_empty((hi - lo, *shape[1:])) for lo, hi in cut]) for peer, cut in plan.sends]
+    transfer(comm, op, sends, landing, total.device)
+    for (_, cut), (_, landed) in zip(plan.sends, landing, strict=True):
+        for (lo, hi), rows in zip(cut, landed, strict=True):
+            total[lo:hi] += rows
+    return total.permute(_inverse(order))
+
+
+def transfer(comm: Communicator, op: str, sends: Parts, recvs: Parts, device: torch.device) -> None:
+    """Send and receive, one message a peer: NCCL has no tags to tell several apart."""
+    landing = [_buffer(parts) for _, parts in recvs]
+    outgoing = [_message(parts) for _, parts in sends]
+    post(comm, Batch(op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing, device))
+    for (_, parts), message in zip(recvs, landing, strict=True):
+        if len(parts) > 1:
+            sizes = [part.numel() for part in parts]
+            for part, rows in zip(parts, message.split(sizes), strict=True):
+                part.copy_(rows.view(part.shape))
+
+
+def post(comm: Communicator, batch: Batch) -> None:
+    """Exchange messages; returns when they landed (on a GPU: for the stream that computes). Raises ``RankError``."""
+    if comm.size == 1:
+        return
+    transport = comm.transport(batch.device)  # on ranks with no message too: the first time is collective
+    if transport.collective:  # records what it sends itself
+        start(comm, batch).wait()
+    elif not batch.empty:
+        with comm.recorder.transfer("p2p", batch.op, batch.sent_bytes, len(batch.to), batch.device):
+            start(comm, batch).wait()
+
+
+@dataclass
+class Transfer:
+    """A batch of messages under way; their tensors must be left alone until it was waited for."""
+
+    comm: Communicator
+    op: str
+    works: Works = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def wait(self) -> None:
+        """Until all have landed (on a GPU: for the stream that computes). Raises ``RankError``."""
+        for work, peer in self.works:
+            attempt(self.comm, self.op, work.wait, peer)
+        self.works = []
+
+
+def start(comm: Communicator, batch: Batch) -> Transfer:
+    """As ``post``, but returns at once."""
+    under_way = Transfer(comm, batch.op)
+    transport = comm.transport(batch.device)
+    attempt(comm, batch.op, lambda: under_way.works.extend(transport.start(batch)), None)
+    return under_way
+
+
+def _pretend(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:
+    """Record what a rank of a pretended group would send."""
+    if to or source:
+        a_row = math.prod(n for d, n in enumerate(like.shape) if d != dim)
+        comm.planned("p2p", op, sent_rows * a_row * like.element_size(), to)
+
+
+def _message(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].contiguous().view(-1)
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _buffer(parts: list[Tensor]) -> Tensor:
+    """Where a message lands: straight in its rows, which are contiguous on the wire."""
+    if len(parts) == 1:
+        return parts[0].view(-1)
+    return parts[0].new_empty(sum(part.numel() for part in parts))
+
+
+@lru_cache(maxsize=4096)
+def _flat(needs: Needs) -> list[int]:
+    return [row for intervals in needs for interval in intervals for row in interval]
+
+
+def _plan(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
+    count = len(needs) // (2 * comm.size)
+    pairs = list(zip(needs[::2], needs[1::2], strict=True))
+    grouped = tuple(tuple(pairs[r * count : (r + 1) * count]) for r in range(comm.size))
+    return plan_transfer(tuple(bounds), grouped, comm.rank)
+
+
+def _wire_order(ndim: int, dim: int, channels_last: bool) -> list[int]:
+    others = [d for d in range(ndim) if d != dim]
+    if channels_last and 1 in others:
+        others = [d for d in others if d != 1] + [1]
+    return [dim, *others]
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+@_fetch.register_fake
+def _(
+    local: Tensor,
+    dim: int,
+    bounds: Sequence[int],
+    needs: Sequence[int],
+    name: str,
+    op: str,
+    channels_last: bool,
+) -> list[Tensor]:
+    comm = communicator_of(name)
+    order = _wire_order(local.ndim, dim, channels_last)
+    plan = _plan(bounds, needs, comm)
+    sent_rows = sum(hi - lo for _, cut in plan.sends for lo, hi in cut)
+    _pretend(comm, op, sent_rows, len(plan.sends), len(plan.recvs), local, dim)
+    return [_empty_rows(local, dim, n, order) for n in plan.rows]
+
+
+@_return.register_fake
+def _(
+    pieces: Sequence[Tensor],
+    dim: int,
+    bounds: Sequence[int],
+    needs: Sequence[int],
+    name: str,
+    op: str,
+    channels_last: bool,
+) -> Tensor:
+    order = _wire_order(pieces[0].ndim, dim, channels_last)
+    comm = communicator_of(name)
+    rank, plan = comm.rank, _plan(bounds, needs, comm)
+    sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)
+    _pretend(comm, op, sent_rows, len(plan.recvs), len(plan.sends), pieces[0], dim)
+    rest = pieces[0].permute(order).shape[1:]
+    total = pieces[0].new_empty((bounds[rank + 1] - bounds[rank], *rest))
+    return total.permute(_inverse(order))
+
+
+def _fetch_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    local, *ctx.plan = inputs
+    ctx.shapes = [piece.shape for piece in output]
+    ctx.like = local.new_empty(0)
+
+
+def _fetch_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    given = [ctx.like.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
+    return _return(given, *ctx.plan), None, None, None, None, None, None
+
+
+def _return_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.plan = inputs[1:]
+
+
+def _return_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _fetch(grad, *ctx.plan), None, None, None, None, None, None
+
+
+for _op in (_fetch, _return):  # every rank's compiled graph keeps the order of transfers, and all of them
+    keep_in_order(_op)
+_fetch.register_autograd(_fetch_backward, setup_context=_fetch_setup)
+_return.register_autograd(_return_backward, setup_context=_return_setup)

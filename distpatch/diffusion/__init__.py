@@ -1,0 +1,1 @@
+"""Denoising loops: displaced steps, guidance on halves of the ranks, pipelines of diffusers."""

@@ -1,0 +1,153 @@
+"""Which intervals of rows each rank reads, sends and receives: frozen plans, cached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from distpatch.layout.rows import EMPTY, Bounds, Needs, Stencil
+from distpatch.layout.stencil import Interval, ceil_div
+
+
+@dataclass(frozen=True)
+class StencilPlan:
+    """What one operation asks of every rank.
+
+    ``out``: bounds of the output; ``needs[rank]``: the two intervals of rows missing above and below
+    the rank's own.
+    """
+
+    out: Bounds
+    needs: Needs
+
+
+@lru_cache(maxsize=4096)
+def plan_stencil(bounds: Bounds, stencil: Stencil) -> StencilPlan:
+    """Output bounds of a stencil, and the halo rows that each rank needs for its output rows."""
+    rows, rows_out = bounds[-1], stencil.out_rows(bounds[-1])
+    inner = (min(max(stencil.first_out(b), 0), rows_out) for b in bounds[1:-1])
+    out = (0, *inner, rows_out)
+    needs = []
+    for rank, (lo, hi) in enumerate(pairwise(out)):
+        if lo == hi:
+            needs.append((EMPTY, EMPTY))
+            continue
+        start, stop = stencil.need(lo, hi)
+        start, stop = min(max(start, 0), rows), min(max(stop, 0), rows)
+        own_start, own_stop = bounds[rank], bounds[rank + 1]
+        above = (start, min(stop, own_start)) if start < min(stop, own_start) else EMPTY
+        below = (max(start, own_stop), stop) if max(start, own_stop) < stop else EMPTY
+        needs.append((above, below))
+    return StencilPlan(out, tuple(needs))
+
+
+def padded(needs: Sequence[Sequence[Interval]]) -> Needs:
+    """The same number of intervals for every rank, as an exchange wants it."""
+    count = max(1, *(len(intervals) for intervals in needs))
+    return tuple((*intervals, *[EMPTY] * (count - len(intervals))) for intervals in needs)
+
+
+@lru_cache(maxsize=4096)
+def needs_in_order(inner: Bounds, blocks: int, bounds: Bounds) -> Needs:
+    """What each rank needs of a ``BlockLayout`` to own its rows ``bounds[rank]:bounds[rank + 1]`` in order.
+
+    The intervals count the rows as they are held: rank by rank, and on each rank block by block.
+    """
+    rows = max(inner[-1], 1)
+    needs = []
+    for lo, hi in pairwise(bounds):
+        intervals: list[Interval] = []
+        for block in range(lo // rows, ceil_div(hi, rows)):
+            for a, b in pairwise(inner):
+                held = blocks * a + block * (b - a) - a  # of the block's row 0, if this owner had it
+                start, stop = max(lo - block * rows, a), min(hi - block * rows, b)
+                if start < stop:
+                    intervals.append((held + start, held + stop))
+        needs.append(intervals)
+    return padded(needs)
+
+
+@dataclass(frozen=True)
+class EdgePlan:
+    """An exchange of which only the rows that move are there: they are numbered anew.
+
+    ``strips[rank]``: the local rows that the rank gives away, in ascending order; ``bounds`` and ``needs``: as if
+    these were all.
+    """
+
+    strips: tuple[tuple[Interval, ...], ...]
+    bounds: Bounds
+    needs: Needs
+
+
+@lru_cache(maxsize=4096)
+def plan_edges(bounds: Bounds, needs: Needs) -> EdgePlan:
+    """The exchange of ``needs``, none of which is of the rank's own rows, without the rows that stay."""
+    moving: list[list[int]] = []
+    for lo, hi in sorted({interval for intervals in needs for interval in intervals if interval != EMPTY}):
+        if moving and lo <= moving[-1][1]:
+            moving[-1][1] = max(moving[-1][1], hi)
+        else:
+            moving.append([lo, hi])
+
+    def number(row: int) -> int:
+        return sum(min(max(row - lo, 0), hi - lo) for lo, hi in moving)
+
+    strips = tuple(
+        tuple((max(lo, a) - a, min(hi, b) - a) for lo, hi in moving if max(lo, a) < min(hi, b))
+        for a, b in pairwise(bounds)
+    )
+    renumbered = tuple(tuple((number(lo), number(hi)) for lo, hi in intervals) for intervals in needs)
+    return EdgePlan(strips, tuple(map(number, bounds)), renumbered)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``start:stop`` of one of the asked intervals, counted from that interval's first row."""
+
+    interval: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """One rank's share of an exchange; at most one message from each rank to each other rank.
+
+    ``sends``: (peer, intervals of local rows); ``recvs``: (peer, parts in the order they are sent);
+    ``own``: (local rows, part) for what the rank already holds; ``rows``: rows of each interval.
+    """
+
+    sends: tuple[tuple[int, tuple[Interval, ...]], ...]
+    recvs: tuple[tuple[int, tuple[Part, ...]], ...]
+    own: tuple[tuple[Interval, Part], ...]
+    rows: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def plan_transfer(bounds: Bounds, needs: Needs, rank: int) -> TransferPlan:
+    """Who sends what to whom so that every rank gets the intervals of rows it needs."""
+    sends = []
+    for peer, intervals in enumerate(needs):
+        local = [piece for piece, _ in _cut(intervals, bounds[rank], bounds[rank + 1])]
+        if peer != rank and local:
+            sends.append((peer, tuple(local)))
+    recvs = []
+    for peer in range(len(bounds) - 1):
+        parts = [part for _, part in _cut(needs[rank], bounds[peer], bounds[peer + 1])]
+        if peer != rank and parts:
+            recvs.append((peer, tuple(parts)))
+    own = _cut(needs[rank], bounds[rank], bounds[rank + 1])
+    return TransferPlan(tuple(sends), tuple(recvs), tuple(own), tuple(hi - lo for lo, hi in needs[rank]))
+
+
+def _cut(intervals: Sequence[Interval], lo: int, hi: int) -> list[tuple[Interval, Part]]:
+    """The parts of the intervals that an owner of rows [lo, hi) holds, with their local rows."""
+    cut = []
+    for index, (start, stop) in enumerate(intervals):
+        a, b = max(start, lo), min(stop, hi)
+        if a < b:
+            cut.append(((a - lo, b - lo), Part(index, a - start, b - start)))
+    return cut

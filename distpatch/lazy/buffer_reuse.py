@@ -1,0 +1,95 @@
+"""Who holds the memory of rows, and which tensors wait for rows to be read: what may be overwritten, and when."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distpatch.torch_utils.private import storage_uses
+
+
+class Rows(Protocol):
+    """What is asked of a ``Recipe`` here (lazy/recipe.py)."""
+
+    value: Tensor | None
+    format: torch.memory_format
+    owner: Callable[[], Any]
+
+    @property
+    def is_wanted(self) -> bool: ...
+    def leaves(self) -> list[Any]: ...
+
+
+class _Pending(threading.local):
+    def __init__(self) -> None:
+        self.rows: weakref.WeakSet[Rows] = weakref.WeakSet()
+
+
+_pending = _Pending()
+
+
+def nobody() -> None:
+    return None
+
+
+def own(rows: Rows, owner: Any) -> None:
+    """Note which tensor stands for these rows; it is known here until they are computed."""
+    rows.owner = weakref.ref(owner)
+    if rows.value is None:
+        _pending.rows.add(rows)
+
+
+def forget(rows: Rows) -> None:
+    """They are computed."""
+    _pending.rows.discard(rows)
+
+
+def waiting() -> list[Rows]:
+    """The rows of tensors that are alive, and not computed yet."""
+    return [rows for rows in list(_pending.rows) if rows.value is None and rows.is_wanted]
+
+
+def anything_waits() -> bool:
+    return len(_pending.rows) > 0
+
+
+def settle(rows: Tensor) -> None:
+    """Compute what is to be made of these rows, before they are written to."""
+    memory = rows.untyped_storage()._cdata
+    for other in waiting():
+        if any(leaf.value.untyped_storage()._cdata == memory for leaf in other.leaves()):
+            owner = other.owner()
+            if owner is not None:
+                owner.local  # noqa: B018  computes them
+
+
+def holds_alone(leaf: Rows) -> bool:
+    """Whether nobody but this leaf holds its rows, nor any of their memory: by the counts of their references."""
+    value = leaf.value
+    assert value is not None
+    storage = value.untyped_storage()
+    if value.numel() * value.element_size() != storage.nbytes() or not value.is_contiguous(memory_format=leaf.format):
+        return False
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # nobody may write to it
+    del value, storage
+    return _references(leaf) == _ALONE
+
+
+def _references(leaf: Any) -> tuple[int, int]:
+    value = leaf.value
+    return sys.getrefcount(value), storage_uses(value.untyped_storage()._cdata)
+
+
+class _Leaf:
+    def __init__(self) -> None:
+        self.value = torch.empty(1)
+
+
+_ALONE = _references(_Leaf())  # as this Python and this torch count

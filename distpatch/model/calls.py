@@ -1,0 +1,223 @@
+"""One call of a converted model: what enters it, what leaves it, and what is kept until the next."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distpatch.errors import DistPatchError, LayoutError
+from distpatch.lazy.buffer_reuse import waiting
+from distpatch.model.arguments import is_image, problem_of, signature_of
+from distpatch.model.compile_ops import enter
+from distpatch.rules.shapes.block_layout import in_order
+from distpatch.tensor.patch_tensor import PatchTensor, handed_back, on_rank0, whole
+from distpatch.tensor.region import Region
+from distpatch.tensor.user_classes import kind_of
+from distpatch.torch_utils.tree import give_back, map_tensors, tensors_in
+
+
+class Thread(threading.local):
+    def __init__(self) -> None:
+        self.inside = False  # the sharded computation
+
+    @contextmanager
+    def as_if(self, *, inside: bool) -> Iterator[None]:
+        before, self.inside = self.inside, inside
+        try:
+            yield
+        finally:
+            self.inside = before
+
+
+@dataclass
+class Conversion:
+    """What was done to a model, and what is needed to undo it."""
+
+    region: Region
+    dim: int
+    output: str
+    tiled: bool = False
+    steps: Any = None  # the displaced context that is open (diffusion/displaced.py)
+    before: dict[str, Any] = field(default_factory=dict)
+    thread: Thread = field(default_factory=Thread)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DistPatchError(
+            "a converted model can be neither copied (copy.deepcopy) nor pickled: its entry points are tied to this "
+            "model and its group. Copy it before it is converted, or after distpatch.restore_model; its state dict "
+            "can be saved at any time."
+        )
+
+
+class Call:
+    """The arguments of one call, on their way in and out."""
+
+    def __init__(self, what: str, state: Conversion, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.what, self.state, self.model, self.arguments = what, state, model, (args, kwargs)
+        self.given = list(tensors_in(self.arguments))
+        self.images = [t for t in self.given if is_image(t)]
+        kinds = (t.region.kind if isinstance(t, PatchTensor) else kind_of(t) for t in self.images)
+        self.kind = next((kind for kind in kinds if kind is not None), None)
+        self.versions = [None if t.is_inference() else t._version for t in self.images]
+        self.left: dict[int, tuple[Tensor, Any]] = {}
+        self.made: list[tuple[Any, Any]] = []
+
+    @property
+    def problem(self) -> str | None:
+        return problem_of(self.what, self.arguments, self.given, self.state.dim, self.state.region.comm)
+
+    @property
+    def signature(self) -> str:
+        return signature_of(self.given)
+
+    def enter(self, region: Region) -> Any:
+        """The arguments with images sharded. Containers that hold any are copied."""
+        self.region = replace(
+            region, kind=self.kind, buffers=frozenset(id(buffer) for *_, buffer in _buffers(self.model))
+        )
+        self.made = []
+        return map_tensors(self._sharded, self.arguments, self._pulled, made=self.made)
+
+    def _sharded(self, tensor: Tensor) -> Tensor:
+        return enter(tensor, self.state.dim, self.region) if is_image(tensor) else tensor
+
+    def _pulled(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """A generator that is an argument: what it yields enters as the model asks for it."""
+        for number in itertools.count(1):
+            with self.state.thread.as_if(inside=False):  # it may call a converted model itself
+                try:
+                    value = next(iterator)
+                except StopIteration:
+                    return
+            given = list(tensors_in(value))
+            if any(map(is_image, given)):
+                self.region.comm.enter(f"{self.what}, value {number} of an iterator", signature_of(given))
+            yield map_tensors(self._sharded, value)
+
+    def leave(self, result: Any) -> Any:
+        """What the caller gets, in the result and in the arguments' containers; buffers are plain again."""
+        self.left.clear()
+        self.mine = {id(t) for t in self.given}
+        if self.kind is not None:
+            self.mine.update(map(id, itertools.chain(self.model.parameters(), self.model.buffers())))
+        result = map_tensors(self._leave, result, self._streamed)
+        self._give_back()
+        for buffers, key, buffer in sharded_buffers(self.model):
+            buffers[key] = self._leave(buffer) if self.state.output == "gather" else handed_back(buffer)
+        for rows in waiting():  # in a cache: what they are made of may change
+            if (owner := rows.owner()) is not None:
+                owner.local  # noqa: B018
+        self.left.clear()
+        return result
+
+    def _give_back(self) -> None:
+        """What the model wrote to images and containers of the caller's is written there."""
+        entered = {id(old): new for old, new in self.made}
+        for image, version in zip(self.images, self.versions):
+            if not isinstance(image, PatchTensor) and version is not None and image._version != version:
+                image.data.copy_(whole(entered[id(image)]))  # of which the model wrote to this rank's rows
+        if any(not isinstance(value, Tensor) for value in (*self.arguments[0], *self.arguments[1].values())):
+            give_back(self.made)
+            map_tensors(self._leave, self.arguments, in_place=True)
+
+    def _leave(self, tensor: Tensor) -> Any:
+        if id(tensor) in self.mine:
+            return tensor
+        if id(tensor) not in self.left:
+            left = leave(tensor, self.state)
+            if self.kind is not None and type(left) is Tensor and not isinstance(tensor, PatchTensor):
+                left = self.kind.of(left)  # a mean over rows, say
+            self.left[id(tensor)] = tensor, left
+        return self.left[id(tensor)][1]
+
+    def _streamed(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """A generator that is a result: each value is made inside a call of its own, and leaves it."""
+        sent, signature = None, self.signature
+        try:
+            for number in itertools.count(1):
+                with inside(self.state, f"{self.what}, value {number}", signature):
+                    try:
+                        value = next(iterator) if sent is None else iterator.send(sent)  # type: ignore[attr-defined]
+                    except StopIteration as end:
+                        return self.leave(end.value)
+                    value = self.leave(value)
+                sent = yield value
+        finally:
+            if hasattr(iterator, "close"):
+                with self.state.thread.as_if(inside=True):
+                    iterator.close()
+
+
+@contextmanager
+def inside(
+    state: Conversion,
+    what: str,
+    signature: str,
+    problem: str | None = None,
+    steps: Any = None,
+    given: Any = None,
+) -> Iterator[None]:
+    """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait."""
+    if state.thread.inside:
+        yield
+        return
+    comm = state.region.comm
+    answers = comm.enter(what, signature, None if steps is None else steps.payload(given))
+    if problem:
+        raise LayoutError(problem)
+    with state.thread.as_if(inside=True):
+        try:
+            if steps is not None:
+                steps.begin(signature, answers)
+            yield
+        except BaseException as error:
+            comm.leave_broken(f"raised {type(error).__name__}: {error}")
+            raise
+
+
+def leave(tensor: Tensor, state: Conversion) -> Any:
+    """A tensor of a result, as the caller wants it."""
+    if not isinstance(tensor, PatchTensor):
+        return whole(tensor)
+    if torch.compiler.is_dynamo_compiling() and state.output != "shard":
+        whole_output = torch.ops.distpatch.gather(tensor, "output")
+        return whole_output if state.output == "gather" or state.region.comm.rank == 0 else None
+    comm, kind = tensor.region.comm, tensor.region.kind
+    if state.output == "gather":
+        one = comm.size == 1  # then the rows are all of it, and nobody else's: no copy
+        gathered = tensor.local if one else whole(tensor, "output")
+        return gathered if kind is None else kind.of(gathered)
+    ordered = in_order(tensor)
+    assert isinstance(ordered, PatchTensor)
+    ordered.local  # noqa: B018  nothing waits for a model that has returned
+    if state.output == "shard":
+        ordered.region = ordered.region.handed_out
+        return ordered
+    first = on_rank0(ordered, "output")
+    return first if first is None or kind is None else kind.of(first)
+
+
+def sharded_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, PatchTensor]]:
+    """In which dict, by which name, each registered buffer that has become sharded; in the same order on all ranks."""
+    return [found for found in _buffers(model) if isinstance(found[2], PatchTensor)]
+
+
+def _buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """Every buffer of every module. Twice a call: ``model.buffers()`` takes milliseconds of a large model."""
+    modules: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    found: list[tuple[dict[str, Any], str, Any]] = []
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in modules:
+            modules[module] = None
+            waiting += module._modules.values()
+            found += [(module._buffers, key, buffer) for key, buffer in module._buffers.items()]
+    return found

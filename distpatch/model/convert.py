@@ -1,0 +1,243 @@
+"""``convert_model``: the calls of a model enter and leave the sharded computation; nothing else changes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from distpatch import rules as _rules
+from distpatch.comm import devices
+from distpatch.comm.collectives import in_one_thread, spread_all
+from distpatch.comm.communicator import Communicator, Group, Pretended, communicator
+from distpatch.comm.dtensors import is_dtensor, same_part
+from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
+from distpatch.model.arguments import is_image, problem_of, signature_of
+from distpatch.model.calls import Call, Conversion, inside, leave, sharded_buffers
+from distpatch.model.compile_ops import enter_compiled, meet
+from distpatch.model.known_torch_bugs import warn_of_known_faults
+from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.region import Region
+from distpatch.torch_utils.tree import map_tensors, tensors_in
+
+__all__ = ["convert_model", "is_converted", "is_image"]
+assert _rules  # imported for the table of rules
+
+M = TypeVar("M", bound=nn.Module)
+
+ENTRY_POINTS = ("forward", "encode", "decode")
+STATE = "_distpatch"
+_ABSENT = object()
+SAMPLED = 1 << 16  # elements of each parameter that the ranks compare when a model is converted
+
+
+def convert_model(
+    model: M,
+    group: Group = None,
+    *,
+    splits: int | str = "auto",
+    sequential: bool = True,
+    dim: int = -2,
+    output: str = "gather",
+    fallback: str = "warn",
+    tiled: bool = False,
+    min_numel: int = 0,
+    workspace_bytes: int | None = None,
+    lazy: bool = True,
+) -> M:
+    """Make a model run on all ranks of a group, each computing its rows of every activation.
+
+    The model's ``forward`` and, where it has them, ``encode`` and ``decode`` are wrapped on the
+    instance: image-like tensor arguments (floating point, at least 4 dims) are sharded along ``dim``,
+    everything else is replicated, and results are gathered. Class, submodules, parameters, hooks and
+    state dict stay; ``restore_model`` undoes it. Every rank of the group calls this, with the same model.
+
+    ``group``: a ProcessGroup, a 1-D DeviceMesh, or None for this device alone. ``splits``: patches that
+    each rank's rows are convolved in, one after the other (``sequential``) or folded into the batch, where its
+    rows of the input have at least ``min_numel`` elements; "auto": as few as keep the input and output of each
+    call together under ``workspace_bytes`` (by default 8 MiB on CPUs, which is also faster; else 256 MiB). With
+    ``lazy`` (and without gradients) norms, activations, resizes and the like are computed for a patch at a
+    time, when a convolution reads them, and never exist as a whole. ``output``: "gather" (plain, on every
+    rank), "shard" (a PatchTensor) or "rank0" (plain on the group's rank 0, None elsewhere). ``fallback``: what
+    an operation without a sharded rule does: "warn" (gather, and say so once), "allow" or "error". ``tiled``:
+    allow a model that is set to work in tiles (``use_tiling``): each tile is then cut out of the sharded image,
+    as on one device, with its seams.
+
+    The converted model, or an entry point of it, can be compiled with ``torch.compile(..., fullgraph=True)``;
+    each shape of the arguments has a graph of its own, in which the ranks meet as in a plain call.
+
+    Returns the model. Raises ``DistPatchError`` where it is converted already, ``RankError`` where a rank
+    is missing, is no member, or has other weights or options, ``ValueError`` for an option out of range.
+    """
+    _check_options(model, splits, dim, output, fallback)
+    if min_numel < 0 or (workspace_bytes is not None and workspace_bytes < 1):
+        raise ValueError(f"min_numel and workspace_bytes are positive; got {min_numel} and {workspace_bytes}")
+    if problem := _tiles(model, tiled):
+        raise LayoutError(problem)
+    warn_of_known_faults(model)
+    comm = communicator(group, devices.of_model(model))
+    if comm.size > 1 and not isinstance(comm, Pretended):
+        comm.agree("convert_model", _identity(model, comm, splits, sequential, dim, output, fallback))
+    region = Region(
+        comm,
+        splits,
+        sequential,
+        fallback,
+        min_numel,
+        workspace_bytes,
+        lazy,
+        conversion=object(),
+    )
+    state = Conversion(region, dim, output, tiled)
+    wrappers = {
+        name: _entry(getattr(model, name), name, state, model)
+        for name in ENTRY_POINTS
+        if callable(getattr(model, name, None))
+    }
+    model.__dict__[STATE] = state
+    for name, wrapper in wrappers.items():
+        state.before[name] = model.__dict__.get(name, _ABSENT)
+        model.__dict__[name] = wrapper
+    return model
+
+
+def unwrap(model: nn.Module) -> None:
+    """Give a model its own entry points back."""
+    state = model.__dict__.pop(STATE)
+    for name, before in state.before.items():
+        if before is _ABSENT:
+            del model.__dict__[name]
+        else:
+            model.__dict__[name] = before
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether ``convert_model`` was called on it, and not undone."""
+    return STATE in model.__dict__
+
+
+def _check_options(model: nn.Module, splits: int | str, dim: int, output: str, fallback: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert_model takes an nn.Module, got {type(model).__name__}")
+    if is_converted(model):
+        raise DistPatchError(f"this {type(model).__name__} is converted already; call distpatch.restore_model first")
+    if splits != "auto" and not (isinstance(splits, int) and splits >= 1):
+        raise ValueError(f'splits is a number of at least 1, or "auto"; got {splits!r}')
+    if not isinstance(dim, int):
+        raise ValueError(f"dim is a number, got {dim!r}")
+    for name, value, choices in (
+        ("output", output, ("gather", "shard", "rank0")),
+        ("fallback", fallback, ("warn", "allow", "error")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} is one of {choices}; got {value!r}")
+
+
+def _tiles(model: Any, allowed: bool) -> str | None:
+    """Why a model that is set to cut its input into tiles is not sharded, or None."""
+    if allowed or not getattr(model, "use_tiling", False):
+        return None
+    return (
+        f"{type(model).__name__} is set to work in tiles, which are not exact, and of which only some ranks would have "
+        "rows. The ranks take the place of tiles: call disable_tiling() on the model, or pass tiled=True where it "
+        "cannot do without them."
+    )
+
+
+def _identity(model: nn.Module, comm: Communicator, *options: Any) -> str:
+    """What must be the same on all ranks: class, options, parameter shapes, and a sample of their bits.
+
+    Ranks that built a model from different seeds would each compute rows of another picture. Of a DTensor (FSDP2)
+    ranks of its own mesh hold parts, which differ.
+    """
+    digest = hashlib.sha256()
+    sums = []
+    for name, held in model.state_dict().items():
+        if not isinstance(held, Tensor):
+            continue
+        digest.update(f"{name} {tuple(held.shape)} {held.dtype}".encode())
+        tensor = same_part(held, comm) if is_dtensor(held) else held
+        if tensor is None:
+            continue
+        if tensor.device.type != "meta" and tensor.numel() and not isinstance(tensor, PatchTensor):
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(flat.numel() // SAMPLED, 1)].contiguous().view(torch.uint8)
+            weights = torch.arange(sample.numel(), device=sample.device) % 251 + 1
+            sums.append((sample * weights).sum().cpu())
+    if sums:
+        digest.update(str(torch.stack(sums).tolist()).encode())
+    return f"{type(model).__name__} with options {options}, state {digest.hexdigest()[:16]}"
+
+
+def _entry(function: Callable[..., Any], name: str, state: Conversion, model: nn.Module) -> Callable[..., Any]:
+    """The wrapper of one entry point. Calls from inside the sharded computation pass straight through."""
+    what = f"{type(model).__name__}.{name}"
+
+    @functools.wraps(function)
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        if state.thread.inside:
+            return function(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return _compiled(function, what, state, model, args, kwargs)
+        call = Call(what, state, model, args, kwargs)
+        steps = state.steps if name == "forward" else None
+        problem = _tiles(model, state.tiled) or call.problem
+        if steps is not None:
+            problem = problem or steps.problem(what)
+
+        def run() -> Any:
+            sharded = call.enter(_region(state, model))
+            return function(*sharded[0], **sharded[1])
+
+        with inside(state, what, problem or call.signature, problem, steps, (args, kwargs)):
+            return call.leave(run() if steps is None else steps.step(run))
+
+    return entry
+
+
+def _compiled(
+    function: Callable[..., Any], what: str, state: Conversion, model: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    """As ``entry``, in a form that torch.compile can trace; the ranks meet whenever the graph runs."""
+    region = state.region
+    given = list(tensors_in((args, kwargs)))
+    problem = _tiles(model, state.tiled) or problem_of(what, (args, kwargs), given, state.dim, region.comm)
+    if state.steps is not None:
+        problem = f"{what}: a compiled call is never a displaced step: compile the modules inside the model instead"
+    if problem:
+        raise LayoutError(problem)
+    meet(region.comm.name, what, signature_of(given))
+    state.thread.inside = True
+    sharded = map_tensors(lambda t: enter_compiled(t, state.dim, region) if is_image(t) else t, (args, kwargs))
+    result = function(*sharded[0], **sharded[1])
+    state.thread.inside = False
+    for buffers, key, buffer in sharded_buffers(model):
+        buffers[key] = whole(buffer)
+    return map_tensors(lambda t: leave(t, state), result)
+
+
+def _region(state: Conversion, model: Any) -> Region:
+    """The region of one call: where gradients are wanted, with stand-ins for the model's parameters.
+
+    Those that FSDP2 keeps in parts are plain ones only inside the modules that gather them, and are spread there.
+    """
+    name = state.region.comm.name
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedOpError(
+            f"{type(model).__name__} is converted, and torch.func (grad, vjp, jvp, jacrev, hessian, vmap) has no rules "
+            "for what moves between ranks: use torch.autograd.grad(create_graph=True), or torch.autograd.functional "
+            "(vjp, jvp, hvp, vhp, jacobian, hessian)"
+        )
+    if not (name and torch.is_grad_enabled() and isinstance(model, nn.Module)):
+        return state.region
+    parameters = [p for p in model.parameters() if p.requires_grad and not is_dtensor(p)]
+    if parameters:
+        in_one_thread(parameters[0].device)
+    stand_ins = spread_all(parameters, name) if parameters else []
+    pairs = zip(parameters, stand_ins, strict=True)
+    return replace(state.region, replicas={id(parameter): (parameter, other) for parameter, other in pairs})

@@ -1,0 +1,280 @@
+"""``plan``: a model run on fake tensors as any rank of any group, by the same rules as a real one."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+
+from distpatch.comm.communicator import Pretended
+from distpatch.errors import DistPatchError, UnsupportedOpError
+from distpatch.layout.rows import even_bounds
+from distpatch.model.convert import convert_model, is_converted
+from distpatch.model.restore import restore_model
+from distpatch.planning.hardware import Device, Link, device_named, link_named
+from distpatch.planning.rank_report import RankPlan
+from distpatch.planning.report import Plan
+from distpatch.profiling.op_costs import Meter, briefly
+from distpatch.profiling.trace import trace
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.chunk_sizes import planned_as
+from distpatch.torch_utils.tree import map_tensors, tensors_in
+
+FEW_RANKS = 4  # all of which are run
+MOST_RANKS = 1 << 16
+FAKES_ARE_ON = "cpu"  # which every build of torch has
+
+
+def plan(
+    model: nn.Module,
+    *args: Any,
+    world_size: int = 8,
+    method: str | None = None,
+    device: Device | str = "H100",
+    link: Link | str | None = None,
+    ranks: Sequence[int] | None = None,
+    backward: bool = False,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """What ``model(*args, **kwargs)`` would need and do on each of ``world_size`` ranks; nothing is computed.
+
+    >>> print(distpatch.plan(vae, torch.empty(1, 4, 1024, 1024, device="meta"), method="decode").table())
+
+    The rules run on fake tensors, for a group that does not exist. The model and the arguments may be real or on
+    the meta device, and are left as they are; of tensors only shapes, dtypes and strides are read.
+
+    ``method``: the entry point that is called ("decode", "encode"; None: the model itself). ``device``: whose
+    rates make the estimate of time: "H100" and others of ``distpatch.costs.DEVICES``, a ``Device`` such as
+    ``distpatch.calibrate`` measures, or "cpu" for no estimate. ``link``: of ``distpatch.costs.LINKS``; None is
+    the device's own, or InfiniBand where there are more than 8 ranks. ``ranks``: those that are run; None is the
+    first, the last, and one of each height between (up to 4 ranks: all). ``backward``: also the backward pass of
+    the sum of the results. ``options``: those of ``convert_model`` (splits, output, dim, ...). Without
+    ``backward`` it is inference.
+
+    Patches, parts and kernels are those of the kind of ``device`` (``Plan.rules_of``), whatever this machine and
+    this build of torch have: the fake tensors are all on the CPU, and the rules are told what to choose for. What
+    the model itself decides by a tensor's device, and autocast for "cuda", is not seen. Raises
+    ``UnsupportedOpError`` where the model asks for the value of a tensor, ``DistPatchError`` where it is
+    converted already or cannot be copied, ``ValueError`` for an option out of range.
+    """
+    subject = Subject(model, args, kwargs, method=method, device=device, backward=backward, options=options)
+    return subject.plan(world_size, link=link, ranks=ranks)
+
+
+def smallest_plan(
+    model: nn.Module,
+    *args: Any,
+    memory_bytes: float | None = None,
+    most: int = 1024,
+    method: str | None = None,
+    device: Device | str = "H100",
+    link: Link | str | None = None,
+    backward: bool = False,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Plan | None:
+    """The plan for the fewest ranks of which each needs at most ``memory_bytes`` (None: the device's memory).
+
+    Arguments as those of ``plan``. None where not even ``most`` ranks do. Taken to be true, and not checked: more
+    ranks never need more memory each.
+    """
+    subject = Subject(model, args, kwargs, method=method, device=device, backward=backward, options=options)
+    if memory_bytes is None and subject.device is None:
+        raise ValueError("smallest_plan: say how many bytes a rank has (memory_bytes), or name a device")
+
+    def fits(size: int) -> bool:  # judged by the rank that has neighbours on both sides
+        return subject.plan(size, link=link, ranks=[min(1, size - 1)]).fits(memory_bytes)
+
+    low, high = 0, 1
+    while not fits(high):
+        if high >= most:
+            return None
+        low, high = high, min(2 * high, most)
+    while high - low > 1:  # low does not fit, high does
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    for size in range(high, most + 1):
+        if (found := subject.plan(size, link=link)).fits(memory_bytes):
+            return found
+    return None
+
+
+SHORT_WAY = {torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
+
+
+class Faking(FakeTensorMode):
+    """Fake tensors, of which views are made in a short way: a third of a plan is that, and torch takes long for each.
+
+    And it gives a view other strides, in dims of size 1, than real tensors get.
+    """
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SHORT_WAY and type(args[0]) is FakeTensor and args[0].fake_mode is self:
+            with in_kernel_invocation_manager(self):
+                rows = func(*args, **(kwargs or {}))
+            return FakeTensor(self, rows, args[0].fake_device)
+        return super().dispatch(func, types, args, kwargs)
+
+
+class Subject:
+    """A fake copy of a model and its arguments, to be run as any rank of a group of any size."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        method: str | None,
+        device: Device | str,
+        backward: bool,
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"plan takes an nn.Module, got {type(model).__name__}")
+        if is_converted(model):
+            raise DistPatchError(f"plan: this {type(model).__name__} is converted; call distpatch.restore_model first")
+        self.name, self.method = type(model).__name__, method or "forward"
+        if not callable(getattr(model, self.method, None)):
+            raise ValueError(f"plan: {self.name} has no method {self.method!r}")
+        self.device, self.backward = device_named(device), backward
+        self.options = {"fallback": "allow", **(options or {})}
+        self.kind = "cpu" if self.device is None else self.device.kind
+        given = [*model.parameters(), *model.buffers(), *tensors_in((args, kwargs))]
+        self.mode = detect_fake_mode([t for t in given if isinstance(t, FakeTensor)]) or Faking()
+        self.model = self._copy(model)
+        self.args, self.kwargs = map_tensors(self._fake, (args, kwargs))
+        images = [t for t in tensors_in((self.args, self.kwargs)) if t.is_floating_point() and t.ndim >= 4]
+        self.image_shapes = tuple(tuple(t.shape) for t in images)
+        dim = self.options.get("dim", -2)
+        self.rows = images[0].shape[dim] if images else 0
+
+    def plan(self, world_size: int, *, link: Link | str | None = None, ranks: Sequence[int] | None = None) -> Plan:
+        """``ranks``: those that are run; the others are taken to do what one of these of their kind does."""
+        if not 1 <= world_size <= MOST_RANKS:
+            raise ValueError(f"world_size is a number from 1 to {MOST_RANKS}; got {world_size}")
+        known_link = link_named(link, self.device, world_size)
+        bounds = even_bounds(self.rows, world_size)
+        heights = [b - a for a, b in pairwise(bounds)]
+        runs = tuple(
+            self._run(rank, world_size, heights[rank], stands_for)
+            for rank, stands_for in sorted(_representatives(heights, ranks).items())
+        )
+        return Plan(
+            model=self.name,
+            method=self.method,
+            world_size=world_size,
+            shapes=self.image_shapes,
+            parameter_bytes=_size_bytes(self.model.parameters()),
+            buffer_bytes=_size_bytes(self.model.buffers()),
+            input_bytes=_size_bytes(tensors_in((self.args, self.kwargs))),
+            ranks=runs,
+            device=self.device,
+            link=known_link,
+            rules_of=self.kind,
+        )
+
+    def _run(self, rank: int, world_size: int, rows: int, stands_for: int) -> RankPlan:
+        group = Pretended(rank, world_size)
+        with self.mode, torch.set_grad_enabled(self.backward), self._converted(group), _values_named(self.name):
+            with planned_as(self.kind), trace() as seen, Meter() as meter, briefly():
+                call: Callable[..., Any] = self.model if self.method == "forward" else getattr(self.model, self.method)
+                if self.backward:
+                    _sum(call(*self.args, **self.kwargs)).backward()  # the result is not kept
+                else:
+                    call(*self.args, **self.kwargs)
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        return RankPlan(rank, rows, stands_for, meter.peak_bytes, meter.peak_op, meter.kernels, meter.calls, seen)
+
+    @contextmanager
+    def _converted(self, group: Pretended) -> Iterator[None]:
+        convert_model(self.model, group, **self.options)
+        try:
+            yield
+        finally:
+            restore_model(self.model)
+
+    def _copy(self, model: nn.Module) -> nn.Module:
+        """The model with fake parameters and buffers; nothing of it is shared with the one given."""
+        held = [*model.parameters(), *model.buffers()]
+        memo: dict[int, Any] = {id(tensor): self._fake(tensor) for tensor in held}
+        try:
+            with FakeCopyMode(self.mode):
+                return copy.deepcopy(model, memo)
+        except DistPatchError:
+            raise
+        except Exception as error:
+            raise DistPatchError(
+                f"plan: {self.name} cannot be copied ({type(error).__name__}: {error}); remove the attribute or hook "
+                "that forbids it, or plan a model built under torch.device('meta')"
+            ) from error
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, PatchTensor):
+            raise ValueError("plan: arguments are plain tensors, of the whole image; it shards them itself")
+        with self.mode, torch.no_grad():
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=FAKES_ARE_ON)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)
+
+
+def _representatives(heights: Sequence[int], ranks: Sequence[int] | None) -> dict[int, int]:
+    """Ranks to run, each with how many it stands for: its kind is its height, and whether it is at an edge."""
+    size = len(heights)
+    kinds = [(rank == 0, rank == size - 1, height) for rank, height in enumerate(heights)]
+    if ranks is None and size <= FEW_RANKS:
+        ranks = range(size)
+    elif ranks is None:
+        ranks = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    chosen = sorted({rank if rank >= 0 else rank + size for rank in ranks})
+    if not chosen or not 0 <= chosen[0] <= chosen[-1] < size:
+        raise ValueError(f"ranks are numbers from 0 to {size - 1}, at least one; got {list(ranks)}")
+    known = {kinds[rank]: rank for rank in chosen}
+    return dict(
+        Counter(
+            rank if rank in chosen else known.get(kinds[rank], min(chosen, key=lambda other: abs(other - rank)))
+            for rank in range(size)
+        )
+    )
+
+
+def _sum(result: Any) -> Tensor:
+    outputs = [t for t in tensors_in(result) if t.requires_grad]
+    if not outputs:
+        raise ValueError("plan: backward=True, but no result depends on a tensor that requires a gradient")
+    return torch.stack([t.sum() for t in outputs]).sum() if len(outputs) > 1 else outputs[0].sum()
+
+
+@contextmanager
+def _values_named(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UnsupportedOpError(
+            f"plan: {model} asks for the value of a tensor ({error}), and fake tensors have none. Give it as a number "
+            "of Python, or plan the part of the model after it."
+        ) from error
+
+
+def _size_bytes(tensors: Iterator[Tensor]) -> int:
+    """Bytes of memory, each once, however many tensors see it."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

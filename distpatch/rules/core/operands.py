@@ -1,0 +1,300 @@
+"""Operands of a rule: wrapped, replicated, brought to the same rows, put in another layout."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.comm import collectives
+from distpatch.comm.dtensors import is_dtensor, refusal
+from distpatch.comm.row_exchange import fetch_rows
+from distpatch.errors import LayoutError, UnsupportedOpError
+from distpatch.layout.rows import BlockLayout, Needs, RowLayout, even_bounds
+from distpatch.lazy import recipe as lazy
+from distpatch.lazy.recipe import Recipe
+from distpatch.rules.core.registry import none_of, nth
+from distpatch.tensor.patch_tensor import PatchTensor, shard_in, whole
+from distpatch.torch_utils import memory_format
+from distpatch.torch_utils.memory_format import Order
+from distpatch.torch_utils.op_names import op_name
+from distpatch.torch_utils.tree import map_tensors
+
+
+def kept(x: PatchTensor, local: Any, dims: Sequence[int], keepdim: bool) -> Any:
+    """The sharded dim stays; it moves forward by the dims that go before it."""
+    gone = 0 if keepdim else sum(d < x.rows.dim for d in dims)
+    layout = x.rows.with_dim(x.rows.dim - gone)
+    return map_tensors(lambda t: wrap(t, x, layout), local)
+
+
+def never_empty(x: PatchTensor, fill: Any) -> Tensor:
+    """The local rows; where there are none one of ``fill``, which stays in the autograd graph."""
+    local, row = x.local, x.rows.dim
+    if local.shape[row] > 0 or x.rows.size == 0:
+        return local
+    blank = local.new_full([1 if d == row else n for d, n in enumerate(local.shape)], fill)
+    return torch.cat([local, blank], row)
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """In what partial results are kept: fp32 for half precision."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
+def autocast(x: PatchTensor, probe: Callable[[Tensor], Tensor]) -> PatchTensor:
+    """The tensor in the dtype that autocast runs this function in, found by trying one element."""
+    if not x.dtype.is_floating_point or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return wrap(x.local.to(probe(x.local.new_zeros(1)).dtype), x)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
+    """A PatchTensor of the same region; of the same layout where none is given."""
+    result = PatchTensor(local, layout or like.rows, like.region)
+    if like.cut and isinstance(local, Tensor) and shares_memory(local, like.local):
+        result.cut = like.cut
+    return result
+
+
+def may_wait(x: PatchTensor, size_bytes: int | None = None) -> bool:
+    """Whether what is made of ``x``, of so many bytes on this rank, may be computed when it is asked for."""
+    if not x.region.lazy or torch.is_grad_enabled():
+        return False
+    known = x.known
+    if size_bytes is None:
+        size_bytes = known.shape.numel() * known.dtype.itemsize
+    return (
+        size_bytes >= lazy.LEAST_BYTES
+        and type(x) is PatchTensor
+        and known.dtype.is_floating_point
+        and x.strides is None
+        and not x.cut
+        and known.shape.numel() > 0
+        and known.device.type != "meta"
+        and not torch.is_autocast_enabled(known.device.type)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def settled(x: PatchTensor) -> PatchTensor:
+    """Rows that are dear to compute, or keep more alive than they are, are computed at their next consumer."""
+    if x.waits and (x.recipe.heavy or x.recipe.consumers or x.recipe.held_bytes > x.recipe.size_bytes):
+        x.local  # noqa: B018
+    return x
+
+
+def shares_memory(local: Tensor, other: Tensor) -> bool:
+    """Whether it sees what is written to the other."""
+    if torch.compiler.is_compiling():
+        return True
+    return local is other or local.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def spread(tensor: Tensor, like: PatchTensor) -> Tensor:
+    """A replicated tensor (or all of a sharded one) about to meet rows: its gradient will be summed over ranks."""
+    tensor = whole(tensor)
+    if type(tensor) not in _PLAIN and is_dtensor(tensor):
+        raise UnsupportedOpError(refusal(tensor))
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        known = like.region.replicas.get(id(tensor))
+        if known is not None and known[0] is tensor:
+            return known[1]
+    return collectives.spread(tensor, like.region.comm.name)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def sum_ranks(partial: Tensor, like: PatchTensor, func: Any) -> Tensor:
+    return collectives.sum_partials(partial, like.region.comm.name, op_name(func))
+
+
+def fetch(x: PatchTensor, needs: Needs, func: Any, channels_last: bool = False) -> list[Tensor]:
+    """The intervals of global rows that each rank needs; gradients return and are added."""
+    rows, name = x.rows, x.region.comm.name
+    return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), channels_last)
+
+
+def opened(x: PatchTensor) -> PatchTensor:
+    """A ``BlockTensor`` with the dim of its blocks in front of its rows again, a view; others as they are."""
+    layout = x.rows
+    if not isinstance(layout, BlockLayout):
+        return x
+    sizes = (layout.blocks, x.local.shape[layout.dim] // layout.blocks)
+    return wrap(x.local.unflatten(layout.dim, sizes), x, layout.opened)
+
+
+def everything(x: PatchTensor, func: Any) -> Tensor:
+    """All rows in order, to be met by this rank's own: its gradients are partial, and are added at the owners."""
+    if isinstance(x.rows, BlockLayout):
+        return everything(opened(x), func).flatten(x.rows.dim, x.rows.dim + 1)
+    return fetch(x, (((0, x.rows.size),),) * x.rows.world_size, func)[0]
+
+
+def joined(parts: Sequence[Any], dim: int) -> Any:
+    """Parts of a tensor, or of several, put together."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts), dim)
+    return type(parts[0])(joined(each, dim) for each in zip(*parts))
+
+
+def in_compute_dtype(x: PatchTensor) -> PatchTensor:
+    """In the dtype that autocast convolves in, so that halo rows are sent in it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.dtype.is_floating_point or x.dtype == torch.float64:
+        return x
+    return wrap(x.local.to(torch.get_autocast_dtype(kind)), x)
+
+
+def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:
+    """Rows [lo, hi) of the whole tensor, a view: each rank keeps those of its own."""
+    rows, rank = x.rows, x.region.comm.rank
+    bounds = tuple(min(max(b, lo), hi) - lo for b in rows.bounds)
+    start = min(max(lo - rows.bounds[rank], 0), x.local.shape[rows.dim])
+    local = x.local.narrow(rows.dim, start, bounds[rank + 1] - bounds[rank])
+    return part_of(x, local, RowLayout(rows.dim, bounds))
+
+
+def part_of(x: PatchTensor, local: Tensor, layout: RowLayout, step: int = 1) -> PatchTensor:
+    """A view of some of the rows, every ``step``-th one."""
+    result = wrap(local, x, layout)
+    if layout.size != x.rows.size and not torch.compiler.is_compiling():
+        result.cut = max(x.cut, 1) * step
+    return result
+
+
+def order_of(x: PatchTensor) -> Order:
+    """How its dims stand in memory, innermost first; without computing rows that wait."""
+    if x.strides is not None:
+        return memory_format.order_by(x.shape, x.strides)
+    return memory_format.order_in(x.recipe.format, x.ndim) if x.waits else memory_format.memory_order(x.local)
+
+
+def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
+    """The same tensor in other rows, or sharded along another dim; one exchange either way."""
+    if layout == x.rows:
+        return x
+    if layout.dim != x.rows.dim:
+        return _turn(x, layout, func)
+    needs = tuple((layout.interval(rank),) for rank in range(layout.world_size))
+    return placed(fetch(x, needs, func)[0], x, layout)
+
+
+def placed(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
+    """Rows that came from elsewhere, in memory as those of ``x``."""
+    result = wrap(memory_format.in_memory_order(local, order_of(x)), x, layout)
+    if result.rows.is_tiny and not torch.compiler.is_compiling():
+        result.strides = x.stride()
+    return result
+
+
+def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
+    """Every rank sends every other its slice of the new dim, in its own rows of the old one."""
+    old, new, name = x.rows.dim, layout.dim, x.region.comm.name
+    heights = [hi - lo for lo, hi in pairwise(x.rows.bounds)]
+    held = tuple(layout.size * b for b in x.rows.bounds)
+    needs = tuple(
+        tuple((first + lo * height, first + hi * height) for first, height in zip(held, heights))
+        for lo, hi in pairwise(layout.bounds)
+    )
+    wire = x.local.movedim((new, old), (0, 1)).flatten(0, 1)
+    pieces = fetch_rows(wire, 0, held, needs, name, op_name(func), False)
+    lo, hi = layout.interval(x.region.comm.rank)
+    parts = [piece.reshape(hi - lo, height, *wire.shape[1:]) for piece, height in zip(pieces, heights)]
+    local = torch.cat(parts, 1).movedim((0, 1), (new, old))
+    return placed(local, x, layout)
+
+
+def along_rows(x: PatchTensor, func: Any) -> PatchTensor:
+    """Where it is sharded along its channels (a reshape has made them of rows): along rows again, if it has any."""
+    if x.rows.dim != 1 or x.ndim < 3:
+        return x
+    dim = max(2, x.ndim - 2)
+    return redistribute(x, RowLayout(dim, even_bounds(x.shape[dim], x.region.comm.size)), func)
+
+
+def rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
+    """This rank's rows of an operand whose dim ``dim`` (counted from the back) meets the lead's rows.
+
+    As ``own_rows``, except that an operand of height 1, or without that dim, is used as it is (gathered first
+    where it is sharded), since it will be broadcast.
+    """
+    if tensor.ndim >= -dim and tensor.shape[dim] != 1:
+        return own_rows(tensor, lead, dim, func)
+    if isinstance(tensor, PatchTensor) and tensor.ndim >= -dim and lead.rows.size == 1:
+        return own_rows(tensor, lead, dim, func)
+    return spread(whole(tensor), lead)
+
+
+def check_group(tensor: PatchTensor, lead: PatchTensor, func: Any) -> None:
+    """Two tensors that meet are sharded over the same ranks."""
+    if tensor.region is not lead.region and tensor.region.comm is not lead.region.comm:
+        raise LayoutError(
+            f"{op_name(func)}: {tensor!r} and {lead!r} are sharded over different groups. Gather one of them "
+            "(distpatch.gather) and shard it over the other's group."
+        )
+
+
+def own_rows(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
+    """This rank's rows of an operand as tall as the lead: sliced where it is plain, else redistributed."""
+    if tensor.ndim < -dim or tensor.shape[dim] != lead.rows.size:
+        raise RuntimeError(f"{op_name(func)}: a tensor of shape {tuple(tensor.shape)} does not fit {tuple(lead.shape)}")
+    if isinstance(tensor, PatchTensor):
+        check_group(tensor, lead, func)
+        return redistribute(tensor, lead.rows.with_dim(tensor.ndim + dim), func).local
+    lo, hi = lead.rows.interval(lead.region.comm.rank)
+    return spread(tensor, lead).narrow(dim, lo, hi - lo)
+
+
+def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:
+    """A replicated tensor, sharded evenly along ``dim``: a slice."""
+    layout = RowLayout(dim, even_bounds(tensor.shape[dim], region_of.region.comm.size))
+    return shard_in(region_of.region, tensor, layout)
+
+
+def on_some_rows(
+    fn: Callable[[Tensor], Any], rows: Tensor, dim: int, least: int = 1, out_dim: int | None = None
+) -> Any:
+    """``fn(rows)``, one tensor or several; where there are none, of ``least`` blank rows, and none is kept.
+
+    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
+    as on other ranks, so that derivatives of any order reach the same exchanges. ``out_dim``: that of the result's
+    rows, if another.
+    """
+    if rows.shape[dim] > 0:
+        return fn(rows)
+    blank = rows.new_zeros([least if d == dim else n for d, n in enumerate(rows.shape)])
+    return none_of(fn(torch.cat([rows, blank], dim)), dim if out_dim is None else out_dim)
+
+
+def per_dim(value: Any, spatial: int) -> tuple[Any, ...]:
+    """One number a spatial dim, from one number or a sequence."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * spatial if len(values) == 1 else values
+
+
+def normalize_dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """Dims counted from the front; None means all."""
+    if dim is None:
+        return tuple(range(ndim))
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    return tuple(nth(d, ndim) for d in dims) or tuple(range(ndim))  # type: ignore[arg-type]
+
+
+def sizes_of(sizes: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> tuple[int, ...]:
+    """Sizes given one by one, as one sequence, or by one of these names."""
+    for name in names:
+        sizes = kwargs.get(name, sizes)
+    given: Any = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
+    if len(given) == 1 and isinstance(given[0], (tuple, list)):
+        given = given[0]
+    return tuple(map(operator.index, given))

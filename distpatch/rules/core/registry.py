@@ -1,0 +1,107 @@
+"""How rules are written down, and what they share.
+
+A rule is called in place of a torch function that meets a PatchTensor: ``rule(func, *args, **kwargs)``
+with the arguments of the call. It reads like this: find the output layout, fetch the rows, call plain
+torch on ``.local``, wrap.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.rule_table import RULES, Rule
+from distpatch.torch_utils.tree import map_tensors
+
+R = TypeVar("R", bound=Rule)
+
+# Functions whose rules, where they do not ask for bounds, treat all rows alike. Element-wise ones too.
+ANY_ORDER: set[Any] = set()
+
+
+def rule(*funcs: Any) -> Callable[[R], R]:
+    """Register the decorated rule for these torch functions."""
+
+    def register(handler: R) -> R:
+        for func in funcs:
+            assert func not in RULES, f"two rules for {func}"
+            RULES[func] = handler
+        return handler
+
+    return register
+
+
+def register_rule(func: Any) -> Callable[[R], R]:
+    """Give a function of your own (or of torch) a sharded rule: ``@distpatch.register_rule(func)``.
+
+    The rule takes the function's own arguments and is called where one of them is a PatchTensor. The
+    function must be overridable by ``__torch_function__``: any torch function, an operator of
+    ``torch.library`` (all its overloads), an ``autograd.Function``, or your own through
+    ``torch.overrides.handle_torch_function``. For element-wise ones see ``register_pointwise``.
+    """
+
+    def register(handler: R) -> R:
+        for key in keys(func):
+            RULES[key] = lambda _func, *args, **kwargs: handler(*args, **kwargs)
+        return handler
+
+    return register
+
+
+def keys(func: Any) -> list[Any]:
+    """What torch may ask a rule for when the function is called: of an operator, itself and its overloads."""
+    func = getattr(func, "_opoverload", func)  # of a torch.library.custom_op
+    if isinstance(func, torch._ops.OpOverload) and func._overloadpacket.overloads() == [func._overloadname]:
+        func = func._overloadpacket
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return [func, *(getattr(func, name) for name in func.overloads())]
+    return [func]
+
+
+def named(*names: str) -> list[Any]:
+    """Every public torch function of these names: torch, Tensor methods, nn.functional, special.
+
+    A name that a torch release does not have is skipped. Those of ``torch.linalg`` are asked for by
+    ``of_linalg``: some do something else than their namesakes (``polar``).
+    """
+    return _found((torch, torch.Tensor, F, torch.special), names)
+
+
+def of_linalg(*names: str) -> list[Any]:
+    """The functions of these names in torch.linalg; one that a torch release does not have is skipped."""
+    return _found((torch.linalg,), names)
+
+
+def _found(places: tuple[Any, ...], names: tuple[str, ...]) -> list[Any]:
+    found = [vars(place).get(name) or getattr(place, name, None) for place in places for name in names]
+    unique = {id(func): func for func in found if callable(func)}
+    return [func for func in unique.values() if not isinstance(func, type)]
+
+
+def written(x: PatchTensor) -> PatchTensor:
+    """A tensor whose rows were written to. Where there are none and they are a view, they are taken from it anew:
+
+    the derivative of what autograd puts in a written view's place is cut off in torch where the view is empty.
+    """
+    base = x.local._base
+    if base is not None and x.local.numel() == 0 and type(x.local.grad_fn).__name__.startswith("AsStrided"):
+        x.local = base.reshape(-1).narrow(0, 0, 0).view(x.local.shape)
+    return x
+
+
+def none_of(result: Any, dim: int) -> Any:
+    """No rows of one tensor or several; no view, so that a write to them is recorded as on other ranks."""
+    return map_tensors(lambda t: t.narrow(dim, 0, 0).clone(), result)
+
+
+def nth(dim: int, ndim: int) -> int:
+    """A dim counted from the front; ``IndexError`` where there is no such dim."""
+    dim, most = operator.index(dim), max(ndim, 1)
+    if not -most <= dim < most:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-most}, {most - 1}], but got {dim})")
+    return dim % most

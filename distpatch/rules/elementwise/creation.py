@@ -1,0 +1,184 @@
+"""Tensors made like a sharded one, and random ones with the values of one device.
+
+Every rank draws the random numbers of the whole tensor, from generators that stand alike on all ranks, and
+keeps its own rows of them. Activations are not gathered for that.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.comm.collectives import narrow_rows
+from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import order_of, own_rows, sizes_of, wrap
+from distpatch.rules.core.registry import named, rule
+from distpatch.rules.elementwise.pointwise import pointwise
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.op_names import op_name
+
+
+@rule(*named("zeros_like", "ones_like", "empty_like", "full_like"))
+def like(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
+    return wrap(func(input.local, *args, **kwargs), input)
+
+
+@rule(*named("new_tensor", "new_empty_strided"), torch.Tensor.new)
+def new(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = func(input.local, *args, **kwargs)
+    return result
+
+
+@rule(*named("new_zeros", "new_ones", "new_empty", "new_full"))
+def new_of_size(func: Any, input: PatchTensor, *size: Any, **kwargs: Any) -> Tensor:
+    """A size that the caller computes is global; an image is sharded as the input is, all else replicated."""
+    fill = {"fill_value": size[1]} if op_name(func) == "new_full" and len(size) > 1 else {}
+    shape = list(sizes_of(size[:1] if fill else size, kwargs, "size"))
+    dim, comm = input.rows.dim, input.region.comm
+    kwargs = {**fill, **{name: value for name, value in kwargs.items() if name != "size"}}
+    if len(shape) != input.ndim or input.ndim < 4 or shape[dim] <= 1:
+        return cast(Tensor, func(input.local, shape, **kwargs))
+    bounds = input.rows.bounds if shape[dim] == input.rows.size else even_bounds(shape[dim], comm.size)
+    layout = RowLayout(dim, bounds)
+    lo, hi = layout.interval(comm.rank)
+    shape[dim] = hi - lo
+    return wrap(func(input.local, shape, **kwargs), input, layout)
+
+
+def _whole_like(x: PatchTensor) -> Tensor:
+    """An uninitialised tensor of the global shape, dense in the memory order of the rows: that of the draws."""
+    return torch.empty_permuted(x.shape, order_of(x)[::-1], dtype=x.dtype, device=x.device)
+
+
+def _own(full: Tensor, x: PatchTensor) -> Tensor:
+    """This rank's rows, in memory of their own: the whole tensor goes as soon as nobody holds it."""
+    return narrow_rows(full, x.rows, x.region.comm.rank).clone()
+
+
+@rule(*named("rand_like", "randn_like", "randint_like"))
+def random_like(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
+    drawn = func(_whole_like(input), *args, **{**kwargs, "requires_grad": False})
+    local = _own(drawn, input).requires_grad_(kwargs.get("requires_grad", False))
+    return wrap(local, input)
+
+
+@rule(
+    *named("normal_", "uniform_", "exponential_", "random_", "cauchy_", "log_normal_", "geometric_"),
+    *(getattr(torch.nn.init, name) for name in ("normal_", "uniform_", "constant_", "kaiming_uniform_")),
+)
+def draw_(func: Any, *args: Any, **kwargs: Any) -> PatchTensor:
+    x, args = (args[0], args[1:]) if args else (kwargs.pop("tensor"), ())
+    full = func(_whole_like(x), *args, **kwargs)
+    without_grad = torch.no_grad() if getattr(func, "__module__", "") == "torch.nn.init" else nullcontext()
+    with without_grad:
+        x.local.copy_(narrow_rows(full, x.rows, x.region.comm.rank))
+    return x
+
+
+@rule(*named("bernoulli", "bernoulli_"))
+def bernoulli(func: Any, input: PatchTensor, p: Any = None, **kwargs: Any) -> Any:
+    """One draw for an element, whatever its probability."""
+    if not isinstance(input, PatchTensor):
+        return fallback(func, input, p, **kwargs)
+    if isinstance(p, Tensor):
+        p = _placed(own_rows(p.expand(input.shape), input, input.rows.dim - input.ndim, func), input)
+    drawn = func(_placed(input.local, input), *(() if p is None else (p,)), **kwargs)
+    if not op_name(func).endswith("_"):
+        return wrap(_own(drawn, input), input)
+    input.local.copy_(narrow_rows(drawn, input.rows, input.region.comm.rank))
+    return input
+
+
+@rule(torch.normal)
+def normal(func: Any, mean: Any, std: Any = 1.0, *, generator: Any = None, out: Any = None) -> Any:
+    """Standard normal numbers in the order of the dims, scaled and moved."""
+    shape = torch.broadcast_shapes(*(t.shape for t in (mean, std) if isinstance(t, Tensor)))
+    lead = next(t for t in (mean, std) if isinstance(t, PatchTensor))
+    if lead.shape != shape or out is not None:
+        return fallback(func, mean, std, generator=generator, **({} if out is None else {"out": out}))
+    drawn = torch.empty(shape, dtype=lead.dtype, device=lead.device).normal_(generator=generator)
+    with torch.no_grad():
+        return wrap(_own(drawn, lead), lead) * std + mean
+
+
+def _placed(local: Tensor, x: PatchTensor) -> Tensor:
+    """A tensor of the global shape with this rank's rows in their place, and zeros elsewhere.
+
+    For functions that draw as many numbers for each element, whatever its value.
+    """
+    full = torch.empty_permuted(x.shape, order_of(x)[::-1], dtype=local.dtype, device=local.device).zero_()
+    narrow_rows(full, x.rows, x.region.comm.rank).copy_(local)
+    return full
+
+
+@rule(*named("dropout", "dropout_"))
+def dropout(
+    func: Any, input: PatchTensor, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any
+) -> Any:
+    """Nothing in evaluation; in training the mask of a single device, found by dropping from ones."""
+    if not kwargs.get("train", training) or p == 0:
+        return input if input.waits else pointwise(func, input, p, False, *([inplace] if inplace else []))
+    with torch.no_grad():
+        keep = _own(func(_whole_like(input).fill_(1), p, True) != 0, input)
+    return _drop(input, keep, p, inplace or op_name(func).endswith("_"))
+
+
+@rule(*named("dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_dropout_"))
+def channel_dropout(
+    func: Any, input: PatchTensor, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any
+) -> Any:
+    """A channel of a sample is dropped as a whole. A sample alone has no batch dim."""
+    if not kwargs.get("train", training) or p == 0:
+        return input if input.waits else pointwise(func, input, p, False, *([inplace] if inplace else []))
+    alone = (op_name(func), input.ndim) in {("dropout1d", 2), ("dropout3d", 4)}
+    shape = [n if d < 2 - alone else 1 for d, n in enumerate(input.shape)]
+    with torch.no_grad():
+        keep = func(torch.ones(shape, dtype=input.dtype, device=input.device), p, True) != 0
+    keep = _own(keep, input) if input.rows.dim < 2 - alone else keep
+    return _drop(input, keep, p, inplace or op_name(func).endswith("_"))
+
+
+def _drop(x: PatchTensor, keep: Tensor, p: float, inplace: bool) -> PatchTensor:
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    if not inplace:
+        return wrap(x.local * keep * scale, x)
+    x.local.mul_(keep).mul_(scale)
+    return x
+
+
+@rule(*named("alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"))
+def alpha_dropout(
+    func: Any, input: PatchTensor, p: float = 0.5, training: bool = False, inplace: bool = False, **kwargs: Any
+) -> Any:
+    training = kwargs.get("train", training)
+    if not training or p == 0:
+        return pointwise(func, input, p, training, *([inplace] if inplace else []))
+    result = _own(func(_placed(input.local, input), p, training), input)
+    if inplace or op_name(func).endswith("_"):
+        input.local.copy_(result)
+        return input
+    return wrap(result, input)
+
+
+@rule(*named("rrelu", "rrelu_"))
+def rrelu(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
+    """In training a number is drawn for each negative element only: it takes all of them to know which."""
+    training = kwargs.get("training", args[2] if len(args) > 2 else False)
+    return (fallback if training else pointwise)(func, input, *args, **kwargs)
+
+
+@rule(F.gumbel_softmax)
+def gumbel_softmax(
+    func: Any, logits: PatchTensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+) -> Tensor:
+    draws = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_()
+    soft = ((logits - draws.log()) / tau).softmax(dim)
+    if not hard:
+        return soft
+    chosen = torch.zeros_like(logits).scatter_(dim, soft.max(dim, keepdim=True)[1], 1.0)
+    return chosen - soft.detach() + soft

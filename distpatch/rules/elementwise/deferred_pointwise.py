@@ -1,0 +1,156 @@
+"""Element-wise functions whose rows are computed when they are asked for."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distpatch.lazy.buffer_reuse import own
+from distpatch.lazy.deferred_ops import put_off
+from distpatch.lazy.recipe import MOST_HELD, MOST_STEPS, Recipe
+from distpatch.rules.core.operands import may_wait
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.op_names import op_name
+
+SMALL_BYTES = 1 << 20  # of a replicated operand, which is copied: it may be written to before it is used
+
+# Floating point in and out, and the same for any rows. Others are computed at once.
+_NAMES = frozenset(
+    """
+    abs add addcdiv addcmul clamp clamp_max clamp_min clip cos div divide elu celu erf exp expm1 float double half
+    bfloat16 gelu hardsigmoid hardswish hardtanh leaky_relu lerp log log1p logsigmoid maximum minimum mish mul
+    multiply neg negative pow reciprocal relu relu6 rsqrt rsub selu sigmoid silu sin softplus softsign sqrt square
+    sub subtract tanh true_divide radd rmul truediv rdiv rtruediv
+    """.split()
+)
+_SAME = {"radd": "add", "rmul": "mul", "truediv": "div", "true_divide": "div", "divide": "div"}
+_SAME |= {"multiply": "mul", "subtract": "sub", "negative": "neg", "clip": "clamp"}
+_WITH_OUT = frozenset(
+    "abs add addcdiv addcmul clamp clamp_max clamp_min cos div erf exp expm1 lerp log log1p maximum minimum mul neg "
+    "pow reciprocal rsqrt sigmoid sin sqrt square sub tanh".split()
+)
+
+
+def put_off_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PatchTensor | None:
+    """The result as a recipe; None where it is to be computed now."""
+    form = _form(func)
+    if form is None:
+        return None
+    function, has_inplace, out, in_place = form
+    sharded = [arg for arg in args if isinstance(arg, PatchTensor)]
+    if not sharded or any(isinstance(arg, Tensor) for arg in kwargs.values()):
+        return None
+    lead = max(sharded, key=lambda x: x.known.shape.numel())
+    in_place = in_place or bool(kwargs.get("inplace"))
+    if in_place and not (args[0] is lead and lead.waits):
+        return None
+    if not may_wait(lead) or any(not _alike(x, lead) for x in sharded):
+        return None
+    if any(x.as_recipe.format is not lead.as_recipe.format for x in sharded):
+        return None
+    first = next(arg for arg in args if isinstance(arg, Tensor))  # it says how the result stands in memory
+    if first.shape != lead.shape and lead.as_recipe.format is not torch.contiguous_format:
+        return None
+    kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+    values: list[Any] = []
+    for arg in args:
+        operand = arg if isinstance(arg, PatchTensor) or not isinstance(arg, Tensor) else _small(arg, lead)
+        if operand is None or isinstance(operand, (list, tuple)):
+            return None
+        values.append(operand)
+    for x in sharded:
+        if x.waits and ((x.recipe.heavy and x.recipe.consumers) or x.recipe.steps >= MOST_STEPS):
+            x.local  # noqa: B018  computes it: it would be computed twice, or never
+    recipe = _recipe(function, values, kwargs, lead, has_inplace, out)
+    if recipe is None:
+        return None
+    if recipe is lead.as_recipe:
+        return lead
+    if in_place:
+        if (recipe.shape, recipe.dtype) != (lead.recipe.shape, lead.recipe.dtype):
+            return None  # torch writes in the dtype that there is, and refuses another shape
+        lead.recipe = recipe
+        own(recipe, lead)
+        return lead
+    return PatchTensor(recipe, lead.rows, lead.region)
+
+
+@lru_cache(maxsize=1024)
+def _form(func: Any) -> tuple[Any, bool, Any, bool] | None:
+    """What to call, whether it knows ``inplace=``, the same with ``out=``; and whether it was to write in place."""
+    name = op_name(func)
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    plain = name.strip("_")
+    if in_place and name.startswith("__i"):
+        plain = plain[1:]
+    if plain not in _NAMES:
+        return None
+    known = _SAME.get(plain, plain)
+    if in_place:
+        func = getattr(torch, known, None) or getattr(nn.functional, known, None)
+        if func is None:
+            return None
+    try:
+        has_inplace = "inplace" in inspect.signature(func).parameters
+    except (TypeError, ValueError):
+        has_inplace = False
+    return func, has_inplace, getattr(torch, known) if known in _WITH_OUT else None, in_place
+
+
+def _alike(x: PatchTensor, lead: PatchTensor) -> bool:
+    return (
+        type(x) is PatchTensor
+        and x.rows == lead.rows
+        and x.ndim == lead.ndim
+        and (x.region.comm is lead.region.comm and x.strides is None and not x.cut)
+    )
+
+
+def _small(tensor: Tensor, lead: PatchTensor) -> Tensor | None:
+    """A replicated operand that meets all rows alike, as it is now."""
+    at = lead.rows.dim - lead.ndim
+    tall = tensor.ndim >= -at and tensor.shape[at] != 1
+    plain = type(tensor) in {Tensor, nn.Parameter}
+    if tall or not plain or tensor.numel() * tensor.element_size() > SMALL_BYTES or tensor.ndim > lead.ndim:
+        return None
+    return tensor.detach().clone()
+
+
+def _recipe(
+    func: Any, values: list[Any], kwargs: dict[str, Any], lead: PatchTensor, has_inplace: bool, out: Any
+) -> Recipe | None:
+    places = [i for i, value in enumerate(values) if isinstance(value, PatchTensor)]
+    parents = [values[i].as_recipe for i in places]
+    given = [v.as_recipe.sample() if isinstance(v, PatchTensor) else v for v in values]
+    sample = func(*given, **kwargs)
+    if sample is given[places[0]]:  # such as to a dtype that it has
+        return parents[0]
+    row, shape = lead.rows.dim, list(sample.shape)
+    if not isinstance(sample, Tensor) or not sample.dtype.is_floating_point or len(shape) != lead.ndim or shape[row]:
+        return None
+    shape[row] = lead.as_recipe.rows
+    constants = [None if i in places else value for i, value in enumerate(values)]
+
+    def step(parts: list[Tensor], mine: list[bool]) -> Tensor:
+        operands = list(constants)
+        for i, part in zip(places, parts):
+            operands[i] = part
+        if has_inplace and mine[0] and places[0] == 0:
+            return func(*operands, **kwargs, inplace=True)
+        if out is not None:
+            for part, own in zip(parts, mine):
+                if own and part.dtype == sample.dtype and _covers(part, shape, row):
+                    return out(*operands, **kwargs, out=part)
+        return func(*operands, **kwargs)
+
+    recipe = put_off(op_name(func), lead.as_recipe, parents, step, shape=shape, dtype=sample.dtype)
+    return recipe if recipe.held_bytes <= MOST_HELD * recipe.size_bytes else None
+
+
+def _covers(part: Tensor, shape: list[int], row: int) -> bool:
+    """Whether the result has the shape of this part, but for the rows."""
+    return all(n == m for d, (n, m) in enumerate(zip(part.shape, shape)) if d != row)

@@ -1,0 +1,258 @@
+"""Attention over the sharded dim: queries stay, keys and values are fetched from all ranks."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.comm.collectives import together
+from distpatch.layout.rows import BlockLayout, RowLayout
+from distpatch.layout.stencil import ceil_div
+from distpatch.lazy.row_patches import in_patches
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import (
+    autocast,
+    check_group,
+    everything,
+    needs_grad,
+    on_some_rows,
+    precise,
+    redistribute,
+    spread,
+    wrap,
+)
+from distpatch.rules.core.registry import none_of, rule
+from distpatch.rules.linalg.einsum import contract
+from distpatch.rules.linalg.kept_scores import keeps_scores, planned
+from distpatch.rules.linalg.matmul import batched
+from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.torch_utils.private import inlined
+
+# Without gradients keys and values are gathered for a few heads at a time, and scores, where torch's kernel keeps
+# them, are made for a few queries at a time: no more bytes of either than these.
+GATHER_BYTES = 256 << 20
+SCORE_BYTES = 512 << 20
+
+
+@rule(F.scaled_dot_product_attention)
+def attention(
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``query``: (..., heads, N, d), ``key``: (..., heads, M, d), ``value``: (..., heads, M, e)."""
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    if not any(isinstance(t, PatchTensor) for t in (query, key, value)):  # a sharded mask alone
+        return func(query, key, value, whole(attn_mask), dropout_p, is_causal, **options)  # type: ignore[arg-type]
+    if dropout_p > 0:
+        return fallback(func, query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("scaled_dot_product_attention: attn_mask should not be set when is_causal=True")
+    if isinstance(query, PatchTensor) and query.rows.dim == query.ndim - 2:
+        queries: Any = query
+        for _ in range(max(key.ndim, value.ndim) - query.ndim):  # the result has as many batch dims as the keys
+            queries = queries.unsqueeze(0)
+        return _by_rows(func, queries, key, value, attn_mask, is_causal, options)
+    if enable_gqa:
+        return _by_groups(func, query, key, value, attn_mask, is_causal, scale)
+    operands = [query, key, value, *([] if attn_mask is None else [attn_mask])]
+    kinds = (("n", "d"), ("m", "d"), ("m", "e"), ("n", "m"))
+    labels = [batched(t, *kind) for t, kind in zip(operands, kinds)]
+    out = [*max(labels, key=len)[:-2], "n", "e"]
+    if any(isinstance(t, PatchTensor) and own[t.rows.dim] in out for t, own in zip(operands, labels)):
+
+        def attend(*mine: Tensor) -> Tensor:
+            q, k, v, *mask = map(_some, mine)
+            result = planned(func)(q, k, v, mask[0] if mask else None, 0.0, is_causal, scale=scale)
+            empty = [d - t.ndim for t in mine for d, n in enumerate(t.shape) if n == 0]
+            return none_of(result, empty[0]) if empty else result
+
+        return contract(func, attend, operands, labels, out)
+    lead = next(t for t in (query, key, value) if isinstance(t, PatchTensor))
+    dtype = autocast(lead, partial(_one, func)).dtype
+    with torch.autocast(query.device.type, enabled=False):
+        return _by_parts(query, key, value, attn_mask, is_causal, scale).to(dtype)
+
+
+def _some(t: Tensor) -> Tensor:
+    """What an idle rank attends with: the kernel that torch chooses, and its derivatives, are those of other ranks."""
+    for d, n in enumerate(t.shape):
+        if n == 0:
+            t = torch.cat([t, t.new_ones([1 if e == d else m for e, m in enumerate(t.shape)])], d)
+    return t
+
+
+def _one(func: Any, number: Tensor) -> Tensor:
+    """The attention of one number on itself."""
+    return func(*[number.view(1, 1)] * 3)
+
+
+@rule(F.multi_head_attention_forward)
+def multi_head_attention(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``nn.MultiheadAttention`` calls; its fast path asks for tensors without rules, and is not taken."""
+    return inlined(func)(*args, **kwargs)
+
+
+def _by_groups(
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Grouped queries as a dim of their own, over which the keys' heads are repeated."""
+    heads = key.shape[-3]
+    group = query.shape[-3] // heads
+    if mask is not None and mask.ndim > 2:
+        mask = mask.unsqueeze(-3) if mask.shape[-3] == 1 else mask.unflatten(-3, (heads, group))
+    key, value = (t.unsqueeze(-3).expand(*t.shape[:-2], group, *t.shape[-2:]) for t in (key, value))
+    result = attention(func, query.unflatten(-3, (heads, group)), key, value, mask, 0.0, is_causal, scale)
+    return result.flatten(-4, -3)
+
+
+def _by_parts(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Every rank's keys on their own, where they stay: scores, their softmax and sums merge over ranks."""
+    query, key, value = (t.to(precise(t.dtype)) for t in (query, key, value))
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is None:
+        return scores.softmax(-1) @ value
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    blind = (scores == -math.inf).all(-1, keepdim=True)  # what sees no key is 0, as torch has it
+    weights = scores.masked_fill(blind, 0.0).softmax(-1)
+    return (weights @ value).masked_fill(blind, 0.0)
+
+
+def _by_rows(
+    func: Any,
+    query: PatchTensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    options: dict[str, Any],
+) -> PatchTensor:
+    """Queries stay; a few heads' keys and values at a time where all would be too many."""
+    if torch.is_autocast_enabled(query.device.type):  # gather what will be computed with
+        query = autocast(query, partial(_one, func))
+        key, value = key.to(query.dtype), value.to(query.dtype)
+    size_bytes = sum(t.numel() * t.element_size() for t in (key, value) if isinstance(t, PatchTensor))
+    if size_bytes <= GATHER_BYTES:
+        return wrap(_attend(func, query, key, value, mask, is_causal, options), query)
+    dim, heads = max(enumerate(key.shape[:-2], -key.ndim), key=lambda item: item[1], default=(0, 1))
+    alike = query.ndim == key.ndim == value.ndim and query.shape[dim] % heads == 0 and value.shape[dim] == heads
+    alike = alike and all(
+        n in {1, m} for t in (key, value) for d, n, m in zip(range(-t.ndim, -2), t.shape, query.shape) if d != dim
+    )
+    steps = min(ceil_div(size_bytes, GATHER_BYTES), heads)
+    if steps < 2 or not alike or needs_grad(query, key, value, mask):
+        return wrap(_attend(func, query, key, value, mask, is_causal, options), query)
+    group, at_once = query.shape[dim] // heads, ceil_div(heads, steps)
+    out = query.local.new_empty((*query.local.shape[:-1], value.shape[-1]))
+    for lo in range(0, heads, at_once):
+        count = min(at_once, heads - lo)
+
+        def of_queries(t: Any, lo: int = lo * group, count: int = count * group) -> Any:
+            return t if t is None or t.ndim < -dim or t.shape[dim] == 1 else t.narrow(dim, lo, count)
+
+        some = key.narrow(dim, lo, count), value.narrow(dim, lo, count), of_queries(mask)
+        of_queries(out).copy_(_attend(func, of_queries(query), *some, is_causal, options))
+    return wrap(out, query)
+
+
+def _attend(
+    func: Any,
+    query: PatchTensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    options: dict[str, Any],
+) -> Tensor:
+    """This rank's queries and everybody's keys; a few queries at a time where scores are kept and would be too many."""
+    mask = None if mask is None else _mask_rows(mask, query, func)
+    key, value = _all_keys(key, value, query, func)
+    queries, key, value, *masks = together([query.local, key, value, *([] if mask is None else [mask])])
+    mask = masks[0] if masks else None
+    first = query.rows.interval(query.region.comm.rank)[0] if is_causal else 0
+    size_bytes = math.prod(query.shape[:-2]) * key.shape[-2] * 4
+    at_once = max(SCORE_BYTES // max(size_bytes, 1), 1)
+    run, grouped = planned(func), bool(options["enable_gqa"])
+
+    def attend(rows: Tensor) -> Tensor:
+        count = rows.shape[-2]
+        tall = None if mask is None else _as_tall(mask, count)
+        # Below its first row a causal mask is made here, and is as large as the scores.
+        kept = first > 0 or keeps_scores(rows, key, value, tall, is_causal, grouped)
+        step = at_once if kept and not needs_grad(rows, key, value, mask) else count
+        return in_patches(lambda a, b: some(rows.narrow(-2, a, b - a), tall, a), (0, count), step, rows.ndim - 2)
+
+    def some(rows: Tensor, mask: Tensor | None, start: int) -> Tensor:
+        count = rows.shape[-2]
+        if not is_causal:
+            own = mask if mask is None or mask.shape[-2] == 1 else mask.narrow(-2, start, count)
+            return run(rows, key, value, own, **options)
+        seen = min(first + start + count, key.shape[-2])
+        keys, values = key.narrow(-2, 0, seen), value.narrow(-2, 0, seen)
+        if first + start == 0:
+            return run(rows, keys, values, is_causal=True, **options)
+        own = torch.ones(count, seen, dtype=torch.bool, device=rows.device).tril(first + start)
+        return run(rows, keys, values, own, **options)
+
+    return on_some_rows(attend, queries, query.rows.dim)
+
+
+def _all_keys(key: Tensor, value: Tensor, lead: PatchTensor, func: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of all ranks, in one exchange; their gradients return to the owners."""
+    if not (isinstance(key, PatchTensor) and isinstance(value, PatchTensor)) or (
+        key.shape[:-1] != value.shape[:-1] or key.rows.dim == key.ndim - 1
+    ):
+        key, value = (everything(t, func) if isinstance(t, PatchTensor) else spread(t, lead) for t in (key, value))
+        return key, value
+    check_group(key, lead, func)
+    check_group(value, lead, func)
+    value = redistribute(value, key.rows, func)
+    both = everything(wrap(torch.cat([key.local, value.local], -1), key), func)
+    return both.narrow(-1, 0, key.shape[-1]), both.narrow(-1, key.shape[-1], value.shape[-1])
+
+
+def _mask_rows(mask: Tensor, query: PatchTensor, func: Any) -> Tensor:
+    """The mask's rows of this rank's queries; its other dim, the keys, is needed whole."""
+    blocks = query.rows if isinstance(query.rows, BlockLayout) else None
+    if isinstance(mask, PatchTensor) and mask.rows.dim == mask.ndim - 2 and mask.rows.size > 1 and not blocks:
+        return redistribute(mask, RowLayout(mask.rows.dim, query.rows.bounds), func).local
+    mask = everything(mask, func) if isinstance(mask, PatchTensor) else spread(mask, query)
+    if mask.shape[-2] == 1:
+        return mask
+    if blocks:
+        lo, hi = blocks.opened.interval(query.region.comm.rank)
+        return mask.unflatten(-2, (blocks.blocks, -1)).narrow(-2, lo, hi - lo).flatten(-3, -2)
+    lo, hi = query.rows.interval(query.region.comm.rank)
+    return mask.narrow(-2, lo, hi - lo)
+
+
+def _as_tall(mask: Tensor, rows: int) -> Tensor:
+    """The mask, with a row that masks nothing for an idle rank's blank query.
+
+    Without the mask that rank would leave the autograd graph of the mask's gradient, which is collective.
+    """
+    if mask.shape[-2] in {1, rows}:
+        return mask
+    blank = mask.new_full((*mask.shape[:-2], 1, mask.shape[-1]), mask.dtype == torch.bool)
+    return torch.cat([mask, blank], -2)

@@ -1,0 +1,190 @@
+"""Products of matrices: rows of the left stay, the right is needed whole, a shared dim is summed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.comm.collectives import together
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import normalize_dims, spread, wrap
+from distpatch.rules.core.registry import named, rule
+from distpatch.rules.linalg.einsum import Labels, contract
+from distpatch.tensor.patch_tensor import PatchTensor
+
+
+def batched(tensor: Tensor, *last: str) -> Labels:
+    """Batch dims, which broadcasting counts from the back, and the names of the last."""
+    return [*range(-(tensor.ndim - len(last)), 0), *last]
+
+
+def longest(*labels: Labels) -> list[Any]:
+    """The batch dims of a result."""
+    return max(([d for d in own if isinstance(d, int)] for own in labels), key=len)
+
+
+@rule(torch.linalg.matmul, *named("matmul", "bmm", "mm", "mv", "dot", "__matmul__"))
+def matmul(func: Any, left: Tensor, right: Tensor) -> Any:
+    """(..., N, K) @ (..., K, M); either may be a vector (K)."""
+    if left.ndim == 0 or right.ndim == 0:
+        return fallback(func, left, right)
+    if (
+        isinstance(left, PatchTensor)
+        and left.rows.dim == left.ndim - 2
+        and not isinstance(right, PatchTensor)
+        and right.ndim == 2
+    ):
+        return wrap(func(*together([left.local, spread(right, left)])), left)
+    rows = batched(left, "n", "k") if left.ndim > 1 else ["k"]
+    columns = batched(right, "k", "m") if right.ndim > 1 else ["k"]
+    out = [*longest(rows, columns), *(d for d in (*rows[-2:], *columns[-2:]) if d in {"n", "m"})]
+    return contract(func, func, [left, right], [rows, columns], out)
+
+
+@rule(torch.Tensor.__rmatmul__)
+def rmatmul(func: Any, self: Tensor, other: Tensor) -> Any:
+    return matmul(torch.matmul, other, self)
+
+
+@rule(F.linear)
+def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if isinstance(input, PatchTensor) and not isinstance(weight, PatchTensor) and input.rows.dim < input.ndim - 1:
+        parameters = [spread(t, input) for t in (weight, bias) if t is not None]
+        return wrap(func(*together([input.local, *parameters])), input)
+    columns: Labels = ["m", "k"] if weight.ndim == 2 else ["k"]
+    rows = batched(input, "k")
+    out = [*rows[:-1], *columns[:-1]]
+    result = contract(func, func, [input, weight], [rows, columns], out)
+    return result if bias is None else result + bias  # once, not by every rank
+
+
+@rule(F.bilinear)
+def bilinear(func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    labels = [batched(input1, "i"), batched(input2, "j"), ["o", "i", "j"]]
+    sums = partial(torch.einsum, "...i,...j,oij->...o")  # torch's own refuses a rank without rows
+    result = contract(func, sums, [input1, input2, weight], labels, [*labels[0][:-1], "o"])
+    return result if bias is None else result + bias
+
+
+@rule(*named("addmm", "addbmm", "baddbmm", "addmv", "addr"))
+def add_product(func: Any, input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``beta * input + alpha * (left @ right)``; with ``beta=0`` the input is not read."""
+    name = func.__name__
+    if alpha != 1:
+        left = left * alpha
+    if name == "addr":
+        product = torch.outer(left, right)
+    else:
+        product = torch.einsum("bnk,bkm->nm", left, right) if name == "addbmm" else torch.matmul(left, right)
+    if beta == 0:
+        return product
+    return (product + (input if beta == 1 else input * beta)).to(product.dtype)
+
+
+@rule(*named("inner"))
+def inner(func: Any, input: Tensor, other: Tensor) -> Any:
+    if input.ndim == 0 or other.ndim == 0:
+        return input * other
+    left = [f"n{d}" for d in range(input.ndim - 1)]
+    right = [f"m{d}" for d in range(other.ndim - 1)]
+    return contract(func, func, [input, other], [[*left, "k"], [*right, "k"]], [*left, *right])
+
+
+@rule(*named("outer", "ger"))
+def outer(func: Any, input: Tensor, vec2: Tensor) -> Any:
+    return contract(func, func, [input, vec2], [["n"], ["m"]], ["n", "m"])
+
+
+@rule(torch.tensordot)
+def tensordot(func: Any, a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Any:
+    if isinstance(dims, Tensor) or out is not None:
+        return fallback(func, a, b, dims, out)
+    pairs = (range(a.ndim - dims, a.ndim), range(dims)) if isinstance(dims, int) else dims
+    of_a, of_b = ((d,) if isinstance(d, int) else tuple(d) for d in pairs)
+    left: list[Any] = [f"n{d}" for d in range(a.ndim)]
+    right: list[Any] = [f"m{d}" for d in range(b.ndim)]
+    for k, (i, j) in enumerate(zip(of_a, of_b, strict=True)):
+        left[i] = right[j] = k
+    kept = [d for d in (*left, *right) if not isinstance(d, int)]
+    return contract(func, partial(func, dims=(of_a, of_b)), [a, b], [left, right], kept)
+
+
+@rule(torch.einsum)
+def einsum(func: Any, equation: str, *operands: Any) -> Any:
+    """A sharded letter of the result stays sharded, one that is summed over is summed over ranks."""
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    parsed = _parse(equation, [tensor.ndim for tensor in operands])
+    if parsed is None:
+        return fallback(func, equation, *operands)
+    labels, out = parsed
+    for tensor, own in zip(operands, labels):
+        if isinstance(tensor, PatchTensor) and any(
+            list(other).count(own[tensor.rows.dim]) > 1 for other in labels
+        ):  # a diagonal over the rows
+            return fallback(func, equation, *operands)
+    return contract(func, partial(func, equation), operands, labels, out)
+
+
+def _parse(equation: str, ndims: list[int]) -> tuple[list[Labels], Labels] | None:
+    """The labels of the operands' dims and of the result's; None where they do not fit, for torch to say so.
+
+    The dims of an ellipsis are numbered from the back, as broadcasting matches them.
+    """
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    labels = [_letters(term, ndim) for term, ndim in zip(terms.split(","), ndims)]
+    if len(terms.split(",")) != len(ndims) or any(len(own) != n for own, n in zip(labels, ndims)):
+        return None
+    broadcast = longest(*labels)
+    if not arrow:
+        letters = [d for own in labels for d in own if isinstance(d, str)]
+        return labels, [*broadcast, *sorted(d for d in letters if letters.count(d) == 1)]
+    letters_out = len(result.replace("...", ""))
+    return labels, _letters(result, letters_out + (len(broadcast) if "..." in result else 0))
+
+
+def _letters(term: str, ndim: int) -> Labels:
+    before, dots, after = term.partition("...")
+    spread = ndim - len(before) - len(after) if dots else 0
+    return [*before, *range(-spread, 0), *after]
+
+
+@rule(F.cosine_similarity)
+def cosine_similarity(func: Any, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
+    ndim = max(x1.ndim, x2.ndim)
+    at = normalize_dims(dim, ndim)[0] - ndim
+    if x1.shape[at:][:1] != x2.shape[at:][:1]:  # norms are of what the operands broadcast to
+        x1, x2 = torch.broadcast_tensors(x1, x2)
+    units = [x / torch.linalg.vector_norm(x, 2, at, True).clamp_min(eps) for x in (x1, x2)]
+    return (units[0] * units[1]).sum(at)
+
+
+@rule(F.pairwise_distance)
+def pairwise_distance(
+    func: Any, x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Any:
+    return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+@rule(torch.linalg.vecdot)
+def vecdot(func: Any, x: Tensor, y: Tensor, *, dim: int = -1) -> Any:
+    return (x.conj() * y).sum(dim)
+
+
+@rule(*named("dist"))
+def dist(func: Any, input: Tensor, other: Tensor, p: float = 2) -> Any:
+    return torch.linalg.vector_norm(input - other, p)
+
+
+@rule(torch.cdist)
+def cdist(func: Any, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Any:
+    """Distances of points, (..., N, K) and (..., M, K): of this rank's points from all the others."""
+    modes = () if compute_mode is None else (compute_mode,)
+    if all(t.rows.dim == t.ndim - 1 for t in (x1, x2) if isinstance(t, PatchTensor)):
+        return fallback(func, x1, x2, p, *modes)
+    labels = [batched(x1, "n", "k"), batched(x2, "m", "k")]
+    return contract(func, lambda a, b: func(a, b, p, *modes), [x1, x2], labels, [*longest(*labels), "n", "m"])

@@ -1,0 +1,153 @@
+"""Largest and smallest values and where they are; sorting and ranking along other dims."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.comm.collectives import share_out, stack_ranks
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import (
+    kept,
+    needs_grad,
+    never_empty,
+    normalize_dims,
+    on_some_rows,
+    sum_ranks,
+)
+from distpatch.rules.core.registry import named, nth, rule
+from distpatch.rules.elementwise.pointwise import pointwise
+from distpatch.rules.reductions.reduction import Dims
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.op_names import op_name
+
+
+def _some_rows(x: PatchTensor, largest: bool) -> Tensor:
+    """The local rows; of an idle rank one that never wins."""
+    if x.dtype.is_floating_point:
+        worst: Any = -math.inf if largest else math.inf
+    elif x.dtype == torch.bool:
+        worst = not largest
+    else:
+        info = torch.iinfo(x.dtype)
+        worst = info.min if largest else info.max
+    return never_empty(x, worst)
+
+
+@rule(*named("amax", "amin"))
+def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False) -> Any:
+    """The gradient is shared equally by all elements, of all ranks, that have the value."""
+    dims = normalize_dims(dim, input.ndim)
+    if input.rows.dim not in dims:
+        return kept(input, func(input.local, dims, keepdim), dims, keepdim)
+    local, name = input.local, input.region.comm.name
+    with torch.no_grad():
+        rows = _some_rows(input, op_name(func) == "amax")
+        value = func(stack_ranks(func(rows, dims, True), name, op_name(func)), 0)
+    if needs_grad(local):
+        winners = (local == value).detach()
+        shares = winners.to(value.dtype) / sum_ranks(winners.sum(dims, True), input, func)
+        value = share_out(local, shares, value, name)
+    return value if keepdim else value.squeeze(dims)
+
+
+@rule(*named("aminmax"))
+def both_extremes(func: Any, input: PatchTensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    ends = extreme(torch.amin, input, dim, keepdim), extreme(torch.amax, input, dim, keepdim)
+    return torch.return_types.aminmax(ends)
+
+
+@rule(*named("max", "min"))
+def max_or_min(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of all elements; of two tensors, element by element; or along a dim, with the place of the first."""
+    if not args and not kwargs:
+        return extreme(torch.amax if op_name(func) == "max" else torch.amin, input)
+    several = len(args) > 1 or not kwargs.keys() <= {"other", "input"}  # with keepdim a tensor is the number of a dim
+    if isinstance(args[0] if args else kwargs.get("other"), Tensor) and not several:
+        return pointwise(func, input, *args, **kwargs)
+    return _along(func, input, *args, **kwargs)
+
+
+def _along(func: Any, input: PatchTensor, dim: int, keepdim: bool = False) -> Any:
+    dims = normalize_dims(dim, input.ndim)
+    if input.rows.dim not in dims:
+        return kept(input, func(input.local, dim, keepdim), dims, keepdim)
+    value, index = _first(input, op_name(func) == "max", dims[0])
+    if needs_grad(input.local):
+        value = picked(input, index, func)
+    if not keepdim:
+        value, index = value.squeeze(dims), index.squeeze(dims)
+    return getattr(torch.return_types, op_name(func))((value, index))
+
+
+@rule(*named("argmax", "argmin"))
+def place(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    if dim is None:
+        index = _first(input, op_name(func) == "argmax", None)[1]
+        return index.view([1] * input.ndim) if keepdim else index
+    dims = normalize_dims(dim, input.ndim)
+    if input.rows.dim not in dims:
+        return kept(input, func(input.local, dim, keepdim), dims, keepdim)
+    index = _first(input, op_name(func) == "argmax", dims[0])[1]
+    return index if keepdim else index.squeeze(dims)
+
+
+@torch.no_grad()
+def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tensor]:
+    """The extreme value along the sharded dim (kept), or of all elements; and its first global index."""
+    rows, row = _some_rows(x, largest), x.rows.dim
+    lo = x.rows.bounds[x.region.comm.rank]
+    find = torch.max if largest else torch.min
+    if dim is None:
+        value, index = find(rows.reshape(-1), 0)
+        inner = math.prod(x.shape[row + 1 :])
+        in_front = index // (rows.shape[row] * inner)  # rows of dims before the sharded one
+        index = index + (in_front * (x.rows.size - rows.shape[row]) + lo) * inner
+    else:
+        value, index = find(rows, row, keepdim=True)
+        index = index + lo
+    name, op = x.region.comm.name, "argmax" if largest else "argmin"
+    values, indices = stack_ranks(value, name, op), stack_ranks(index, name, op)
+    best = values.amax(0) if largest else values.amin(0)
+    last = torch.iinfo(indices.dtype).max
+    return best, torch.where((values == best) | values.isnan(), indices, last).amin(0)
+
+
+@rule(*named("sort", "argsort", "median", "nanmedian", "mode", "cummax", "cummin"))
+def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
+    """Along one dim: local unless it is the sharded one. Without a dim, medians are of all elements."""
+    whole_by_default = op_name(func).endswith("median")
+    dim = kwargs.get("dim", next((a for a in args if type(a) is not bool), None if whole_by_default else -1))
+    return _beside_rows(func, input, dim, args, kwargs, removes=op_name(func) in {"median", "nanmedian", "mode"})
+
+
+@rule(*named("topk", "kthvalue"))
+def ranked(func: Any, input: PatchTensor, k: int, *args: Any, **kwargs: Any) -> Any:
+    dim = kwargs.get("dim", args[0] if args else -1)
+    return _beside_rows(func, input, dim, (k, *args), kwargs, removes=op_name(func) == "kthvalue")
+
+
+def _beside_rows(func: Any, input: PatchTensor, dim: int | None, args: Any, kwargs: Any, removes: bool) -> Any:
+    if dim is None or nth(dim, input.ndim) == input.rows.dim:
+        return fallback(func, input, *args, **kwargs)
+    keepdim = kwargs.get("keepdim", next((a for a in args if type(a) is bool), False)) or not removes
+    dim, row = nth(dim, input.ndim), input.rows.dim
+    gone = 0 if keepdim else dim < row
+    local = on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, row, out_dim=row - gone)
+    return kept(input, local, (dim,), keepdim)
+
+
+def picked(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
+    """The elements at these global indices along the sharded dim, replicated: each is somebody's.
+
+    An index out of range stays as it is, so that torch refuses it as it does on one device.
+    """
+    dim, (lo, hi) = x.rows.dim, x.rows.interval(x.region.comm.rank)
+    rows = never_empty(x, 0)
+    own, valid = (index >= lo) & (index < hi), (index >= 0) & (index < x.rows.size)
+    at = torch.where(valid, (index - lo).clamp(0, rows.shape[dim] - 1), index)
+    mine = rows.gather(dim, at).masked_fill(~own, 0)
+    return sum_ranks(mine.byte(), x, func).bool() if x.dtype == torch.bool else sum_ranks(mine, x, func)

@@ -1,0 +1,235 @@
+"""Normalisation: statistics of the local rows, merged in one small collective; the rest is local."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.errors import UnsupportedOpError
+from distpatch.lazy.recipe import Recipe
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import along_rows, autocast, may_wait, on_some_rows, settled, spread, wrap
+from distpatch.rules.core.registry import R, named, rule
+from distpatch.rules.reductions.moments import Norm, normalize, put_off_norm
+from distpatch.tensor.patch_tensor import PatchTensor, RowCopy, whole
+from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.op_names import op_name
+from distpatch.torch_utils.tree import map_tensors
+
+_RUNNING = ("running_mean", "running_var")
+
+
+def norm_rule(*funcs: Any) -> Callable[[R], R]:
+    """A rule for a sharded input. Sharded parameters are gathered; running statistics stay, as they are written to."""
+
+    def register(handler: R) -> R:
+        def checked(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            sharded = isinstance(input, PatchTensor)
+            if any(isinstance(t, (PatchTensor, RowCopy)) for t in (*args, *kwargs.values())):
+                running = 2 if op_name(func) in {"batch_norm", "instance_norm"} else 0
+                if not sharded and running and _writes(func, args, kwargs):
+                    _refuse_sharded(func, [*args[:2], *(kwargs.get(name) for name in _RUNNING)])
+                kept, names = (running, _RUNNING) if sharded else (0, ())
+                args = (*args[:kept], *map_tensors(whole, args[kept:]))
+                kwargs = {key: t if key in names else map_tensors(whole, t) for key, t in kwargs.items()}
+            return (handler if sharded else _plain)(func, input, *args, **kwargs)
+
+        rule(*funcs)(checked)
+        return handler
+
+    return register
+
+
+def _plain(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a batch or instance norm writes to its running statistics."""
+    default = op_name(func) == "instance_norm"
+    return bool(args[4] if len(args) > 4 else kwargs.get("training", kwargs.get("use_input_stats", default)))
+
+
+def _refuse_sharded(func: Any, running: Sequence[Tensor | None]) -> None:
+    if any(isinstance(t, PatchTensor) for t in running):
+        raise UnsupportedOpError(
+            f"{op_name(func)} would write to gathered copies of the running statistics {running}: gather them first"
+        )
+
+
+def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
+    """Where no statistic crosses rows: on the local ones, with the other tensors replicated."""
+    args, kwargs = map_tensors(lambda t: spread(whole(t), input), (args, kwargs))
+    return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, input.rows.dim), input)
+
+
+def _fixed(func: Any, input: PatchTensor, *args: Any) -> PatchTensor:
+    """By statistics that are given.
+
+    The gradient is handed on in the memory format that torch sees in it: its CPU kernel takes that of a batch
+    of one that was flattened and transposed, whose strides fit two formats, for the other one (seen in 2.13).
+    """
+    result = _local(func, input, *args)
+    if result.local.requires_grad and not torch.compiler.is_compiling():
+        result.local.register_hook(lambda grad: grad.contiguous(memory_format=memory_format(grad)))
+    return result
+
+
+def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
+    return Norm(groups, eps, input.rows, input.region.comm.name, op_name(func))
+
+
+def _normalized(
+    input: PatchTensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
+) -> tuple[PatchTensor, Tensor, Tensor]:
+    """The rows by their own statistics, when they are asked for; and these, mean and variance, now."""
+    out: Tensor | Recipe
+    if may_wait(input) and input.rows.dim >= 2:
+        out, mean, var = put_off_norm(settled(input).as_recipe, weight, bias, norm)
+    else:
+        out, mean, var = normalize(input.local, weight, bias, norm)
+    return wrap(out, input), mean, var
+
+
+@norm_rule(*named("group_norm"))
+def group_norm(
+    func: Any,
+    input: PatchTensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *cudnn: Any,
+) -> Any:
+    input = along_rows(input, func)
+    if input.rows.dim == 0:  # torch's own, which does not ask how many samples a rank has
+        return _local(torch.group_norm, input, num_groups, weight, bias, eps, *cudnn)
+    if input.rows.dim == 1 or input.shape[1] % num_groups:
+        return fallback(func, input, num_groups, weight, bias, eps, *cudnn)
+    input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
+    return _normalized(input, weight, bias, _norm(func, input, num_groups, eps))[0]
+
+
+@norm_rule(F.batch_norm)
+def batch_norm(
+    func: Any,
+    input: PatchTensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    input = along_rows(input, func)
+    if input.rows.dim == 1:
+        if training:
+            _refuse_sharded(func, (running_mean, running_var))
+        return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        return _fixed(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    F._verify_batch_size(list(input.shape))  # type: ignore[attr-defined]
+    rows = input.local.unsqueeze(-1) if input.ndim == 2 else input.local
+    norm = _norm(func, input, 0, eps)
+    out, mean, var = normalize(rows, weight, bias, norm)
+    _keep_running(running_mean, running_var, mean, var, norm.count(rows), momentum)
+    return wrap(out.squeeze(-1) if input.ndim == 2 else out, input)
+
+
+@norm_rule(F.instance_norm)
+def instance_norm(
+    func: Any,
+    input: PatchTensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    input = along_rows(input, func)
+    stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
+        if use_input_stats:
+            _refuse_sharded(func, (running_mean, running_var))
+        return fallback(func, input, *stats)
+    if not use_input_stats or input.rows.dim == 0:
+        return _fixed(func, input, *stats)
+    F._verify_spatial_size(list(input.shape))  # type: ignore[attr-defined]
+    norm = _norm(func, input, input.shape[1], eps)
+    out, mean, var = _normalized(input, weight, bias, norm)
+    _keep_running(running_mean, running_var, mean, var, norm.count(input.known), momentum)
+    return out
+
+
+@torch.no_grad()
+def _keep_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """Move the running statistics, the same on all ranks, towards these; the variance is the unbiased one."""
+    for running, now in ((running_mean, mean.mean(0)), (running_var, var.mean(0) * (count / (count - 1)))):
+        if running is not None:
+            running.copy_(running.to(now.dtype).lerp(now, momentum))
+
+
+@rule(torch.batch_norm, torch.instance_norm)
+def builtin_norm(func: Any, input: PatchTensor, weight: Any, bias: Any, mean: Any, var: Any, *args: Any) -> Any:
+    """torch's own have other orders of arguments than those of ``nn.functional``."""
+    return getattr(F, op_name(func))(input, mean, var, weight, bias, *args[:3])
+
+
+@norm_rule(*named("layer_norm"))
+def layer_norm(
+    func: Any,
+    input: PatchTensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *cudnn: Any,
+) -> Any:
+    first = input.ndim - len(normalized_shape)
+    if input.rows.dim < first:
+        return _local(func, input, normalized_shape, weight, bias, eps, *cudnn)
+    if input.shape[first:] != tuple(normalized_shape):
+        return fallback(func, input, normalized_shape, weight, bias, eps, *cudnn)
+    input = autocast(input, lambda t: func(t, (1,)))
+    # One group of one channel, in whose place stand the samples.
+    local = input.local.to(torch.promote_types(input.dtype, torch.float32))
+    samples = local.reshape(math.prod(local.shape[:first]), 1, *local.shape[first:])
+    norm = Norm(1, eps, input.rows.with_dim(input.rows.dim - first + 2), input.region.comm.name, op_name(func))
+    out: Tensor = wrap(normalize(samples, None, None, norm)[0].view(local.shape), input)
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias).to(input.dtype)
+
+
+@norm_rule(*named("rms_norm"))
+def rms_norm(
+    func: Any, input: PatchTensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Any:
+    first = input.ndim - len(normalized_shape)
+    if input.rows.dim < first:
+        return _local(func, input, normalized_shape, weight, eps)
+    if input.shape[first:] != tuple(normalized_shape):
+        return fallback(func, input, normalized_shape, weight, eps)
+    input = autocast(input, lambda t: func(t, (1,)))
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    mean_square = x.square().mean(tuple(range(first, x.ndim)), keepdim=True)
+    out = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if eps is None else eps))
+    return (out if weight is None else out * weight).to(input.dtype)
+
+
+@rule(F.local_response_norm)
+def local_response_norm(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
+    """Over neighbouring channels of a pixel."""
+    input = along_rows(input, func)
+    if input.rows.dim == 1:
+        return fallback(func, input, *args, **kwargs)
+    return _local(func, input, *args, **kwargs)

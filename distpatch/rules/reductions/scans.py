@@ -1,0 +1,78 @@
+"""Functions that work along one dim: local beside the sharded one; along it, ranks tell each other totals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.comm.collectives import spread, stack_ranks
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import autocast, normalize_dims, precise, wrap
+from distpatch.rules.core.registry import named, nth, rule
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.op_names import op_name
+
+
+@rule(*named("softmax", "log_softmax", "softmin"))
+def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    """Of exponents shifted by the largest of all ranks, divided by their sum over all ranks."""
+    if isinstance(_stacklevel, torch.dtype):  # in the place of dtype, except in nn.functional
+        dtype = _stacklevel
+    if dim is None:
+        dim = F._get_softmax_dim(op_name(func), input.ndim, 3)  # type: ignore[attr-defined]
+    at = nth(dim, input.ndim)
+    if at != input.rows.dim or not input.numel():
+        return wrap(func(input.local, at, dtype=dtype), input)
+    if op_name(func) == "softmin":
+        return softmax(torch.softmax, -input, at, dtype=dtype)  # type: ignore[arg-type]
+    input = autocast(input, lambda t: func(t, 0))
+    kind = dtype or input.dtype
+    x = input.to(precise(kind))
+    shifted = x - x.detach().amax(at, keepdim=True)
+    if op_name(func).endswith("log_softmax"):
+        return (shifted - shifted.exp().sum(at, keepdim=True).log()).to(kind)
+    exponents = shifted.exp()
+    return (exponents / exponents.sum(at, keepdim=True)).to(kind)
+
+
+@rule(*named("cumsum", "cumprod", "logcumsumexp"))
+def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) -> Any:
+    """Each rank's own, on top of the totals of the ranks before it."""
+    at, options = nth(dim, input.ndim), {} if dtype is None else {"dtype": dtype}
+    if at != input.rows.dim:
+        return wrap(func(input.local, at, **options), input)
+    name = op_name(func)
+    input = autocast(input, lambda t: func(t, 0))
+    merges: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+        "cumsum": (torch.add, torch.sum),
+        "cumprod": (torch.mul, torch.prod),
+        "logcumsumexp": (torch.logaddexp, torch.logsumexp),
+    }
+    add, total = merges[name]
+    kind = dtype or (input.dtype if input.dtype.is_floating_point or input.dtype.is_complex else torch.int64)
+    local = input.local.to(precise(kind))
+    comm, _ = input.region.comm, input.rows.bounds  # rows in order, or called again
+    totals = spread(stack_ranks(total(local, at), comm.name, name), comm.name)
+    before = total(totals[: comm.rank], 0).unsqueeze(at)
+    return wrap(add(func(local, at), before).to(kind), input)
+
+
+@rule(F.normalize)
+def normalize(func: Any, input: PatchTensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    if out is not None:
+        return fallback(func, input, p, dim, eps, out)
+    if input.rows.dim not in normalize_dims(dim, input.ndim):
+        return wrap(func(input.local, p, dim, eps), input)
+    return input / torch.linalg.vector_norm(input, p, dim, True).clamp_min(eps)
+
+
+@rule(*named("glu"))
+def glu(func: Any, input: PatchTensor, dim: int = -1) -> Any:
+    if nth(dim, input.ndim) != input.rows.dim:
+        return wrap(func(input.local, dim), input)
+    values, gates = input.chunk(2, dim)
+    return values * gates.sigmoid()

@@ -1,0 +1,227 @@
+"""Rows put together anew: concatenated, stacked, repeated, rolled, mirrored.
+
+The new rows are a list of intervals of the rows of one or more tensors. Each rank owns an even share of them
+(or the bounds that it had) and fetches what these are made of.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.layout.rows import Bounds, RowLayout, even_bounds
+from distpatch.layout.transfers import padded
+from distpatch.lazy.deferred_ops import put_off
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import (
+    check_group,
+    fetch,
+    may_wait,
+    normalize_dims,
+    placed,
+    redistribute,
+    settled,
+    sizes_of,
+    spread,
+    wrap,
+)
+from distpatch.rules.core.registry import named, nth, rule
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.op_names import op_name
+
+Segment = tuple[int, int, int]  # (which tensor, start, stop)
+
+
+def assembled(
+    func: Any, tensors: Sequence[Tensor], segments: Sequence[Segment], bounds: Bounds | None = None
+) -> PatchTensor:
+    """The tensor whose rows are these segments of rows of the tensors, one after the other.
+
+    One exchange for each sharded tensor; plain ones are sliced. Sharded along another dim: turned first.
+    """
+    lead = next(t for t in tensors if isinstance(t, PatchTensor))
+    dim, comm = lead.rows.dim, lead.region.comm
+    bounds = bounds or even_bounds(sum(stop - start for _, start, stop in segments), comm.size)
+    shares = _shares(tuple(segments), bounds)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    pieces = []
+    for index, tensor in enumerate(tensors):
+        needs = padded([[(a, b) for k, a, b in share if k == index] for share in shares])
+        if isinstance(tensor, PatchTensor):
+            check_group(tensor, lead, func)
+            turned = tensor.rows.dim != dim
+            layout = RowLayout(dim, even_bounds(tensor.shape[dim], comm.size)) if turned else tensor.rows
+            pieces.append(iter(fetch(redistribute(tensor, layout, func), needs, func)))
+        else:
+            plain = spread(tensor, lead)
+            pieces.append(iter([plain.narrow(dim, a, b - a) for a, b in needs[comm.rank]]))
+    own = [next(pieces[k]) for k, _, _ in shares[comm.rank]]
+    rest = [piece for fetched in pieces for piece in fetched]  # without rows, for the autograd graph
+    local = torch.cat([piece.to(dtype) for piece in (*own, *rest)], dim)
+    return wrap(local.contiguous(memory_format=memory_format(lead.local)), lead, RowLayout(dim, bounds))
+
+
+@lru_cache(maxsize=1024)
+def _shares(segments: tuple[Segment, ...], bounds: Bounds) -> list[list[Segment]]:
+    """The parts of the segments that each rank's share of the new rows is made of."""
+    shares = []
+    for lo, hi in pairwise(bounds):
+        share, first = [], 0
+        for k, start, stop in segments:
+            a, b = max(lo - first, 0) + start, min(hi - first + start, stop)
+            if a < b:
+                share.append((k, a, b))
+            first += stop - start
+        shares.append(share)
+    return shares
+
+
+@rule(*named("cat", "concat", "concatenate"))
+def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, *, out: Any = None) -> Tensor:
+    """Along another dim locally, after the first sharded tensor's layout; along the rows by moving them."""
+    if out is not None:
+        return fallback(func, tensors, dim, out=out)
+    if all(t.shape == (0,) for t in tensors):
+        return tensors[0]
+    tensors = [t for t in tensors if t.shape != (0,)]
+    lead = next(t for t in tensors if isinstance(t, PatchTensor))
+    at = nth(dim, lead.ndim)
+    if at == lead.rows.dim:
+        return assembled(func, tensors, [(k, 0, t.shape[at]) for k, t in enumerate(tensors)])
+    if (later := _cat_later(func, tensors, lead, at)) is not None:
+        return later
+    return wrap(func([_rows_like(t, lead, func) for t in tensors], at), lead)
+
+
+def _cat_later(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int) -> PatchTensor | None:
+    """When it is asked for, where all are of the same kind and rows; else None."""
+    size_bytes = sum(t.known.shape.numel() * t.dtype.itemsize for t in tensors if isinstance(t, PatchTensor))
+    recipes = []
+    for t in tensors:
+        if (
+            not isinstance(t, PatchTensor)
+            or t.rows != lead.rows
+            or t.dtype != lead.dtype
+            or not may_wait(t, size_bytes)
+        ):
+            return None
+        if t.region.comm is not lead.region.comm or t.ndim != lead.ndim:
+            return None
+        recipes.append(settled(t).as_recipe)
+    sizes = [[n for d, n in enumerate(t.shape) if d != at] for t in tensors]
+    if any(own != sizes[0] for own in sizes):
+        return None
+    shape = [sum(t.shape[at] for t in tensors) if d == at else n for d, n in enumerate(recipes[0].shape)]
+    return wrap(put_off(op_name(func), recipes[0], recipes, lambda parts, mine: func(parts, at), shape=shape), lead)
+
+
+@rule(*named("stack"))
+def stack(func: Any, tensors: Sequence[Tensor], dim: int = 0, *, out: Any = None) -> Tensor:
+    if out is not None:
+        return fallback(func, tensors, dim, out=out)
+    lead = next(t for t in tensors if isinstance(t, PatchTensor))
+    at = dim % (lead.ndim + 1)
+    moved = lead.rows.with_dim(lead.rows.dim + (at <= lead.rows.dim))
+    return wrap(func([_rows_like(t, lead, func) for t in tensors], at), lead, moved)
+
+
+def _rows_like(tensor: Tensor, lead: PatchTensor, func: Any) -> Tensor:
+    if tensor.ndim != lead.ndim or tensor.shape[lead.rows.dim] != lead.rows.size:
+        raise RuntimeError(
+            f"{op_name(func)}: sizes of tensors must match, got {tuple(tensor.shape)} beside {tuple(lead.shape)}"
+        )
+    if isinstance(tensor, PatchTensor):
+        check_group(tensor, lead, func)
+        return redistribute(tensor, lead.rows, func).local
+    lo, hi = lead.rows.interval(lead.region.comm.rank)
+    return spread(tensor, lead).narrow(lead.rows.dim, lo, hi - lo)
+
+
+@rule(*named("hstack", "vstack", "row_stack", "dstack", "column_stack"))
+def stack_along(func: Any, tensors: Sequence[Tensor], *, out: Any = None) -> Any:
+    """Concatenation along the first, second or third dim of tensors that have it."""
+    at = {"h": 1, "v": 0, "r": 0, "d": 2, "c": 1}[op_name(func)[0]]
+    if out is not None or any(t.ndim <= max(at, 1) for t in tensors):
+        return fallback(func, tensors, **({} if out is None else {"out": out}))
+    return torch.cat(tuple(tensors), at)
+
+
+@rule(*named("repeat", "tile"))
+def repeat(func: Any, input: PatchTensor, *repeats: Any, **kwargs: Any) -> Any:
+    times = sizes_of(repeats, kwargs, "repeats", "dims")
+    times = (1,) * (input.ndim - len(times)) + times
+    dim = len(times) - input.ndim + input.rows.dim
+    others = [1 if d == dim else n for d, n in enumerate(times)]
+    result = wrap(input.local.repeat(others), input, input.rows.with_dim(dim))
+    return result if times[dim] == 1 else assembled(func, [result], [(0, 0, input.rows.size)] * times[dim])
+
+
+@rule(*named("repeat_interleave"))
+def repeat_interleave(
+    func: Any, input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
+) -> Any:
+    """Each row so many times; a different number for every row takes the fallback."""
+    if repeats is None:  # the input says how often its places are repeated
+        return fallback(func, input, output_size=output_size)
+    if not isinstance(input, PatchTensor) or dim is None:
+        return fallback(func, input, repeats, dim, output_size=output_size)
+    at = nth(dim, input.ndim)
+    if at != input.rows.dim:
+        if isinstance(repeats, PatchTensor):
+            return fallback(func, input, repeats, dim, output_size=output_size)
+        repeats = spread(repeats, input) if isinstance(repeats, Tensor) else repeats
+        return wrap(func(input.local, repeats, at, output_size=output_size), input)
+    if not isinstance(repeats, int):
+        return fallback(func, input, repeats, dim, output_size=output_size)
+    bounds = tuple(b * repeats for b in input.rows.bounds)
+    return wrap(func(input.local, repeats, at), input, RowLayout(at, bounds))
+
+
+@rule(*named("roll"))
+def roll(func: Any, input: PatchTensor, shifts: Any, dims: Any = (), **kwargs: Any) -> Any:
+    steps = tuple(shifts) if isinstance(shifts, (tuple, list)) else (shifts,)
+    if dims is None or (isinstance(dims, (tuple, list)) and not dims):
+        return fallback(func, input, shifts, dims)
+    along = normalize_dims(dims, input.ndim)
+    others = [(step, d) for step, d in zip(steps, along, strict=True) if d != input.rows.dim]
+    if others:
+        input = wrap(func(input.local, *zip(*others)), input)
+    size = input.rows.size
+    shift = sum(step for step, d in zip(steps, along) if d == input.rows.dim) % max(size, 1)
+    if not shift:
+        return input if others else input.clone()
+    return assembled(func, [input], [(0, size - shift, size), (0, 0, size - shift)], input.rows.bounds)
+
+
+@rule(*named("flip", "fliplr", "flipud"))
+def flip(func: Any, input: PatchTensor, *dims: Any, **kwargs: Any) -> Tensor:
+    """Each rank keeps its place, and fetches the rows that come to it."""
+    given = {"fliplr": (1,), "flipud": (0,)}.get(op_name(func)) or sizes_of(dims, kwargs, "dims")
+    mirrored = [nth(d, input.ndim) for d in given]
+    if input.rows.dim not in mirrored:
+        return wrap(input.local.flip(mirrored), input)
+    bounds = input.rows.bounds
+    needs = tuple(((bounds[-1] - hi, bounds[-1] - lo),) for lo, hi in pairwise(bounds))
+    return placed(fetch(input, needs, func)[0].flip(mirrored), input)
+
+
+@rule(*named("rot90"))
+def rot90(func: Any, input: Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Tensor:
+    one, other = dims
+    if k % 4 == 0:
+        return input.clone()
+    if k % 4 == 2:
+        return input.flip(one, other)
+    return input.flip(other if k % 4 == 1 else one).transpose(one, other)
+
+
+@rule(torch.Tensor.__reversed__)
+def reversed_(func: Any, input: PatchTensor) -> Tensor:
+    return input.flip(0)

@@ -1,0 +1,51 @@
+"""Fourier transforms: local beside the rows; along them each rank has some channels whole for as long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import normalize_dims, on_some_rows, redistribute, wrap
+from distpatch.rules.core.registry import rule
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.op_names import op_name
+
+_KINDS = "fft ifft rfft irfft hfft ihfft".split()
+
+
+@rule(*(getattr(torch.fft, kind + many) for kind in _KINDS for many in ("", "2", "n")))
+def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, out: Any = None, **kwargs: Any) -> Tensor:
+    """Over the sharded dim: two exchanges of all elements, each between all ranks."""
+    name = "s" if op_name(func)[-1] in "2n" else "n"
+    default = {"2": (-2, -1), "n": None}.get(op_name(func)[-1], -1)
+    given = {name: size, "dim": default, **dict(zip(("dim", "norm"), args)), **kwargs}
+    if given["dim"] is None and given[name] is not None:
+        given["dim"] = tuple(range(-len(given[name]), 0))
+    dims = normalize_dims(given["dim"], input.ndim)
+    beside = [d for d in range(input.ndim) if d not in dims]
+    if out is not None or not beside:
+        return fallback(func, input, **given, **({} if out is None else {"out": out}))
+
+    def transformed(x: PatchTensor) -> PatchTensor:
+        return wrap(on_some_rows(lambda rows: func(rows, **given), x.local, x.rows.dim), x)
+
+    if input.rows.dim in beside:
+        return transformed(input)
+    widest, ranks = max(beside, key=lambda d: input.shape[d]), input.region.comm.size
+    turned = redistribute(input, RowLayout(widest, even_bounds(input.shape[widest], ranks)), func)
+    result = transformed(turned)
+    row = input.rows.dim
+    same = result.shape[row] == input.rows.size
+    return redistribute(result, input.rows if same else RowLayout(row, even_bounds(result.shape[row], ranks)), func)
+
+
+@rule(torch.fft.fftshift, torch.fft.ifftshift)
+def shift(func: Any, input: PatchTensor, dim: int | Sequence[int] | None = None) -> Tensor:
+    dims = normalize_dims(dim, input.ndim)
+    forward = op_name(func) == "fft_fftshift"
+    return torch.roll(input, [(input.shape[d] + (not forward)) // 2 for d in dims], dims)

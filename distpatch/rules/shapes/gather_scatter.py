@@ -1,0 +1,204 @@
+"""Functions with an index tensor: beside the rows locally; along them each rank serves the rows that it owns."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.fresh_buffers import shard_like
+from distpatch.rules.core.operands import (
+    fetch,
+    on_some_rows,
+    own_rows,
+    redistribute,
+    spread,
+    wrap,
+)
+from distpatch.rules.core.registry import named, nth, rule, written
+from distpatch.rules.reductions.extrema import picked
+from distpatch.rules.shapes.slicing import slice_dim
+from distpatch.rules.shapes.take_rows import rows_by_number
+from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.torch_utils.op_names import op_name
+
+
+@rule(*named("index_select"))
+def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out: Any = None) -> Any:
+    if isinstance(index, PatchTensor) or not isinstance(input, PatchTensor) or out is not None:
+        return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
+    if nth(dim, input.ndim) == input.rows.dim:
+        return rows_by_number(input, index.flatten(), func)
+    return wrap(func(input.local, dim, index), input)
+
+
+@rule(*named("gather"))
+def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False, out: Any = None) -> Any:
+    """The index may have fewer rows than the input: it is then taken from the first of them."""
+    at = nth(dim, input.ndim)
+    row = next(t for t in (input, index) if isinstance(t, PatchTensor)).rows.dim
+    if isinstance(index, PatchTensor) and index.rows.dim != row:
+        index = redistribute(index, RowLayout(row, even_bounds(index.shape[row], index.region.comm.size)), func)
+    if at == row and out is None:
+        if not isinstance(input, PatchTensor):
+            assert isinstance(index, PatchTensor)
+            return wrap(func(spread(input, index), at, index.local), index)
+        if not isinstance(index, PatchTensor):
+            return picked(input, index, func)
+        if input.rows.size:
+            return _passed_by(func, input, index)
+    if at == row or out is not None or index.shape[row] > input.shape[row]:
+        return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
+    input = slice_dim(input, row, slice(0, index.shape[row]))
+    lead = index if isinstance(index, PatchTensor) else input
+    assert isinstance(lead, PatchTensor)
+    back = row - lead.ndim
+    return wrap(func(own_rows(input, lead, back, func), at, own_rows(index, lead, back, func)), lead)
+
+
+def _passed_by(func: Any, x: PatchTensor, index: PatchTensor) -> PatchTensor:
+    """Rows by numbers that only the device knows: each rank's rows are shown to all, one rank after the other."""
+    dim, world = x.rows.dim, x.rows.world_size
+    layout = RowLayout(dim, even_bounds(index.shape[dim], world))
+    own = redistribute(index, layout, func).local
+    found = None
+    for lo, hi in pairwise(x.rows.bounds):
+        if lo < hi:
+            rows = fetch(x, (((lo, hi),),) * world, func)[0]
+            here = (own >= lo) & (own < hi)
+            elsewhere = torch.where((own >= 0) & (own < x.rows.size), 0, own)  # torch refuses what is nobody's
+            part = func(rows, dim, torch.where(here, own - lo, elsewhere))
+            found = part if found is None else torch.where(here, part, found)
+    assert found is not None
+    return wrap(found, x, layout)
+
+
+@rule(*named("take_along_dim"))
+def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = None, *, out: Any = None) -> Any:
+    """``gather`` after broadcasting all other dims."""
+    if dim is None or out is not None:
+        return fallback(func, input, indices, dim, **({} if out is None else {"out": out}))
+    at = nth(dim, input.ndim)
+    indices = torch.where(indices < 0, indices + input.shape[at], indices)
+    one, other = list(input.shape), list(indices.shape)
+    one[at] = other[at] = 1
+    shape = torch.broadcast_shapes(one, other)
+    source = input.expand(*shape[:at], input.shape[at], *shape[at + 1 :])
+    return torch.gather(source, at, indices.expand(*shape[:at], indices.shape[at], *shape[at + 1 :]))
+
+
+@rule(*named("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"))
+def scatter(func: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Rows stay where an index as tall as the input says what goes where in another dim."""
+    named_value = "value" in kwargs
+    value = kwargs.pop("value") if named_value else src
+    at = nth(dim, input.ndim)
+    if not isinstance(input, PatchTensor):
+        input = _sharded_as(func, input, at, index, value)
+    row = input.rows.dim if isinstance(input, PatchTensor) else at
+    if at == row or index.shape[row] != input.shape[row] or kwargs.get("out") is not None:
+        kwargs.update({"value": value} if named_value else {})
+        return fallback(func, input, dim, index, *([] if named_value else [src]), *args, **kwargs)
+    assert isinstance(input, PatchTensor)
+    back = row - input.ndim
+    if isinstance(value, Tensor) and value.ndim:
+        value = own_rows(slice_dim(value, row, slice(0, index.shape[row])), input, back, func)
+    result = func(input.local, at, own_rows(index, input, back, func), value, *args, **kwargs)
+    return written(input) if result is input.local else wrap(result, input)
+
+
+def _sharded_as(func: Any, input: Tensor, at: int, *others: Any) -> Tensor:
+    """A plain tensor that sharded ones are written to beside their rows, sharded as they are: its rows are enough."""
+    lead = next((t for t in others if isinstance(t, PatchTensor)), None)
+    if lead is None or lead.ndim != input.ndim or lead.rows.dim == at or lead.rows.size != input.shape[lead.rows.dim]:
+        return input
+    if op_name(func).endswith("_"):
+        shard_like(input, lead)  # in place, where it can be
+        return input
+    return wrap(own_rows(input, lead, lead.rows.dim - lead.ndim, func), lead)
+
+
+@rule(*named("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_"))
+def index_write(
+    func: Any, input: Tensor, dim: int, index: Tensor, source: Any = None, *, alpha: Any = 1, **kwargs: Any
+) -> Any:
+    """``source`` goes to the places of ``index`` along a dim; along the rows each rank takes what is its own.
+
+    A rank sends what belongs to others to one more row, which is dropped: no number is read on the host.
+    """
+    source = kwargs.pop("value", source)
+    options = {"alpha": alpha} if op_name(func).startswith("index_add") and alpha != 1 else {}
+    if not isinstance(input, PatchTensor) and input.ndim:
+        input = _sharded_as(func, input, nth(dim, input.ndim), source)
+    if not isinstance(input, PatchTensor) or isinstance(index, PatchTensor) or kwargs:
+        return fallback(func, input, dim, index, source, **options, **kwargs)
+    at, in_place = nth(dim, input.ndim), op_name(func).endswith("_")
+    out_of_place = getattr(torch, op_name(func).rstrip("_"))
+    if at != input.rows.dim:
+        if isinstance(source, Tensor):
+            back = input.rows.dim - input.ndim
+            source = own_rows(source, input, back, func) if source.ndim else spread(source, input)
+        local = out_of_place(input.local, at, index, source, **options)
+    else:
+        lo, hi = input.rows.interval(input.region.comm.rank)
+        source = spread(whole(source), input) if isinstance(source, Tensor) else source
+        index = torch.where(index < 0, index + input.rows.size, index)
+        own = torch.where((index >= lo) & (index < hi), index - lo, hi - lo)
+        sink = input.local.new_zeros([1 if d == at else n for d, n in enumerate(input.local.shape)])
+        local = out_of_place(torch.cat([input.local, sink], at), at, own, source, **options)
+        local = local.narrow(at, 0, hi - lo)
+    if not in_place:
+        return wrap(local, input)
+    input.local.copy_(local)
+    return input
+
+
+@rule(*named("select_scatter", "slice_scatter", "diagonal_scatter"))
+def into_a_part(func: Any, input: Tensor, src: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A copy of the input with one part of it replaced."""
+    if not isinstance(input, PatchTensor) or op_name(func) == "diagonal_scatter":
+        return fallback(func, input, src, *args, **kwargs)
+    result = input.clone()
+    if op_name(func) == "select_scatter":
+        dim, index = _bind(("dim", "index"), args, kwargs)
+        result[(slice(None),) * nth(dim, input.ndim) + (index,)] = src
+    else:
+        dim, start, end, step = _bind(("dim", "start", "end", "step"), args, kwargs)
+        result[(slice(None),) * nth(dim or 0, input.ndim) + (slice(start, end, step),)] = src
+    return result
+
+
+def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    given = {**dict(zip(names, args)), **kwargs}
+    return [given.get(name) for name in names]
+
+
+@rule(F.embedding)
+def embedding(
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """A replicated table at sharded numbers. What counts the numbers, or writes to the table, needs all."""
+    if isinstance(weight, PatchTensor) or max_norm is not None or scale_grad_by_freq or sparse:
+        return fallback(func, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    assert isinstance(input, PatchTensor)
+    table = spread(weight, input)
+    return wrap(on_some_rows(lambda rows: func(rows, table, padding_idx), input.local, input.rows.dim), input)
+
+
+@rule(F.one_hot)
+def one_hot(func: Any, input: PatchTensor, num_classes: int = -1) -> Any:
+    if num_classes < 0 and input.numel():  # as many as the largest number says
+        num_classes = int(input.max()) + 1
+    return wrap(func(input.local, num_classes), input)

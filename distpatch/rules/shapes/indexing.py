@@ -1,0 +1,353 @@
+"""``x[...]`` read and written: by numbers and slices a view, by lists and tensors a copy, by masks where they are."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.rules.core.aliasing import is_basic
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.fresh_buffers import shard_along, shard_like
+from distpatch.rules.core.operands import rows_of, spread, wrap
+from distpatch.rules.core.registry import named, rule
+from distpatch.rules.shapes.concatenation import assembled
+from distpatch.rules.shapes.slicing import slice_dim
+from distpatch.rules.shapes.take_rows import rows_by_number
+from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.torch_utils.tree import tensors_in
+
+Items = list[Any]  # an index, one item for each dim of the tensor (and None for each new one)
+WHOLE = slice(None)
+_SHORT = 32
+
+
+@rule(torch.Tensor.__getitem__)
+def getitem(func: Any, input: Tensor, index: Any) -> Any:
+    """Numbers and slices one dim after the other; lists and replicated tensors of numbers beside the rows."""
+    if not isinstance(input, PatchTensor):
+        return _looked_up(func, input, index)
+    items = _spelled_out(index, input)
+    if all(map(is_basic, items)):
+        return _basic(input, items)
+    row = _item_of(items, input.rows.dim)
+    if row is None or any(map(_is_odd, items)):
+        return fallback(func, input, index)
+    if _is_mask(items[row]):  # of rows: which they are has to be read anyway
+        items[row] = _places(items[row], input.rows.size)
+    if isinstance(items[row], slice):
+        x = slice_dim(input, input.rows.dim, items[row])
+        assert isinstance(x, PatchTensor)
+        items[row] = WHOLE
+        return wrap(x.local[tuple(items)], x, x.rows.with_dim(_row_dim_after(x, items)[0]))
+    if isinstance(items[row], list) and all(map(_is_whole, [*items[:row], *items[row + 1 :]])):
+        return _chosen_rows(func, input, items[row])
+    numbers = items[row]
+    if isinstance(numbers, Tensor) and numbers.ndim and all(map(is_basic, [*items[:row], *items[row + 1 :]])):
+        items[row] = WHOLE
+        x = _basic(input, items)
+        chosen = rows_by_number(x, numbers.flatten(), func)
+        return chosen if numbers.ndim == 1 else chosen.unflatten(x.rows.dim, numbers.shape)
+    return _numbered_rows(func, input, items, row)
+
+
+def _spelled_out(index: Any, x: Tensor) -> Items:
+    """The index as items that speak of every dim: numbers, slices, None, lists of numbers, tensors."""
+    items = [_as_item(item, x) for item in as_tuple(index)]
+    left = [WHOLE] * (x.ndim - sum(map(_dims_of, items)))
+    dots = next((at for at, item in enumerate(items) if item is Ellipsis), len(items))
+    return items[:dots] + left + items[dots + 1 :]
+
+
+def as_tuple(index: Any) -> tuple[Any, ...]:
+    """As torch (and numpy, once) takes it: a short sequence that holds slices or sequences is a tuple."""
+    if isinstance(index, tuple):
+        return index
+    sequence = isinstance(index, Sequence) or (not isinstance(index, Tensor) and getattr(index, "ndim", 0) > 0)
+    if sequence and len(index) < _SHORT and any(map(_speaks_of_a_dim, index)):
+        return tuple(index)
+    return (index,)
+
+
+def _speaks_of_a_dim(item: Any) -> bool:
+    several = isinstance(item, (Tensor, Sequence, slice)) or getattr(item, "ndim", 0) > 0
+    return several or item is None or item is Ellipsis
+
+
+def _as_item(item: Any, x: Tensor) -> Any:
+    if is_basic(item) or isinstance(item, bool):
+        return _as_slice(item) if isinstance(item, slice) and item != WHOLE else item
+    if isinstance(item, Tensor):
+        return int(item) if _is_number(item) else item
+    if isinstance(item, (list, tuple, range)) and all(type(i) is int for i in item):
+        return list(item)
+    tensor = torch.as_tensor(item, device=x.device)  # numpy's, lists of booleans, nested lists
+    return tensor.item() if tensor.ndim == 0 and tensor.dtype != torch.bool else tensor
+
+
+def _as_slice(item: slice) -> slice:
+    """Bounds that are numpy's numbers, or tensors of one, are read, as torch reads them."""
+    return slice(*(None if n is None else operator.index(n) for n in (item.start, item.stop, item.step)))
+
+
+def _is_number(item: Tensor) -> bool:
+    """Whether torch reads it, and takes it for a number."""
+    whole_number = not (item.dtype.is_floating_point or item.dtype.is_complex or _is_mask(item))
+    return item.ndim == 0 and whole_number and not torch.compiler.is_compiling() and not isinstance(item, FakeTensor)
+
+
+def _is_mask(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dtype in {torch.bool, torch.uint8}
+
+
+def _is_odd(item: Any) -> bool:
+    """Sharded itself, or a single truth value, which makes a new dim."""
+    return isinstance(item, (PatchTensor, bool)) or (_is_mask(item) and item.ndim == 0)
+
+
+def _is_whole(item: Any) -> bool:
+    return isinstance(item, slice) and item == WHOLE
+
+
+def _dims_of(item: Any) -> int:
+    """How many dims of the tensor an item speaks of; a mask of several."""
+    if item is None or item is Ellipsis or isinstance(item, bool):
+        return 0
+    return item.ndim if _is_mask(item) else 1
+
+
+def _item_of(items: Items, dim: int) -> int | None:
+    """Which item speaks of the dim, or None where a mask speaks of it among others."""
+    seen = 0
+    for at, item in enumerate(items):
+        count = _dims_of(item)
+        if seen <= dim < seen + count:
+            return at if count == 1 else None
+        seen += count
+    raise IndexError(f"too many indices: {items}")
+
+
+def _basic(x: Tensor, items: Items) -> Any:
+    dim = 0
+    for item in items:
+        if isinstance(item, int):
+            x = x.select(dim, item)
+            continue
+        x = x.unsqueeze(dim) if item is None else slice_dim(x, dim, item)
+        dim += 1
+    return x
+
+
+def _row_dim_after(x: PatchTensor, items: Items) -> tuple[int, int]:
+    """Where the rows stand in ``x[items]``, which takes all of them, and its dims: of a tensor without data."""
+    lengths = [len(item) for item in items if isinstance(item, list)]
+    lengths += [item.numel() for item in items if isinstance(item, Tensor)]
+    marked = 1 + max([*x.shape, *lengths])
+    probe = torch.empty([marked if d == x.rows.dim else n for d, n in enumerate(x.shape)], device="meta")
+    stand_ins: Items = []
+    for item in items:
+        if isinstance(item, list):
+            stand_ins.append(torch.empty(len(item), dtype=torch.long, device="meta"))
+        elif _is_mask(item):
+            stand_ins += [torch.empty(1, dtype=torch.long, device="meta")] * item.ndim
+        elif isinstance(item, Tensor):  # of no dims: a number
+            stand_ins.append(torch.empty_like(item, device="meta") if item.ndim else 0)
+        else:
+            stand_ins.append(item)
+    shape = list(probe[tuple(stand_ins)].shape)
+    return shape.index(marked), len(shape)
+
+
+def _chosen_rows(func: Any, x: PatchTensor, numbers: Sequence[int]) -> PatchTensor:
+    """Rows by number: every rank knows the numbers, so it knows who has them."""
+    size = x.rows.size
+    if any(not -size <= i < size for i in numbers):
+        raise IndexError(f"index {numbers} is out of bounds for dimension {x.rows.dim} with size {size}")
+    runs = groupby(enumerate(i % size for i in numbers), key=lambda pair: pair[1] - pair[0])
+    rows = [[row for _, row in run] for _, run in runs]
+    return assembled(func, [x], [(0, run[0], run[-1] + 1) for run in rows])
+
+
+def _places(mask: Tensor, size: int) -> Tensor:
+    if len(mask) != size:
+        raise IndexError(f"a mask of {len(mask)} rows does not fit {size}")
+    return mask.nonzero().flatten()
+
+
+def _numbered_rows(func: Any, x: PatchTensor, items: Items, row: int) -> Any:
+    """Rows by a replicated tensor of numbers, beside others that are broadcast with it."""
+    numbers = torch.as_tensor(items[row], device=x.device)
+    chosen = {at: torch.as_tensor(i, device=x.device) for at, i in enumerate(items) if isinstance(i, (list, Tensor))}
+    shapes = [i.shape for i in chosen.values()]
+    free = [d for d in range(-numbers.ndim, 0) if all(len(shape) < -d or shape[d] == 1 for shape in shapes)]
+    along = [d for d in range(-numbers.ndim, 0) if numbers.shape[d] != 1] or free  # the dim that says which row
+    if (len(along) != 1 and not along == free != []) or any(map(_is_mask, items)) or any(type(i) is int for i in items):
+        return fallback(func, x, tuple(items))
+    back = along[0]
+    x = rows_by_number(x, numbers.flatten(), func)
+    lo, hi = x.rows.interval(x.region.comm.rank)
+    own = {
+        at: i.narrow(back, lo, hi - lo) if i.ndim >= -back and i.shape[back] == x.rows.size else i
+        for at, i in chosen.items()
+    }
+    shape = [-1 if d == numbers.ndim + back else 1 for d in range(numbers.ndim)]
+    own[row] = torch.arange(hi - lo, device=x.device).view(shape)
+    marked = [own.get(at, item) for at, item in enumerate(items)]
+    dim = _chosen_dim(x, marked, back)
+    return wrap(x.local[tuple(marked)], x, x.rows.with_dim(dim))
+
+
+def _chosen_dim(x: PatchTensor, items: Items, back: int) -> int:
+    """Which dim of ``x[items]`` the dim ``back``, counted from behind, of the broadcast tensors is."""
+    tensors = [at for at, item in enumerate(items) if isinstance(item, Tensor)]
+    ndim = max(items[at].ndim for at in tensors)
+    together = tensors[-1] - tensors[0] + 1 == len(tensors)
+    first = tensors[0] if together else 0  # numpy's: apart from each other, in front of all
+    return first + ndim + back
+
+
+def _looked_up(func: Any, table: Tensor, index: Any) -> Any:
+    """A replicated table at sharded numbers: each rank looks up its own."""
+    items = _spelled_out(index, table)
+    at = next((at for at, item in enumerate(items) if isinstance(item, PatchTensor)), 0)
+    lead = items[at]
+    if _is_mask(lead) or not all(map(_is_whole, [*items[:at], *items[at + 1 :]])):
+        return fallback(func, table, index)
+    items[at] = lead.local
+    return wrap(spread(table, lead)[tuple(items)], lead, lead.rows.with_dim(at + lead.rows.dim))
+
+
+@rule(torch.Tensor.__setitem__)
+def setitem(func: Any, input: Tensor, index: Any, value: Any) -> None:
+    """Written to the rows where they are: every rank keeps its own of the value; a replicated tensor takes all."""
+    items = _spelled_out(index, input)
+    if not isinstance(input, PatchTensor):
+        _adopt(input, items, value)
+    if not isinstance(input, PatchTensor):
+        if any(isinstance(t, PatchTensor) for t in tensors_in(index)):
+            fallback(func, input, index, value)
+        else:
+            input[index] = whole(value)
+        return
+    if all(map(is_basic, items)):
+        _set_basic(input, items, value)
+    elif _is_mask(items[0]) and all(map(_is_whole, items[1:])):
+        _set_masked(input, items[0].bool(), value)
+    else:
+        _set_chosen(func, input, items, value)
+
+
+def _adopt(target: Tensor, items: Items, value: Any) -> None:
+    """Make a plain tensor that rows are written to, or chosen in by a sharded mask, a sharded one."""
+    if items and isinstance(items[0], PatchTensor) and _is_mask(items[0]) and all(map(_is_whole, items[1:])):
+        shard_like(target, items[0], items[0].rows.dim)
+    if not isinstance(value, PatchTensor) or None in items or not all(map(is_basic, items)):
+        return
+    kept = [dim for dim, item in enumerate(items) if isinstance(item, slice)]
+    back = value.rows.dim - value.ndim
+    if -back > len(kept):
+        return
+    dim = kept[back]
+    rows = target.shape[dim]
+    if len(range(rows)[items[dim]]) == value.rows.size:
+        bounds = value.rows.bounds if value.rows.size == rows else even_bounds(rows, value.region.comm.size)
+        shard_along(target, value, RowLayout(dim, bounds))
+
+
+def _set_basic(x: PatchTensor, items: Items, value: Any) -> None:
+    """One row is written as a slice of one row, since its owner alone has it."""
+    row = _item_of(items, x.rows.dim)
+    assert row is not None
+    number = items[row]
+    if isinstance(number, int):
+        if not -x.rows.size <= number < x.rows.size:
+            raise IndexError(f"index {number} is out of bounds for dimension {x.rows.dim} of {x.rows.size} rows")
+        number %= x.rows.size
+        items[row] = slice(number, number + 1)
+    target = _basic(x, items)
+    if not isinstance(value, Tensor):
+        target.fill_(value)
+        return
+    one_row = isinstance(number, int)
+    while value.ndim > target.ndim - one_row and value.shape[0] == 1:
+        value = value.squeeze(0)
+    behind = target.ndim - 1 - target.rows.dim  # dims behind the rows
+    if one_row and value.ndim > behind:
+        value = value.unsqueeze(value.ndim - behind)
+    target.copy_(value)
+
+
+def _set_chosen(func: Any, x: PatchTensor, items: Items, value: Any) -> None:
+    """``x[items] = value`` with lists or replicated tensors of numbers: beside the rows, or of rows alone."""
+    row = _item_of(items, x.rows.dim)
+    if row is None or any(map(_is_odd, items)):
+        fallback(func, x, tuple(items), value)
+    elif isinstance(items[row], slice):
+        target = slice_dim(x, x.rows.dim, items[row])
+        assert isinstance(target, PatchTensor)
+        items[row] = WHOLE
+        dim, ndim = _row_dim_after(target, items)
+        if isinstance(value, Tensor):
+            value = rows_of(value, target, dim - ndim, func)
+        target.local[tuple(items)] = value
+    elif all(map(_is_whole, [*items[:row], *items[row + 1 :]])):
+        numbers = torch.as_tensor(items[row], device=x.device)
+        shape = (*x.shape[:row], *numbers.shape, *x.shape[row + 1 :])
+        value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=x.dtype, device=x.device)
+        value = value.to(x.dtype).expand(shape).flatten(row, row + numbers.ndim - 1)
+        x.index_copy_(row, numbers.flatten() % x.rows.size, value)
+    else:
+        fallback(func, x, tuple(items), value)
+
+
+@rule(*named("index_put", "index_put_"))
+def index_put(func: Any, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
+    if accumulate or not isinstance(input, PatchTensor) or any(isinstance(index, PatchTensor) for index in indices):
+        return fallback(func, input, indices, values, accumulate)
+    target = input if func.__name__.endswith("_") else input.clone()
+    target[tuple(WHOLE if index is None else index for index in indices)] = values
+    return target
+
+
+def _set_masked(x: PatchTensor, mask: Tensor, value: Any) -> None:
+    """``x[mask] = value``, where the mask speaks of the first dims."""
+    rest = x.ndim - mask.ndim
+    wide = mask.reshape(*mask.shape, *[1] * rest)
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        value = value.reshape(()).to(x.dtype) if isinstance(value, Tensor) else value
+        x.masked_fill_(wide, value)
+    elif value.ndim <= rest or value.shape[0] == 1:
+        x.copy_(torch.where(wide, value[0] if value.ndim > rest else value, x))
+    else:
+        x.local.copy_(masked_rows(x, whole(mask), whole(value)))
+
+
+def masked_rows(x: PatchTensor, mask: Tensor, values: Tensor) -> Tensor:
+    """This rank's rows with the replicated ``values``, (number of places, ...), where the mask is, in order."""
+    dim, number = x.rows.dim, mask.flatten().cumsum(0).view(mask.shape) - 1
+    lo, hi = x.rows.interval(x.region.comm.rank)
+    values = spread(values, x)
+    if mask.ndim > dim:
+        mask, number = mask.narrow(dim, lo, hi - lo), number.narrow(dim, lo, hi - lo)
+    else:
+        values = values.narrow(1 + dim - mask.ndim, lo, hi - lo)
+    filler = values.new_zeros(1, *values.shape[1:])
+    chosen = torch.cat([values, filler])[number.clamp(min=0)].to(x.dtype)
+    return torch.where(mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), chosen, x.local)
+
+
+@rule(*named("masked_scatter", "masked_scatter_"))
+def masked_scatter(func: Any, input: PatchTensor, mask: Tensor, source: Tensor) -> Any:
+    if not isinstance(input, PatchTensor) or torch.broadcast_shapes(input.shape, mask.shape) != input.shape:
+        return fallback(func, input, mask, source)
+    local = masked_rows(input, whole(mask).expand(input.shape), whole(source).flatten())
+    if not func.__name__.endswith("_"):
+        return wrap(local, input)
+    input.local.copy_(local)
+    return input

@@ -1,0 +1,141 @@
+"""Splitting and merging dims: rows stay put, or move to where whole new rows can be made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.layout.rows import BlockLayout, RowLayout, aligned_bounds
+from distpatch.rules.core.aliasing import copied, is_sure, memory_of
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import opened, redistribute, reshard, shares_memory, sizes_of, wrap
+from distpatch.rules.core.registry import named, nth, rule
+from distpatch.rules.shapes.block_layout import merged_place
+from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.torch_utils.op_names import op_name
+
+
+@rule(*named("reshape", "view", "_unsafe_view"))
+def reshape(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
+    """Splits and merges dims; rows stay put where the sharded dim is outermost among those merged.
+
+    Where new rows are made of several old ones (or of parts), the bounds are first moved to multiples
+    that both can have. Dims merged in front of the sharded one make a ``BlockLayout``.
+    """
+    if "dtype" in kwargs or (shape and isinstance(shape[0], torch.dtype)):
+        return _view_dtype(func, input, *shape, **kwargs)
+    shape = _infer(sizes_of(shape, kwargs, "shape", "size"), input.numel())
+    x = opened(input)
+    if input.numel() == 0:
+        rows = x.rows.dim if x.rows.dim < len(shape) and shape[x.rows.dim] == x.rows.size else 0
+        return reshard(x, whole(x).reshape(shape), rows) if shape else fallback(func, input, shape)
+    place = _place(x.shape, shape, x.rows.dim)
+    if place is None:
+        return fallback(torch.reshape, input, shape)
+    return _placed(func, input, x, shape, *place)
+
+
+def _placed(func: Any, input: PatchTensor, x: PatchTensor, shape: tuple[int, ...], dim: int, blocks: int) -> Tensor:
+    """``x`` (``input``, its blocks opened) in a shape where its rows begin dim ``dim``, or blocks in it."""
+    old, new = math.prod(x.shape[x.rows.dim + 1 :]), math.prod(shape[dim + 1 :])
+    unit = math.lcm(old, new) // old  # whole new rows are made of multiples of this many old rows
+    moved = redistribute(x, x.rows.with_bounds(aligned_bounds(x.rows.bounds, unit)), func)
+    bounds = tuple(b * old // new for b in moved.rows.bounds)
+    lo, hi = bounds[x.region.comm.rank : x.region.comm.rank + 2]
+    sizes = [blocks * (hi - lo) if d == dim else n for d, n in enumerate(shape)]
+    layout = RowLayout(dim, bounds) if blocks == 1 else BlockLayout(dim, bounds, blocks)
+    local = moved.local.reshape(sizes)
+    is_view = shares_memory(local, input.local)
+    if is_view and not is_sure(x) and not _has_view(input, shape):
+        local = local.clone()
+    result = wrap(local, x, layout)
+    return result if is_view else _of_view(result, input, func)
+
+
+def _infer(shape: tuple[int, ...], numel: int) -> tuple[int, ...]:
+    if -1 in shape:
+        known = math.prod(n for n in shape if n != -1)
+        shape = tuple(numel // max(known, 1) if n == -1 else n for n in shape)
+    if math.prod(shape) != numel:
+        raise RuntimeError(f"shape {list(shape)} is invalid for input of size {numel}")
+    return shape
+
+
+def _place(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int] | None:
+    """Where the rows of ``old[dim]`` stand in ``new``: (dim, blocks).
+
+    Rows can begin at a dim that has as many elements in front of it as they had. Of several (dims of
+    size 1 stand between) it is the first that is not of size 1; for a single row, the nearest.
+    """
+    in_front = math.prod(old[:dim])
+    fits = [at for at in range(len(new)) if math.prod(new[:at]) == in_front]
+    if not fits:
+        return merged_place(old, new, dim)
+    if old[dim] == 1:
+        return min(fits, key=lambda at: abs(at - dim)), 1
+    return next((at for at in fits if new[at] != 1), fits[-1]), 1
+
+
+def _of_view(result: PatchTensor, source: PatchTensor, func: Any) -> Tensor:
+    """``result``, a copy; where it is a view on one device, what is written to it is written back."""
+    told = op_name(func) != "reshape"  # else by the strides, which of a slice of other dims do not tell
+    if not told and not _has_view(source, result.shape):
+        return result
+
+    def write() -> None:
+        source.copy_(result.reshape(source.shape))
+
+    return copied(result, source, func, write if told or not _has_gaps(source.local) else None)
+
+
+def _has_gaps(local: Tensor) -> bool:
+    span = sum((n - 1) * stride for n, stride in zip(local.shape, local.stride()))
+    return local.numel() > 0 and span >= local.numel()
+
+
+def _has_view(x: PatchTensor, shape: Sequence[int]) -> bool:
+    """Whether on one device it can be seen in this shape without a copy."""
+    try:
+        memory_of(x).view(shape)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _view_dtype(func: Any, input: PatchTensor, dtype: torch.dtype) -> Tensor:
+    """The same bytes as other numbers; another size of number changes the last dim."""
+    local = input.local.view(dtype)
+    if input.rows.dim == input.ndim - 1 and local.element_size() != input.element_size():
+        return fallback(func, input, dtype)
+    return wrap(local, input)
+
+
+@rule(*named("flatten"))
+def flatten(func: Any, input: PatchTensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    first, last = nth(start_dim, input.ndim), nth(end_dim, input.ndim)
+    shape = (*input.shape[:first], math.prod(input.shape[first : last + 1]), *input.shape[last + 1 :])
+    row = input.rows.dim
+    if not first <= row <= last or input.numel() == 0 or isinstance(input.rows, BlockLayout):
+        return input.reshape(shape)
+    return _placed(torch.reshape, input, input, shape, first, math.prod(input.shape[first:row]))
+
+
+@rule(*named("ravel"))
+def ravel(func: Any, input: PatchTensor) -> Tensor:
+    return input.reshape(-1)
+
+
+@rule(*named("unflatten"))
+def unflatten(func: Any, input: PatchTensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    at = nth(dim, input.ndim)
+    sizes = _infer(tuple(sizes), input.shape[at])
+    return input.reshape(*input.shape[:at], *sizes, *input.shape[at + 1 :])
+
+
+@rule(*named("view_as", "reshape_as"))
+def reshape_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
+    return input.reshape(other.shape)

@@ -1,0 +1,133 @@
+"""Dims in another order, added or dropped: the rows stay where they are, the layout says which dim they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.rules.core.aliasing import copied
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.operands import normalize_dims, sizes_of, wrap
+from distpatch.rules.core.registry import named, nth, rule
+from distpatch.rules.shapes.concatenation import assembled
+from distpatch.tensor.patch_tensor import PatchTensor, whole
+
+
+def _moved(x: PatchTensor, local: Tensor, order: Sequence[int]) -> PatchTensor:
+    """``order[i]``: the old dim that is now dim i."""
+    place = list(order).index
+    return wrap(local, x, x.rows.with_dim(place(x.rows.dim)))
+
+
+@rule(*named("permute"))
+def permute(func: Any, input: PatchTensor, *dims: Any, **kwargs: Any) -> PatchTensor:
+    order = [nth(d, input.ndim) for d in sizes_of(dims, kwargs, "dims")]
+    return _moved(input, input.local.permute(order), order)
+
+
+@rule(*named("transpose", "swapaxes", "swapdims"))
+def transpose(func: Any, input: PatchTensor, *dims: int, **kwargs: int) -> PatchTensor:
+    order = list(range(input.ndim))
+    one, other = *dims, *kwargs.values()  # dim0 and dim1, or axis0 and axis1
+    order[one], order[other] = order[other], order[one]
+    return _moved(input, input.local.transpose(one, other), order)
+
+
+@rule(*named("movedim", "moveaxis"))
+def movedim(func: Any, input: PatchTensor, source: Any, destination: Any) -> PatchTensor:
+    sources = normalize_dims(source, input.ndim)
+    targets = normalize_dims(destination, input.ndim)
+    rest = iter(d for d in range(input.ndim) if d not in sources)
+    placed = dict(zip(targets, sources, strict=True))
+    order = [placed[d] if d in placed else next(rest) for d in range(input.ndim)]
+    return _moved(input, input.local.permute(order), order)
+
+
+@rule(*named("t", "adjoint"), *(getattr(torch.Tensor, n).__get__ for n in ("T", "mT", "H", "mH")))
+def turn(func: Any, input: PatchTensor) -> PatchTensor:
+    reverse = getattr(func, "__self__", None) is torch.Tensor.T  # of more than two dims, all in reverse
+    order = list(range(input.ndim))
+    if input.ndim > 1:
+        order = order[::-1] if reverse else [*order[:-2], order[-1], order[-2]]
+    return _moved(input, func(input.local), order)
+
+
+@rule(*named("unsqueeze"))
+def unsqueeze(func: Any, input: PatchTensor, dim: int) -> PatchTensor:
+    at = nth(dim, input.ndim + 1)
+    rows = input.rows.with_dim(input.rows.dim + (at <= input.rows.dim))
+    return wrap(input.local.unsqueeze(at), input, rows)
+
+
+@rule(*named("squeeze"))
+def squeeze(func: Any, input: PatchTensor, dim: Any = None) -> Tensor:
+    dims = (
+        []
+        if isinstance(dim, tuple) and not dim
+        else [d for d in normalize_dims(dim, input.ndim) if input.shape[d] == 1]
+    )
+    if input.rows.dim in dims:  # a tensor of one row is somebody's, and everybody's once it is no row
+        value = whole(input).squeeze(tuple(dims))
+        return copied(value, input, func, lambda: input.copy_(value.reshape(input.shape)))
+    kept = input.rows.dim - sum(d < input.rows.dim for d in dims)
+    return wrap(input.local.squeeze(tuple(dims)), input, input.rows.with_dim(kept))
+
+
+@rule(*named("expand", "broadcast_to"))
+def expand(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
+    sizes = list(sizes_of(shape, kwargs, "size"))
+    dim = len(sizes) - input.ndim + input.rows.dim
+    if sizes[dim] in (-1, input.rows.size):
+        sizes[dim] = -1
+        return wrap(input.local.expand(sizes), input, input.rows.with_dim(dim))
+    if input.rows.size != 1:
+        raise RuntimeError(f"a tensor of shape {tuple(input.shape)} cannot be expanded to {sizes}")
+    bounds = even_bounds(sizes[dim], input.region.comm.size)  # everybody's, and each rank keeps some
+    lo, hi = bounds[input.region.comm.rank : input.region.comm.rank + 2]
+    row = assembled(func, [input], [(0, 0, 1)] * (len(bounds) - 1), tuple(range(len(bounds))))
+    sizes[dim] = hi - lo
+    return wrap(row.local.expand(sizes), input, RowLayout(dim, bounds))
+
+
+@rule(*named("expand_as"))
+def expand_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
+    return input.expand(other.shape)
+
+
+@rule(*named("broadcast_tensors"))
+def broadcast_tensors(func: Any, *tensors: Any) -> tuple[Tensor, ...]:
+    given = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
+    shape = torch.broadcast_shapes(*(t.shape for t in given))
+    return tuple(t.expand(shape) for t in given)
+
+
+_AT_LEAST = ("atleast_1d", "atleast_2d", "atleast_3d")
+
+
+@rule(*named(*_AT_LEAST), *(getattr(torch._C._VariableFunctions, name) for name in _AT_LEAST))
+def at_least(func: Any, *tensors: Any) -> Any:
+    """Dims of size 1 are added to tensors of fewer dims; one tensor gives one, several a tuple."""
+    several = len(tensors) > 1 or not isinstance(tensors[0], Tensor)
+    given = tensors if len(tensors) > 1 or not several else tensors[0]
+    least = int(func.__name__[-2])
+    results = []
+    for tensor in given:
+        result = func(tensor) if not isinstance(tensor, PatchTensor) else tensor
+        if result.ndim == 1 and least > 1:
+            result = result.unsqueeze(0)
+        if result.ndim == 2 and least > 2:
+            result = result.unsqueeze(-1)
+        results.append(result)
+    return tuple(results) if several else results[0]
+
+
+@rule(torch.view_as_real, torch.view_as_complex)
+def complex_view(func: Any, input: PatchTensor) -> Any:
+    """The last dim of two numbers that a complex one has comes or goes."""
+    if func is torch.view_as_complex and input.rows.dim == input.ndim - 1:
+        return fallback(func, input)
+    return wrap(func(input.local), input)

@@ -1,0 +1,63 @@
+"""Rows chosen by a replicated tensor of numbers, along the sharded dim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from distpatch.layout.rows import EMPTY, Needs, RowLayout, even_bounds
+from distpatch.rules.core.operands import fetch, wrap
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.op_names import op_name
+
+
+def rows_by_number(x: PatchTensor, numbers: Tensor, func: Any) -> PatchTensor:
+    """``x.index_select(dim, numbers)`` along the sharded dim; ``numbers``: (n,), the same on every rank.
+
+    Numbers that the host has say which rows a rank needs: one exchange. Those that only the device has are not
+    read: each rank's rows are shown to all, one rank after the other. Raises ``IndexError`` as torch does.
+    """
+    dim, size, rank = x.rows.dim, x.rows.size, x.region.comm.rank
+    layout = x.rows if len(numbers) == size else RowLayout(dim, even_bounds(len(numbers), x.rows.world_size))
+    lo, hi = layout.interval(rank)
+    if not _readable(numbers):
+        return _passed_by(x, numbers[lo:hi], layout, func)
+    known = numbers.tolist()
+    if any(not -size <= n < size for n in known):
+        raise IndexError(f"{op_name(func)}: index {known} is out of bounds for dimension {dim} with size {size}")
+    needs = _intervals([n % size for n in known], layout.bounds)
+    rows = fetch(x, needs, func)[0]
+    return wrap(rows.index_select(dim, numbers[lo:hi].long() % max(size, 1) - needs[rank][0][0]), x, layout)
+
+
+def _readable(numbers: Tensor) -> bool:
+    """Whether the host can read them without waiting for a device."""
+    return numbers.device.type == "cpu" and not isinstance(numbers, FakeTensor)
+
+
+def _intervals(numbers: Sequence[int], bounds: Sequence[int]) -> Needs:
+    """For every rank the rows from the first to the last that it needs."""
+    own = (numbers[lo:hi] for lo, hi in pairwise(bounds))
+    return tuple(((min(some), max(some) + 1) if some else EMPTY,) for some in own)
+
+
+def _passed_by(x: PatchTensor, own: Tensor, layout: RowLayout, func: Any) -> PatchTensor:
+    dim, world, size = x.rows.dim, x.rows.world_size, x.rows.size
+    own = torch.where(own < 0, own + size, own)
+    shape = [len(own) if d == dim else 1 for d in range(x.ndim)]
+    found: Tensor | None = None
+    for lo, hi in pairwise(x.rows.bounds):
+        if lo < hi:
+            rows = fetch(x, (((lo, hi),),) * world, func)[0]
+            here = (own >= lo) & (own < hi)
+            elsewhere = torch.where((own >= 0) & (own < size), 0, own)  # torch refuses what is nobody's
+            part = rows.index_select(dim, torch.where(here, own - lo, elsewhere))
+            found = part if found is None else torch.where(here.view(shape), part, found)
+    if found is None:
+        found = x.local.index_select(dim, own)
+    return wrap(found, x, layout)

@@ -1,0 +1,5 @@
+"""What a sharded tensor says of itself, its gradients and hooks, TorchScript."""
+
+from distpatch.rules.tensor_api import autograd as autograd
+from distpatch.rules.tensor_api import metadata as metadata
+from distpatch.rules.tensor_api import torchscript as torchscript

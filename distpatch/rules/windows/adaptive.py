@@ -1,0 +1,141 @@
+"""Adaptive pooling, to any size: each output row covers one of as many equal parts of the rows.
+
+Where the output is small, every rank pools its share of each part and the results are merged: all that
+moves is as large as the output. Else the rows of a part, which are few, go to the owner of its output row.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.comm.collectives import stack_ranks
+from distpatch.layout.stencil import AreaStencil
+from distpatch.layout.transfers import plan_stencil
+from distpatch.rules.core.halo import over_rows
+from distpatch.rules.core.operands import on_some_rows, per_dim, sum_ranks, wrap
+from distpatch.rules.core.registry import named, rule
+from distpatch.rules.windows.filters import averaged, precise
+from distpatch.rules.windows.pooling import global_indices, spatial_dims
+from distpatch.tensor.patch_tensor import PatchTensor, shard_in
+from distpatch.torch_utils.op_names import op_name
+from distpatch.torch_utils.tree import map_tensors
+
+Sizes = int | Sequence[int | None]
+
+
+@rule(*named("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"))
+def adaptive_avg_pool(func: Any, input: PatchTensor, output_size: Sizes) -> Any:
+    sizes, axis, parts = _parts(func, input, output_size)
+    dim, dtype = input.rows.dim, input.dtype
+    if axis < 0:
+        return wrap(on_some_rows(lambda rows: func(rows, sizes), input.local, dim), input)
+
+    def pool(rows: Tensor, rows_out: int) -> Tensor:
+        """Of one pixel torch takes the mean, which has other derivatives: never of what one rank alone may have."""
+        if math.prod(sizes) == sizes[axis]:
+            others = [d + (d > dim) for d in range(rows.ndim - len(sizes), rows.ndim) if d != dim]
+            return rows.unflatten(dim, (rows_out, -1)).mean([*others, dim + 1], True).squeeze(dim + 1)
+        return func(rows, [rows_out if d == axis else n for d, n in enumerate(sizes)])
+
+    if _small(parts):
+        sums = [own.sum(dim, True, dtype=precise(dtype)) for own, _ in _own_parts(input, parts)]
+        total = sum_ranks(pool(torch.cat(sums, dim), parts.rows_out), input, func)
+        row = torch.arange(parts.rows_out, device=total.device)
+        counts = -(-(row + 1) * parts.rows_in // parts.rows_out) - row * parts.rows_in // parts.rows_out
+        return _merged(total.div(counts.view([-1] + [1] * (input.ndim - 1 - dim))).to(dtype), input, parts)
+    if parts.rows_in % parts.rows_out == 0:
+        return over_rows(lambda rows, start, lo, hi: pool(rows, hi - lo), input, parts, func)
+    columns = on_some_rows(lambda rows: pool(rows, rows.shape[dim]), input.local.to(precise(dtype)), dim)
+    x = averaged(wrap(columns, input), parts.rows_out, func)
+    return wrap(x.local.to(dtype), x)
+
+
+@rule(*named(*(f"adaptive_max_pool{n}d{suffix}" for n in (1, 2, 3) for suffix in ("", "_with_indices"))))
+def adaptive_max_pool(func: Any, input: PatchTensor, output_size: Sizes, return_indices: bool = False) -> Any:
+    sizes, axis, parts = _parts(func, input, output_size)
+    spatial, dim = len(sizes), input.rows.dim
+    return_indices |= op_name(func).endswith("indices") or func == torch.adaptive_max_pool1d
+    plain = getattr(F, f"adaptive_max_pool{spatial}d")
+
+    def pool(rows: Tensor, start: int, rows_out: int) -> tuple[Tensor, Tensor]:
+        size = [rows_out if d == axis else n for d, n in enumerate(sizes)]
+        values, indices = plain(rows, size, return_indices=True)
+        return values, global_indices(indices, rows, dim, start, input) if axis >= 0 else indices
+
+    def pool_parts(rows: Tensor, start: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        if parts.rows_in % parts.rows_out == 0:
+            return pool(rows, start, hi - lo)
+        ends = [parts.need(row, row + 1) for row in range(lo, hi)]
+        pooled = [pool(rows.narrow(dim, a - start, b - a), a, 1) for a, b in ends]
+        return torch.cat([v for v, _ in pooled], dim), torch.cat([i for _, i in pooled], dim)
+
+    if axis < 0:
+        local = on_some_rows(lambda rows: pool(rows, 0, 0), input.local, dim)
+        result = map_tensors(lambda t: wrap(t, input), local)
+    elif _small(parts):
+        result = _merge_maxima(func, input, parts, pool, return_indices)
+    else:
+        result = over_rows(pool_parts, input, parts, func)
+    return result if return_indices else result[0]
+
+
+def _parts(func: Any, x: PatchTensor, output_size: Sizes) -> tuple[list[int], int, AreaStencil]:
+    """Output sizes, which of the spatial dims is sharded (below 0: none), and the parts of its rows."""
+    spatial = spatial_dims(func)
+    sizes = [m or n for m, n in zip(per_dim(output_size, spatial), x.shape[-spatial:], strict=True)]
+    axis = x.rows.dim - x.ndim + spatial
+    return sizes, axis, AreaStencil(x.rows.size, sizes[max(axis, 0)])
+
+
+def _small(parts: AreaStencil) -> bool:
+    """Fewer rows come out than go into one of them."""
+    return parts.rows_out**2 <= parts.rows_in
+
+
+def _own_parts(x: PatchTensor, parts: AreaStencil) -> list[tuple[Tensor, int]]:
+    """What this rank has of each part, and the first row of that."""
+    dim, (own_start, own_stop) = x.rows.dim, x.rows.interval(x.region.comm.rank)
+    own = []
+    for row in range(parts.rows_out):
+        start, stop = (min(max(n, own_start), own_stop) for n in parts.need(row, row + 1))
+        own.append((x.local.narrow(dim, start - own_start, stop - start), start))
+    return own
+
+
+def _merged(result: Tensor, x: PatchTensor, parts: AreaStencil) -> Tensor:
+    """A single row is everybody's, as any reduction over the rows; several are sharded."""
+    if parts.rows_out == 1:
+        return result
+    return shard_in(x.region, result, x.rows.with_bounds(plan_stencil(x.rows.bounds, parts).out))
+
+
+def _merge_maxima(
+    func: Any,
+    x: PatchTensor,
+    parts: AreaStencil,
+    pool: Callable[[Tensor, int, int], tuple[Tensor, Tensor]],
+    return_indices: bool,
+) -> tuple[Tensor, ...]:
+    """The maxima of the ranks' shares of each part; of equal ones the first, as on one device."""
+    dim, (name, op), lowest = x.rows.dim, (x.region.comm.name, op_name(func)), -math.inf
+    own = []
+    for rows, start in _own_parts(x, parts):
+        blank = rows.new_full([1 if d == dim else n for d, n in enumerate(rows.shape)], lowest)
+        own.append(pool(rows if rows.shape[dim] else torch.cat([rows, blank], dim), start, 1))
+    kinds = zip(*own, strict=True) if return_indices else [[values for values, _ in own]]
+    ranks = [stack_ranks(torch.cat(list(kind), dim), name, op) for kind in kinds]
+    merged: list[list[Tensor]] = [[] for _ in ranks]
+    for row in range(parts.rows_out):
+        first = bisect_right(x.rows.bounds, parts.need(row, row + 1)[0]) - 1  # who has the part's first row
+        shares = [t.narrow(0, first, t.shape[0] - first).narrow(dim + 1, row, 1) for t in ranks]
+        winner = shares[0].max(0, keepdim=True).indices
+        for kind, share in zip(merged, shares, strict=True):
+            kind.append(share.gather(0, winner)[0])
+    return tuple(_merged(torch.cat(kind, dim), x, parts) for kind in merged)

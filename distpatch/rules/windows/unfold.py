@@ -1,0 +1,161 @@
+"""Windows as a dim of their own (unfold, fold), and pixels as channels (pixel and channel shuffle)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.errors import LayoutError
+from distpatch.layout.rows import RowLayout, aligned_bounds, even_bounds
+from distpatch.layout.stencil import TransposedStencil, WindowStencil
+from distpatch.rules.core.aliasing import copied
+from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.halo import over_rows, slab_of
+from distpatch.rules.core.operands import on_some_rows, per_dim, redistribute, wrap
+from distpatch.rules.core.registry import named, nth, rule
+from distpatch.rules.windows.transposed import written
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.op_names import op_name
+
+Sizes = int | Sequence[int]
+
+
+@rule(F.unfold)
+def unfold(
+    func: Any,
+    input: PatchTensor,
+    kernel_size: Sizes,
+    dilation: Sizes = 1,
+    padding: Sizes = 0,
+    stride: Sizes = 1,
+) -> Any:
+    """(N, C, H, W) to (N, C * window, L): L counts the windows row by row, so it is sharded as the rows are."""
+    if input.ndim == 3:  # unbatched
+        batch = cast(PatchTensor, input.unsqueeze(0))
+        return unfold(func, batch, kernel_size, dilation, padding, stride).squeeze(0)
+    kernel, dilations, pads, strides = (per_dim(n, 2) for n in (kernel_size, dilation, padding, stride))
+    if input.rows.dim < 2:  # whole images, or channels, which stay one after the other
+        local = on_some_rows(lambda rows: func(rows, kernel, dilations, pads, strides), input.local, input.rows.dim)
+        return _repeated(input, local, kernel[0] * kernel[1] if input.rows.dim == 1 else 1)
+    if input.rows.dim == 3:  # the windows of a column are not together in the output
+        comm = input.region.comm
+        input = redistribute(input, RowLayout(2, even_bounds(input.shape[2], comm.size)), func)
+    windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
+    columns = windows[1].out_rows(input.shape[3])
+    _check(func, input, [windows[0].out_rows(input.shape[2]), columns])
+
+    def blocks(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
+        return func(rows, kernel, dilations, (0, pads[1]), strides).unflatten(2, (hi - lo, columns))
+
+    return over_rows(blocks, input, windows[0], func).flatten(2)
+
+
+@rule(F.fold)
+def fold(
+    func: Any,
+    input: PatchTensor,
+    output_size: Sizes,
+    kernel_size: Sizes,
+    dilation: Sizes = 1,
+    padding: Sizes = 0,
+    stride: Sizes = 1,
+) -> Any:
+    """(N, C * window, L) to (N, C, H, W): each row sums what the windows over it hold for it."""
+    if input.ndim == 2:  # unbatched
+        batch = cast(PatchTensor, input.unsqueeze(0))
+        return fold(func, batch, output_size, kernel_size, dilation, padding, stride).squeeze(0)
+    size, kernel, dilations, pads, strides = (
+        per_dim(n, 2) for n in (output_size, kernel_size, dilation, padding, stride)
+    )
+    if input.rows.dim < 2:
+        pixels = kernel[0] * kernel[1] if input.rows.dim == 1 else 1
+        x = _aligned(input, pixels, func)
+        local = on_some_rows(
+            lambda rows: func(rows, size, kernel, dilations, pads, strides), x.local, x.rows.dim, pixels
+        )
+        return _repeated(x, local, 1, pixels)
+    windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
+    blocks = [window.out_rows(n) for window, n in zip(windows, size, strict=True)]
+    _check(func, input, blocks)
+    x = cast(PatchTensor, input.unflatten(2, blocks))
+    if x.rows.dim != 2:  # a single row of windows, sharded by columns
+        x = redistribute(x, RowLayout(2, even_bounds(blocks[0], x.region.comm.size)), func)
+    stencil = TransposedStencil(kernel[0], strides[0], pads[0], dilations[0])
+    extra = size[0] - stencil.out_rows(blocks[0])
+    stencil = TransposedStencil(kernel[0], strides[0], pads[0], dilations[0], extra)
+
+    def write(rows: Tensor, cut: int, more: int) -> Tensor:
+        height = (rows.shape[2] - 1) * stencil.stride + stencil.span - 2 * cut + more
+        return func(rows.flatten(2), (height, size[1]), kernel, dilations, (cut, pads[1]), strides)
+
+    slab, (lo, hi), layout = slab_of(x, stencil, func)
+    return wrap(written(write, slab, stencil, lo, hi), x, layout)
+
+
+@rule(torch.Tensor.unfold)
+def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, step: int) -> Tensor:
+    at = nth(dimension, input.ndim)
+    if at != input.rows.dim:
+        return wrap(input.local.unfold(at, size, step), input)
+    stencil = WindowStencil(size, step)
+    _check(func, input, [stencil.out_rows(input.rows.size)])
+    windows = over_rows(lambda rows, start, lo, hi: rows.unfold(at, size, step), input, stencil, func, view=True)
+    return copied(windows, input, func)
+
+
+@rule(*named("pixel_shuffle"))
+def pixel_shuffle(func: Any, input: PatchTensor, upscale_factor: int) -> PatchTensor:
+    """(*, C * r * r, H, W) to (*, C, H * r, W * r); r * r channels that become one go to one rank."""
+    times, unit = _shuffled(input, upscale_factor)
+    x = _aligned(input, unit, func)
+    local = on_some_rows(lambda rows: func(rows, upscale_factor), x.local, x.rows.dim, unit)
+    return _repeated(x, local, times, unit)
+
+
+@rule(*named("pixel_unshuffle"))
+def pixel_unshuffle(func: Any, input: PatchTensor, downscale_factor: int) -> PatchTensor:
+    """The inverse; r rows that become one go to one rank."""
+    unit, times = _shuffled(input, downscale_factor)
+    x = _aligned(input, unit, func)
+    local = on_some_rows(lambda rows: func(rows, downscale_factor), x.local, x.rows.dim, unit)
+    return _repeated(x, local, times, unit)
+
+
+@rule(*named("channel_shuffle", "native_channel_shuffle"))
+def channel_shuffle(func: Any, input: PatchTensor, groups: int) -> Any:
+    if input.rows.dim == 1:
+        return fallback(func, input, groups)
+    return wrap(on_some_rows(lambda rows: func(rows, groups), input.local, input.rows.dim), input)
+
+
+def _shuffled(x: PatchTensor, factor: int) -> tuple[int, int]:
+    """How many rows become how many in a pixel shuffle: (out, in)."""
+    kinds = {x.ndim - 3: (1, factor * factor), x.ndim - 2: (factor, 1), x.ndim - 1: (factor, 1)}
+    return kinds.get(x.rows.dim, (1, 1))
+
+
+def _aligned(x: PatchTensor, unit: int, func: Any) -> PatchTensor:
+    """The tensor, so distributed that ``unit`` rows which become one are on one rank."""
+    if x.rows.size % unit:
+        raise LayoutError(
+            f"{op_name(func)} makes one of each {unit} along dim {x.rows.dim}, but the input's shape is "
+            f"{tuple(x.shape)}"
+        )
+    return redistribute(x, x.rows.with_bounds(aligned_bounds(x.rows.bounds, unit)), func)
+
+
+def _repeated(x: PatchTensor, local: Tensor, times: int, unit: int = 1) -> PatchTensor:
+    """Every ``unit`` rows of ``x`` have become ``times``."""
+    return wrap(local, x, x.rows.with_bounds(tuple(bound // unit * times for bound in x.rows.bounds)))
+
+
+def _check(func: Any, x: PatchTensor, sizes: Sequence[int]) -> None:
+    if min(sizes) < 1:
+        raise LayoutError(
+            f"{op_name(func)}: an input of shape {tuple(x.shape)} has no room for a window: there would be "
+            f"{list(sizes)} of them"
+        )

@@ -1,0 +1,1 @@
+"""PatchTensor, the region that it belongs to, and the table of rules."""

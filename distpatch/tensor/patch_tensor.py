@@ -1,0 +1,340 @@
+"""``PatchTensor``: one global tensor of which each rank holds its rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpatch.comm import collectives
+from distpatch.comm.communicator import Communicator, Group, communicator
+from distpatch.comm.row_exchange import fetch_rows
+from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
+from distpatch.layout.rows import EMPTY, BlockLayout, RowLayout, even_bounds
+from distpatch.lazy import buffer_reuse
+from distpatch.lazy.recipe import Recipe
+from distpatch.tensor.region import Region
+from distpatch.tensor.rule_table import RULES
+from distpatch.tensor.user_classes import kind_of, plain
+from distpatch.torch_utils import memory_format
+from distpatch.torch_utils.op_names import op_name
+from distpatch.torch_utils.tree import map_tensors, tensors_in
+
+RULES.kinds = {}
+
+
+class _Rows:
+    """``PatchTensor.local``: rows that are not there yet are computed when they are first asked for.
+
+    An attribute of the instance hides it, once there is one.
+    """
+
+    def __get__(self, x: PatchTensor | None, cls: Any = None) -> Any:
+        if x is None:
+            return self
+        recipe = x.__dict__["recipe"]
+        if recipe.value is None:
+            recipe.materialize()
+        x.local = recipe.value
+        return recipe.value
+
+
+class PatchTensor(torch.Tensor):
+    """A tensor sharded by rows over the ranks of a group.
+
+    ``.shape`` is the global shape; ``.local`` this rank's rows, a plain tensor that carries the
+    autograd graph; ``.rows`` the ``RowLayout``; ``.group`` the process group. Made by ``shard``,
+    ``PatchTensor.from_local`` or a converted model; every torch function that meets one is looked up
+    in the table of rules.
+    """
+
+    local: Tensor = _Rows()  # type: ignore[assignment]
+    rows: RowLayout
+    region: Region
+    recipe: Recipe
+    cut: int = 0  # of a view of some rows, each how many-th one it took: the others stand between them in memory
+    strides: tuple[int, ...] | None = None  # of the whole tensor on one device, where those of the rows do not tell
+    _shape: torch.Size
+
+    @staticmethod
+    def __new__(cls, local: Tensor | Recipe, rows: RowLayout, region: Region) -> PatchTensor:
+        if type(rows) is BlockLayout and cls is PatchTensor:
+            cls = BlockTensor
+        size = list(local.shape)
+        size[rows.dim] = rows.size
+        shape = torch.Size(size)
+        self: PatchTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
+        if isinstance(local, Recipe):
+            self.recipe = local
+            buffer_reuse.own(local, self)
+        elif type(local) is Tensor:
+            self.local = local
+        else:
+            if (kind := kind_of(local)) is not None:
+                region = replace(region, kind=kind)
+            self.local = plain(local)
+        self.rows = rows
+        self.region = region
+        self._shape = shape
+        return self
+
+    # Plain properties: through __torch_function__ each read would cost a rule (models read shapes a lot).
+    shape = property(lambda self: self._shape)  # type: ignore[assignment]
+    dtype = property(lambda self: self.known.dtype)  # type: ignore[assignment]
+    device = property(lambda self: self.known.device)  # type: ignore[assignment]
+    ndim = property(lambda self: len(self._shape))  # type: ignore[assignment]
+    group = property(lambda self: self.region.comm.group)
+
+    @property
+    def known(self) -> Tensor | Recipe:
+        """This rank's rows, or what is known of them before they are computed."""
+        held: dict[str, Any] = self.__dict__
+        return held["local"] if "local" in held else held["recipe"]
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rows are not computed yet."""
+        return "local" not in self.__dict__ and self.__dict__["recipe"].value is None
+
+    @property
+    def as_recipe(self) -> Recipe:
+        """What others are made of: the recipe of the rows, or the rows."""
+        held: dict[str, Any] = self.__dict__
+        recipe: Recipe | None = held.get("recipe")
+        if recipe is None or ("local" in held and recipe.value is not held["local"]):
+            recipe = self.recipe = Recipe.of(held["local"], self.rows.dim)
+        return recipe
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if buffer_reuse.anything_waits():
+            RULES.before_writing(func, args, kwargs or {})
+        if kwargs:
+            args, kwargs = RULES.normal(func, args, kwargs)
+            if "out" in kwargs:
+                return RULES.into(func, args, kwargs)
+            result = RULES[func](func, *args, **kwargs)
+        else:
+            result = RULES[func](func, *args)
+        kind = type(result)
+        if kind is PatchTensor or kind is PatchCopy:
+            if result.rows.is_tiny or func in RULES.of_many_kernels:
+                return RULES.as_on_one_device(func, args, kwargs or {}, result)
+        elif issubclass(kind, (tuple, list)) and result and type(result[0]) is PatchTensor and result[0].rows.is_tiny:
+            return RULES.as_on_one_device(func, args, kwargs or {}, result)
+        return result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        inside = torch._C._functorch.peek_interpreter_stack()
+        hidden = "" if inside is None else f" (inside torch.func's {inside.key().name}, which hides the tensor)"
+        raise UnsupportedOpError(
+            f"{func} reached a sharded tensor below the table of rules{hidden}, where its rows could be taken "
+            "for the whole image. Gather it first (distpatch.gather), or register a rule for the "
+            "torch function that calls it (distpatch.register_rule)."
+        )
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["local"], (self.rows, self.region.lasting)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, strides: Any) -> PatchTensor:
+        return PatchTensor(inner["local"], *context)
+
+    @classmethod
+    def __metadata_guard__(cls, known: tuple[RowLayout, Region], given: tuple[RowLayout, Region]) -> bool:
+        return known[0] == given[0] and known[1].alike(given[1])
+
+    def _stable_hash_for_caching(self) -> str:
+        raise UnsupportedOpError("what the rules make of a sharded tensor is not cached beyond this process")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        rows = self.rows
+        where = (
+            f"blocks={rows.blocks}, inner={rows.inner}" if isinstance(rows, BlockLayout) else f"bounds={rows.bounds}"
+        )
+        return (
+            f"PatchTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"dim={rows.dim}, {where}, rank={self.region.comm.rank})"
+        )
+
+    def __copy__(self) -> PatchTensor:
+        """The same rows outside the autograd graph, as ``copy.copy`` makes of a plain tensor."""
+        return PatchTensor(copy.copy(self.local), self.rows, self.region)
+
+    @classmethod
+    def from_local(
+        cls, local: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None
+    ) -> PatchTensor:
+        """Adopt rows that are already distributed, without a copy.
+
+        ``local``: this rank's rows, for example (B, C, h, W); ``bounds``: rank r owns global rows
+        ``bounds[r]:bounds[r + 1]``. Without bounds the ranks tell each other their row counts. Raises
+        ``LayoutError`` where the rows do not fit the bounds, ``RankError`` where the other dims differ.
+        """
+        comm = communicator(group, local.device)
+        dim = check_dim(local, dim)
+        if bounds is None:
+            others = [size for d, size in enumerate(local.shape) if d != dim]
+            signature = f"{dim} {others} {local.dtype}"
+            answers = comm.agree("from_local", signature, {"rows": local.shape[dim]})
+            total = [0]
+            for answer in answers:
+                total.append(total[-1] + int(str(answer["rows"])))
+            bounds = total
+        layout = _layout(comm, dim, bounds, None)
+        lo, hi = layout.interval(comm.rank)
+        if local.shape[dim] != hi - lo:
+            raise LayoutError(
+                f"from_local: rank {comm.rank} owns rows {lo}:{hi} by its bounds {layout.bounds}, but "
+                f"its tensor of shape {tuple(local.shape)} has {local.shape[dim]} rows along dim {dim}"
+            )
+        return PatchTensor(local, layout, Region(comm))
+
+
+class BlockTensor(PatchTensor):
+    """A tensor whose layout is a ``BlockLayout``: only rules that treat all rows alike see it as it is."""
+
+    rows: BlockLayout
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if buffer_reuse.anything_waits():
+            RULES.before_writing(func, args, kwargs or {})
+        return RULES.on_blocks(func, args, kwargs or {})
+
+
+class LeftTensor(PatchTensor):
+    """What others still held of a converted model's activations when the model was restored."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in LEFT:
+            return RULES[func](func, *args, **kwargs or {})
+        x = next(t for t in tensors_in((args, kwargs)) if isinstance(t, LeftTensor))
+        raise DistPatchError(
+            f"{op_name(func)} met a tensor of shape {tuple(x.shape)} (sharded; rank {x.region.comm.rank}). "
+            "It was made by a converted model that was restored since, and kept by something outside of that model (a "
+            "hook, a cache). Drop it, or make it plain, on all ranks: distpatch.gather(x)."
+        )
+
+
+LEFT = frozenset(
+    getattr(torch.Tensor, name)
+    for name in "size dim numel __len__ __hash__ __repr__ __format__ is_floating_point".split()
+)
+
+
+class PatchCopy(PatchTensor):
+    """What is a view on one device, but whose rows had to move: a copy that knows where it came from.
+
+    What is written to it is written to its source too, or refused (rules/core/aliasing.py). ``plain``: the same
+    rows without this knowledge.
+    """
+
+    plain: PatchTensor
+    origin: Any
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return RULES.through(func, args, kwargs or {})
+
+
+class RowCopy(torch.Tensor):
+    """Rows that are a view of a sharded tensor on one device, such as ``x[:, :, 0]``: replicated, as PatchCopy."""
+
+    plain: Tensor
+    origin: Any
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return RULES.through(func, args, kwargs or {})
+
+
+def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None) -> PatchTensor:
+    """Shard a replicated tensor: a slice, no communication.
+
+    ``tensor``: the same full value on every rank, for example (B, C, H, W). Returns a PatchTensor of
+    the same (global) shape. Raises ``LayoutError`` for a dim or bounds that do not fit it.
+    """
+    comm = communicator(group, tensor.device)
+    dim = check_dim(tensor, dim)
+    layout = _layout(comm, dim, bounds, tensor.shape[dim])
+    return shard_in(Region(comm), tensor, layout)
+
+
+def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
+    comm = region.comm
+    if type(tensor) is not Tensor:
+        if (kind := kind_of(tensor)) is not None:
+            region = replace(region, kind=kind)
+        tensor = plain(tensor)
+    result = PatchTensor(collectives.shard_rows(tensor, layout, comm.rank, comm.name), layout, region)
+    if layout.is_tiny and not torch.compiler.is_compiling():
+        result.strides = tensor.stride()
+    return result
+
+
+def gather(tree: Any) -> Any:
+    """Every PatchTensor inside ``tree`` (nested lists, dicts, output objects) made plain again.
+
+    Collective: all ranks call it. Each gets the whole value; the backward keeps a rank's own rows.
+    """
+    return map_tensors(handed_back, tree)
+
+
+def handed_back(tensor: Tensor) -> Tensor:
+    """``whole``, of the class that it is on one device."""
+    kind = tensor.region.kind if isinstance(tensor, PatchTensor) else None
+    return whole(tensor) if kind is None else kind.of(whole(tensor))
+
+
+def on_rank0(x: PatchTensor, op: str) -> Tensor | None:
+    """The full plain tensor on rank 0 alone, outside the autograd graph: no other rank could join its backward."""
+    rows, comm = x.rows, x.region.comm
+    needs = tuple(((0, rows.size) if rank == 0 else EMPTY,) for rank in range(comm.size))
+    (full,) = fetch_rows(x.local.detach(), rows.dim, rows.bounds, needs, comm.name, op, False)
+    return full.contiguous() if comm.rank == 0 else None
+
+
+def whole(tensor: Tensor, op: str = "gather") -> Tensor:
+    """The full plain tensor of a PatchTensor, as it stands in memory on one device; a plain tensor as it is."""
+    if not isinstance(tensor, PatchTensor):
+        return tensor.plain if isinstance(tensor, RowCopy) else tensor
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ops.distpatch.gather(tensor, op)
+    order = None
+    if tensor.strides is not None:
+        order = memory_format.order_by(tensor.shape, tensor.strides)
+    elif not tensor.rows.is_tiny:
+        order = memory_format.memory_order(tensor.local)
+    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, op, order)
+
+
+def check_dim(tensor: Tensor, dim: int) -> int:
+    """``dim`` counted from the front; LayoutError where the tensor has no such dim."""
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise LayoutError(
+            f"dim {dim} is out of range for a tensor of shape {tuple(tensor.shape)}; rows are "
+            f"sharded along one of its dims {-tensor.ndim}..{tensor.ndim - 1}"
+        )
+    return dim % tensor.ndim
+
+
+def _layout(comm: Communicator, dim: int, bounds: Sequence[int] | None, rows: int | None) -> RowLayout:
+    if bounds is None:
+        assert rows is not None
+        bounds = even_bounds(rows, comm.size)
+    layout = RowLayout(dim, tuple(bounds))
+    if layout.world_size != comm.size or (rows is not None and layout.size != rows):
+        raise LayoutError(
+            f"bounds {layout.bounds} do not cover {rows} rows on {comm.size} ranks: they must be "
+            f"{comm.size + 1} numbers from 0 to the number of rows"
+        )
+    return layout

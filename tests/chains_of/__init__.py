@@ -1,6 +1,0 @@
-"""What random chains are made of. Importing this package fills the vocabulary."""
-
-from tests.chains_of import images, shapes, values, writes
-from tests.chains_of.vocabulary import FAMILIES, draw_chain
-
-__all__ = ["FAMILIES", "draw_chain", "images", "shapes", "values", "writes"]

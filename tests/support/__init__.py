@@ -1,0 +1,1 @@
+"""What the tests share: the oracle, ranks that are threads, transports, models, random chains."""

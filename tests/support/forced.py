@@ -1,0 +1,33 @@
+"""The suite once more, with all that is usually kept for large tensors: ``pytest --forced``.
+
+Rows of any size wait until they are asked for, and every convolution is cut into three patches.
+"""
+
+from __future__ import annotations
+
+import os
+
+VARIABLE = "DISTPATCH_TESTS_FORCED"
+SPLITS = 3
+IS_ON = bool(os.environ.get(VARIABLE))
+
+
+def apply() -> None:
+    """In this process, and in those that it starts."""
+    from distpatch.lazy import recipe
+    from distpatch.model import convert
+    from distpatch.tensor.region import Region
+
+    global IS_ON
+    IS_ON = True
+    os.environ[VARIABLE] = "1"
+    recipe.LEAST_BYTES = 0
+    defaults = Region.__init__.__defaults__
+    names = [name for name, field in Region.__dataclass_fields__.items() if name != "comm"]
+    changed = dict(zip(names, defaults, strict=True)) | {"splits": SPLITS, "lazy": True}
+    Region.__init__.__defaults__ = tuple(changed[name] for name in names)
+    convert.convert_model.__kwdefaults__["splits"] = SPLITS
+
+
+if os.environ.get(VARIABLE):
+    apply()

@@ -1,0 +1,234 @@
+"""The one oracle: a sharded run gives the values and gradients of the unsharded one, on every rank.
+
+>>> check(lambda x, w: F.conv2d(x, w, padding=1), (2, 3, H, 5), (4, 3, 3, 3))
+
+runs the function on random fp64 tensors of these shapes, for several heights ``H``; the first input
+is sharded, the weight is replicated. Compared are outputs, input gradients and weight gradients (for
+random cotangents), with and without autograd, at world sizes 1 to 4, for even and random bounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import distpatch
+from distpatch.layout.rows import Bounds, even_bounds
+from distpatch.torch_utils import private
+from distpatch.torch_utils.tree import tensors_in
+from tests.support.threads import run_ranks
+from tests.support.transports.late import late
+
+H = -1  # in a shape: the number of rows of the case
+HEIGHTS = (7, 2, 1)
+WORLDS = (1, 3, 4, 2)
+OVER_GLOO = (2,)  # the other worlds' rows move in memory, as late as they may, and what does not match is named
+TOLERANCE = 1e-10
+
+Shape = tuple[int, ...]
+Input = Shape | Callable[[int], Tensor]
+compared = 0  # sharded runs that were compared, for the summary of the session
+notes: dict[str, list[str]] = {}  # tables for that summary: lines under their headers
+
+
+@dataclass
+class Result:
+    outputs: list[Tensor]
+    grads: list[Tensor | None]
+    inference: list[Tensor]
+
+
+def case(fn: Callable[..., Any], *inputs: Input, **options: Any) -> Callable[[], None]:
+    """One line of a table: ``check`` with its arguments, to be called by a test."""
+    return partial(check, fn, *inputs, **options)
+
+
+def since_2_13(test: Callable[[], None]) -> Callable[[], None]:
+    """A test of what torch 2.11 has not got: it skips itself there, and says so."""
+    return test if private.RELEASE >= (2, 13) else partial(pytest.skip, "torch 2.11 has not got this, 2.13 has")
+
+
+def check(
+    fn: Callable[..., Any],
+    *inputs: Input,
+    heights: Sequence[int] = HEIGHTS,
+    worlds: Sequence[int] = WORLDS,
+    dim: int = -2,
+    sharded: int = 1,
+    fallback: str | None = None,
+    p2p: int | None = None,
+    channels_last: bool = False,
+    tolerance: float = TOLERANCE,
+    order: int = 1,
+) -> None:
+    """Compare ``fn`` on sharded tensors with ``fn`` on plain ones.
+
+    ``inputs``: shapes, in which ``H`` stands for the rows, or functions from the rows to a tensor;
+    ``sharded``: how many of them, from the first, are sharded along ``dim``. ``fallback``: the operation
+    that is expected to be gathered (None: none may be). ``p2p``: the most point-to-point batches that
+    one forward pass may take where all inputs have the same bounds. ``order``: of the highest derivatives
+    compared.
+    """
+    global compared
+    runs = [(rows, _make(inputs, rows, channels_last)) for rows in heights]
+    expected = [run(fn, tensors, list, rows, order=order) for rows, tensors in runs]
+    for world in worlds:
+        layouts = [_layouts(rows, world, sharded, first=rows == heights[0]) for rows in heights]
+
+        def body(rank: int) -> list[list[Result]]:
+            group = dist.group.WORLD
+            return [
+                [_sharded(fn, tensors, rows, group, dim, bounds, fallback, p2p, order) for bounds in layouts[i]]
+                for i, (rows, tensors) in enumerate(runs)
+            ]
+
+        transport = contextlib.nullcontext() if world in OVER_GLOO else late()
+        with _expect_warning(fallback), transport:
+            ranks = run_ranks(world, body, keep=True)
+        for i, (rows, _) in enumerate(runs):
+            for j, bounds in enumerate(layouts[i]):
+                where = f"{rows} rows on {world} ranks, bounds {bounds}"
+                compare([results[i][j] for results in ranks], expected[i], where, tolerance)
+                compared += 1
+
+
+def random_tensor(shape: Shape, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal values of a generator of its own: thread-ranks share the default one."""
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def _make(inputs: Sequence[Input], rows: int, channels_last: bool) -> list[Tensor]:
+    tensors = []
+    for index, item in enumerate(inputs):
+        if callable(item):
+            tensors.append(item(rows))
+            continue
+        tensor = random_tensor(tuple(rows if n == H else n for n in item), seed=index)
+        if channels_last and tensor.ndim == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        tensors.append(tensor)
+    return tensors
+
+
+def _layouts(rows: int, world: int, count: int, first: bool) -> list[list[Bounds]]:
+    """Bounds of each sharded input, random and different ones; for the first height even ones too."""
+    layouts = [[even_bounds(rows, world)] * count] if first else []
+    if world > 1:
+        layouts.append([_random_bounds(rows, world, seed) for seed in range(count)])
+    return layouts
+
+
+def _random_bounds(rows: int, world: int, seed: int) -> Bounds:
+    """Any bounds: a rank may own all rows, or none."""
+    draw = random.Random(f"{rows} {world} {seed}")
+    return (0, *sorted(draw.randint(0, rows) for _ in range(world - 1)), rows)
+
+
+def _sharded(
+    fn: Callable[..., Any],
+    tensors: list[Tensor],
+    rows: int,
+    group: Any,
+    dim: int,
+    bounds: list[Bounds],
+    fallback: str | None,
+    p2p: int | None,
+    order: int,
+) -> Result:
+    def distribute(leaves: list[Tensor]) -> list[Tensor]:
+        cut = [distpatch.shard(t, group, dim=dim, bounds=b) for t, b in zip(leaves, bounds, strict=False)]
+        return cut + leaves[len(bounds) :]
+
+    with distpatch.trace() as t:
+        same_bounds = len(set(bounds)) == 1
+        result = run(fn, tensors, distribute, rows, p2p if same_bounds else None, order)
+    gathered = {record.op for record in t.fallbacks}
+    assert gathered == ({fallback} if fallback else set()), f"operations gathered: {gathered}"
+    return result
+
+
+def run(
+    fn: Callable[..., Any],
+    tensors: list[Tensor],
+    distribute: Callable[[list[Tensor]], list[Tensor]],
+    rows: int,
+    p2p: int | None = None,
+    order: int = 1,
+) -> Result:
+    """Outputs (gathered) with and without autograd, and the gradient of every input, of each order."""
+    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    with torch.no_grad(), distpatch.trace() as t:
+        result = fn(*distribute([t.clone() for t in tensors]))
+        assert p2p is None or t.count("p2p") <= p2p, f"more than {p2p} point-to-point batches:\n{t.table()}"
+        inference = _whole(result)
+    outputs = _whole(fn(*distribute(leaves)))
+    below: list[Tensor | None] = []
+    found, wanted = list(outputs), [leaf for leaf in leaves if leaf.requires_grad]
+    for _ in range(order - 1):
+        loss = _loss([found_one.tanh() for found_one in found if found_one.requires_grad], rows)
+        found = [g for g in torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True) if g is not None]
+        below += [g.detach() for g in found]
+    if any(out.requires_grad for out in found):
+        _loss([out for out in found if out.requires_grad], rows).backward()
+    return Result([out.detach() for out in outputs], below + [leaf.grad for leaf in leaves], inference)
+
+
+def _loss(outputs: list[Tensor], seed: int) -> Tensor:
+    return torch.stack([(out * random_tensor(tuple(out.shape), seed=seed)).sum() for out in outputs]).sum()
+
+
+def _whole(result: Any) -> list[Tensor]:
+    """Every tensor of a result, gathered; what it said of itself before is true."""
+    tensors = list(tensors_in(result))
+    gathered = [distpatch.gather(tensor) for tensor in tensors]
+    for before, after in zip(tensors, gathered, strict=True):
+        assert (before.shape, before.dtype) == (after.shape, after.dtype)
+        assert before.requires_grad == after.requires_grad
+    return gathered
+
+
+def compare(
+    ranks: list[Result], expected: Result, where: str, tolerance: float = TOLERANCE, same_bits: bool = True
+) -> None:
+    """Every rank has the expected values and gradients, and the same bits as rank 0."""
+    for kind in ("inference", "outputs", "grads"):
+        wanted = getattr(expected, kind)
+        for rank, result in enumerate(ranks):
+            got = getattr(result, kind)
+            assert len(got) == len(wanted), f"{kind} of rank {rank}: {len(got)} of {len(wanted)}; {where}"
+            for index, (value, right, first) in enumerate(zip(got, wanted, getattr(ranks[0], kind), strict=True)):
+                label = f"{kind}[{index}] of rank {rank}; {where}"
+                assert_same(value, right, tolerance, label)
+                same = value is None or not same_bits or torch.equal(value, first) or _equal_with_nan(value, first)
+                assert same, f"{label}: other bits than on rank 0"
+
+
+def _equal_with_nan(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def assert_same(value: Tensor | None, right: Tensor | None, tolerance: float, label: str) -> None:
+    """Same shape, dtype and values, to ``tolerance``; also both None."""
+    assert (value is None) == (right is None), f"{label}: {value} for {right}"
+    if value is not None and right is not None:
+        torch.testing.assert_close(
+            value, right, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{label}\n{m}"
+        )
+
+
+@contextlib.contextmanager
+def _expect_warning(fallback: str | None) -> Iterator[None]:
+    if fallback is None:
+        yield
+    else:
+        with pytest.warns(UserWarning, match=f"no sharded rule for {fallback}"):
+            yield

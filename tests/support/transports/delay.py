@@ -1,0 +1,70 @@
+"""A transport on which everything takes longer: what a transfer or a collective waits for comes ``delay_s`` later."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from distpatch.comm.transport import Batch, Transport, Work, Works, between, using
+from tests.support.transports.staged import maybe
+
+
+@dataclass
+class Late:
+    """A ``Work`` that ends at ``due`` at the earliest."""
+
+    due: float
+    work: Work
+
+    def wait(self) -> None:
+        self.work.wait()
+        time.sleep(max(self.due - time.perf_counter(), 0))
+
+
+@dataclass
+class Landed:
+    """What was received is not there before it was waited for."""
+
+    to: list[Tensor]
+    landed: list[Tensor]
+
+    def wait(self) -> None:
+        for place, message in zip(self.to, self.landed, strict=True):
+            place.copy_(message)
+
+
+class Delayed(Transport):
+    """Messages take longer from when they are posted, collectives from when they are called."""
+
+    def __init__(self, inner: Transport, delay_s: float) -> None:
+        self.inner, self.delay_s = inner, delay_s
+
+    def start(self, batch: Batch) -> Works:
+        due = time.perf_counter() + self.delay_s
+        landing = [message.clone() for message in batch.landing]
+        works = self.inner.start(replace(batch, landing=landing))
+        return [*((Late(due, work), peer) for work, peer in works), (Landed(list(batch.landing), landing), None)]
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        with self._late():
+            self.inner.all_reduce(tensor)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        with self._late():
+            return self.inner.all_gather(tensor)
+
+    @contextlib.contextmanager
+    def _late(self) -> Iterator[None]:
+        due = time.perf_counter() + self.delay_s
+        yield
+        time.sleep(max(due - time.perf_counter(), 0))
+
+
+@contextlib.contextmanager
+def delayed(delay_s: float) -> Iterator[None]:
+    with using(maybe(lambda pg, device: Delayed(between(pg, device), delay_s))):
+        yield

@@ -1,0 +1,1 @@
+"""Models: layers, nets, U-Nets, transformers, autoencoders, pipelines."""
