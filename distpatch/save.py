@@ -163,8 +163,8 @@ def _write_mapped(x: Tensor, path: str | Path, create: Callable[[], None], reope
     def write() -> None:
         target = reopen()
         if isinstance(x, PatchTensor):
-            lo, hi = x.rows.interval(comm.rank)
-            target[(slice(None),) * x.rows.dim + (slice(lo, hi),)] = x.local.detach().cpu().numpy()
+            lo, hi = x.row_layout.interval(comm.rank)
+            target[(slice(None),) * x.row_layout.dim + (slice(lo, hi),)] = x.local.detach().cpu().numpy()
         else:
             target[...] = x.detach().cpu().numpy()
         target.flush()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.comm.communicator import Communicator, attempt, communicator_of
+from distpatch.comm.communicator import Communicator, communicator_of, wait_or_raise
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
@@ -66,19 +66,19 @@ def narrow_rows(full: Tensor, layout: RowLayout, rank: int) -> Tensor:
     return full.narrow(layout.dim, lo, hi - lo)
 
 
-def spread(tensor: Tensor, name: str) -> Tensor:
+def replicated_operand(tensor: Tensor, name: str) -> Tensor:
     """The same tensor, about to meet this rank's rows; the backward sums over ranks."""
     if name and torch.is_grad_enabled() and tensor.requires_grad:
         return _Spread.apply(tensor, name)
     return tensor
 
 
-def spread_all(tensors: Sequence[Tensor], name: str) -> list[Tensor]:
-    """``spread`` for many tensors at once: their gradients are summed together when all have come."""
+def replicated_operands(tensors: Sequence[Tensor], name: str) -> list[Tensor]:
+    """``replicated_operand`` for many tensors at once: their gradients are summed together when all have come."""
     return list(_SpreadAll.apply(name, *tensors))
 
 
-def tie(rows: Tensor, *pieces: Tensor) -> Tensor:
+def anchor_in_graph(rows: Tensor, *pieces: Tensor) -> Tensor:
     """The same rows, so that a backward pass that reaches them also reaches the pieces' exchange.
 
     Returning rows is collective. A rank that sent rows but uses none of its pieces must take part.
@@ -88,7 +88,7 @@ def tie(rows: Tensor, *pieces: Tensor) -> Tensor:
     return rows
 
 
-def together(tensors: Sequence[Tensor]) -> list[Tensor]:
+def join_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same tensors, whose gradients go on together, and in one order, when all have come.
 
     For what was spread or fetched and meets in one operation. Which kernels torch chooses may depend on how
@@ -135,7 +135,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None) -> Tensor:
         ctx.layout, ctx.name = layout, name
-        everything = (((0, layout.size),),) * layout.world_size
+        gather_partial = (((0, layout.size),),) * layout.world_size
         shape = [layout.size if d == layout.dim else n for d, n in enumerate(local.shape)]
         # The kernels that will read it must be the same on all ranks: not by what few rows look like.
         format = torch.contiguous_format if layout.is_tiny else memory_format(local)
@@ -146,7 +146,7 @@ class _Gather(torch.autograd.Function):
         across, parts = _parts(shape, layout.dim, local.element_size(), sizes_of(local.device).bucket_bytes)
 
         def fetch(rows: Tensor) -> Tensor:
-            return fetch_rows(rows, layout.dim, layout.bounds, everything, name, op, False)[0]
+            return fetch_rows(rows, layout.dim, layout.bounds, gather_partial, name, op, False)[0]
 
         if parts == 1:
             rows = fetch(local)
@@ -282,7 +282,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return spread(grad, ctx.name), None, None
+        return replicated_operand(grad, ctx.name), None, None
 
 
 class _ShareOut(torch.autograd.Function):
@@ -294,7 +294,7 @@ class _ShareOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.saved_tensors[0] * spread(grad, ctx.name), None, None, None
+        return ctx.saved_tensors[0] * replicated_operand(grad, ctx.name), None, None, None
 
 
 class _Stack(torch.autograd.Function):
@@ -305,7 +305,7 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return spread(grad, ctx.name)[communicator_of(ctx.name).rank], None, None
+        return replicated_operand(grad, ctx.name)[communicator_of(ctx.name).rank], None, None
 
 
 @torch.library.custom_op("distpatch::all_reduce", mutates_args=())
@@ -314,7 +314,7 @@ def _all_reduce(tensor: Tensor, name: str, op: str) -> Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
     transport = comm.transport(total.device)
     with comm.recorder.transfer(*_ring(comm, "all_reduce", op, total), total.device):
-        attempt(comm, op, lambda: transport.all_reduce(total), None)
+        wait_or_raise(comm, op, lambda: transport.all_reduce(total), None)
     return total
 
 
@@ -324,7 +324,7 @@ def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
     mine = tensor.contiguous()
     transport = comm.transport(mine.device)
     with comm.recorder.transfer(*_ring(comm, "all_gather", op, mine), mine.device):
-        return attempt(comm, op, lambda: transport.all_gather(mine), None)
+        return wait_or_raise(comm, op, lambda: transport.all_gather(mine), None)
 
 
 for _op in (_all_reduce, _all_gather):  # as transfers (comm/row_exchange.py)
@@ -333,18 +333,18 @@ for _op in (_all_reduce, _all_gather):  # as transfers (comm/row_exchange.py)
 
 @_all_reduce.register_fake
 def _(tensor: Tensor, name: str, op: str) -> Tensor:
-    _pretend("all_reduce", tensor, name, op)
+    _simulate("all_reduce", tensor, name, op)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 @_all_gather.register_fake
 def _(tensor: Tensor, name: str, op: str) -> Tensor:
-    _pretend("all_gather", tensor, name, op)
+    _simulate("all_gather", tensor, name, op)
     return tensor.new_empty((communicator_of(name).size, *tensor.shape))
 
 
-def _pretend(kind: str, tensor: Tensor, name: str, op: str) -> None:
-    """Record what a rank of a pretended group would send."""
+def _simulate(kind: str, tensor: Tensor, name: str, op: str) -> None:
+    """Record what a rank of a simulated group would send."""
     comm = communicator_of(name)
     comm.planned(*_ring(comm, kind, op, tensor))
 

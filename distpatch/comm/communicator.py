@@ -21,7 +21,7 @@ from distpatch.profiling.trace import Recorder
 from distpatch.torch_utils import private
 
 T = TypeVar("T")
-Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Pretended | None"
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | SimulatedCommunicator | None"
 Parts: TypeAlias = "list[tuple[int, list[Tensor]]]"  # by peer: the pieces of one message, in order
 
 
@@ -60,8 +60,8 @@ class Communicator(Meeting):
         self.broken = False
         self.by_collectives = False  # rows move by all_gather: point to point is broken here (self_test)
         self.policy: Policy | None = None  # of the step that runs now, where it is a displaced one
-        self.lane: Communicator | None = None  # another duplicate, for what runs behind the computation
-        self.serves = ""  # of a lane: the name of whose it is
+        self.async_comm: Communicator | None = None  # another duplicate, for what runs behind the computation
+        self.async_for = ""  # of a lane: the name of whose it is
         self._opened: set[torch.device] = set()
         self._made_by: Factory | None = None
         self._transports: dict[torch.device, Transport] = {}
@@ -141,7 +141,7 @@ class Communicator(Meeting):
         A first point-to-point batch that not all ranks join hangs, or fails under CUDA-graph capture.
         """
         with devices.current(device):
-            attempt(self, "set-up", lambda: transport.open(device), None)
+            wait_or_raise(self, "set-up", lambda: transport.open(device), None)
 
     @property
     def closed(self) -> bool:
@@ -163,7 +163,7 @@ class Communicator(Meeting):
             self.connect()
         return answers
 
-    def leave_broken(self, note: str) -> None:
+    def abort_call(self, note: str) -> None:
         """Say that this rank gives up the call, and why, for the others to read; the first note counts."""
         self.broken = True
         if self.name and not self.closed:
@@ -173,7 +173,7 @@ class Communicator(Meeting):
         """Where tensors are fake, what this rank would send: of a group that exists, a real run records it."""
 
 
-class Pretended(Communicator):
+class SimulatedCommunicator(Communicator):
     """One rank of a group that does not exist, for fake tensors: of transfers only the shapes are known.
 
     ``rank`` and ``size`` of the group. Passed to ``convert_model`` in place of a group, under a
@@ -182,20 +182,20 @@ class Pretended(Communicator):
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(None)
-        self.rank, self.size, self.name = rank, size, f"rank {rank} of {size}, pretended, {id(self)}"
-        _pretended[self.name] = self
+        self.rank, self.size, self.name = rank, size, f"rank {rank} of {size}, simulated, {id(self)}"
+        _simulated[self.name] = self
 
     def agree(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         return [payload or {}] * self.size
 
     def transport(self, device: torch.device) -> Transport:
-        raise DistPatchError("a pretended group sends nothing: it is for fake tensors (FakeTensorMode)")
+        raise DistPatchError("a simulated group sends nothing: it is for fake tensors (FakeTensorMode)")
 
     def enter(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
         """There is nobody to meet."""
         return [{"broken": False, **(payload or {})}]
 
-    def leave_broken(self, note: str) -> None:
+    def abort_call(self, note: str) -> None:
         """There is nobody to tell."""
 
     def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
@@ -209,7 +209,7 @@ def _nothing() -> None:
 # Weak keys: a communicator is known as long as the group is open, and each thread-rank has groups of its own.
 _by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator] = weakref.WeakKeyDictionary()
 _by_pg: weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator] = weakref.WeakKeyDictionary()
-_pretended: weakref.WeakValueDictionary[str, Pretended] = weakref.WeakValueDictionary()
+_simulated: weakref.WeakValueDictionary[str, SimulatedCommunicator] = weakref.WeakValueDictionary()
 ALONE = Communicator(None)
 
 
@@ -224,7 +224,7 @@ def communicator(group: Group, device: torch.device | None = None, *, connect: b
     """
     if group is None:
         return ALONE
-    if isinstance(group, Pretended):
+    if isinstance(group, SimulatedCommunicator):
         return group
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
@@ -267,7 +267,7 @@ def communicator_of(name: str) -> Communicator:
     """
     if not name:
         return ALONE
-    return _pretended.get(name) or _by_pg[private.group_named(name.rpartition(" ")[0])]
+    return _simulated.get(name) or _by_pg[private.group_named(name.rpartition(" ")[0])]
 
 
 def warmup(group: Group) -> None:
@@ -275,7 +275,7 @@ def warmup(group: Group) -> None:
     communicator(group).warmup()
 
 
-def attempt(comm: Communicator, what: str, wait: Callable[[], T], peer: int | None) -> T:
+def wait_or_raise(comm: Communicator, what: str, wait: Callable[[], T], peer: int | None) -> T:
     """Run one wait of a transfer; a failure becomes a ``RankError`` that names the rank waited for."""
     try:
         return wait()
@@ -284,12 +284,15 @@ def attempt(comm: Communicator, what: str, wait: Callable[[], T], peer: int | No
     except Exception as error:
         blamed = f"rank {peer}" if peer is not None else "another rank"
         said = "" if peer is not None else f" ({type(error).__name__}: {error})"  # it may be this rank's own fault
-        comm.leave_broken(f"waited for {blamed} in vain{said}")
+        late = any(word in str(error).lower() for word in ("timeout", "timed out"))
+        waited = "timed out waiting for" if late else "failed waiting for"
+        comm.abort_call(f"{waited} {blamed}{said}")
         others = [rank for rank in range(comm.size) if rank != comm.rank] if peer is None else [peer]
         try:
-            if peer is None and (silent := comm.silent()):  # a collective does not say who is missing
-                blamed = f"another rank of the group (no word from {', '.join(f'rank {r}' for r in silent)})"
+            missing = comm.ranks_without_note() if peer is None else []  # a collective does not say who is missing
+            if missing:
+                blamed = f"another rank of the group (no word from {', '.join(f'rank {r}' for r in missing)})"
         except (RuntimeError, dist.DistError):
-            pass  # why() says that the store is gone
-        reasons = "".join(comm.why(rank) for rank in others)
-        raise RankError(f"{what}: rank {comm.rank} waited for {blamed} in vain{reasons} ({error})") from error
+            pass  # abort_note() says that the store is gone
+        reasons = "".join(comm.abort_note(rank) for rank in others)
+        raise RankError(f"{what}: rank {comm.rank} {waited} {blamed}{reasons} ({error})") from error

@@ -82,7 +82,7 @@ class Meeting:
         """Say that this rank gives up the call, and why; the first note counts."""
         self.store.compare_set(self._note_key(self.rank), "", note)
 
-    def why(self, rank: int) -> str:
+    def abort_note(self, rank: int) -> str:
         """The note that another rank left when it gave up this call, or nothing."""
         key = self._note_key(rank)
         try:
@@ -91,7 +91,7 @@ class Meeting:
             return "; the rendezvous store does not answer either"
         return f"; rank {rank} {note}" if note else ""
 
-    def silent(self) -> list[int]:
+    def ranks_without_note(self) -> list[int]:
         """The ranks that leave no note in this call, within ``GRACE``: dead, or busy with something else."""
         keys = [self._note_key(rank) for rank in range(self.size)]
         try:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.comm.communicator import Communicator, Parts, attempt, communicator_of
+from distpatch.comm.communicator import Communicator, Parts, communicator_of, wait_or_raise
 from distpatch.comm.transport import Batch, Works
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.transfers import TransferPlan, plan_transfer
@@ -145,7 +145,7 @@ class Transfer:
     def wait(self) -> None:
         """Until all have landed (on a GPU: for the stream that computes). Raises ``RankError``."""
         for work, peer in self.works:
-            attempt(self.comm, self.op, work.wait, peer)
+            wait_or_raise(self.comm, self.op, work.wait, peer)
         self.works = []
 
 
@@ -153,12 +153,12 @@ def start(comm: Communicator, batch: Batch) -> Transfer:
     """As ``post``, but returns at once."""
     under_way = Transfer(comm, batch.op)
     transport = comm.transport(batch.device)
-    attempt(comm, batch.op, lambda: under_way.works.extend(transport.start(batch)), None)
+    wait_or_raise(comm, batch.op, lambda: under_way.works.extend(transport.start(batch)), None)
     return under_way
 
 
-def _pretend(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:
-    """Record what a rank of a pretended group would send."""
+def _simulate(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:
+    """Record what a rank of a simulated group would send."""
     if to or source:
         a_row = math.prod(n for d, n in enumerate(like.shape) if d != dim)
         comm.planned("p2p", op, sent_rows * a_row * like.element_size(), to)
@@ -214,7 +214,7 @@ def _(
     order = _wire_order(local.ndim, dim, channels_last)
     plan = _plan(bounds, needs, comm)
     sent_rows = sum(hi - lo for _, cut in plan.sends for lo, hi in cut)
-    _pretend(comm, op, sent_rows, len(plan.sends), len(plan.recvs), local, dim)
+    _simulate(comm, op, sent_rows, len(plan.sends), len(plan.recvs), local, dim)
     return [_empty_rows(local, dim, n, order) for n in plan.rows]
 
 
@@ -232,7 +232,7 @@ def _(
     comm = communicator_of(name)
     rank, plan = comm.rank, _plan(bounds, needs, comm)
     sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)
-    _pretend(comm, op, sent_rows, len(plan.recvs), len(plan.sends), pieces[0], dim)
+    _simulate(comm, op, sent_rows, len(plan.recvs), len(plan.sends), pieces[0], dim)
     rest = pieces[0].permute(order).shape[1:]
     total = pieces[0].new_empty((bounds[rank + 1] - bounds[rank], *rest))
     return total.permute(_inverse(order))

@@ -96,7 +96,7 @@ def self_test(group: Group, *, fallback: bool = True) -> SelfTest:
     """
     comm = communicator(group, connect=False)
     report = SelfTest(comm.size)
-    if comm.size == 1 or comm.group is None:  # alone, or pretended
+    if comm.size == 1 or comm.group is None:  # alone, or simulated
         return report
     _, missing = comm.meet({}, comm.timeout)
     if missing:
@@ -216,7 +216,7 @@ class _Tester:
         while not arrived.query():
             if time.monotonic() > deadline:
                 self.comm.broken = True
-                raise RankError(f"rank {self.comm.rank} waited for rank {partner} in vain")
+                raise RankError(f"rank {self.comm.rank} timed out waiting for rank {partner}")
             time.sleep(EVENT_SECONDS * 0.1)
 
     def stack(self) -> list[Fault]:

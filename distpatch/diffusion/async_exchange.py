@@ -53,8 +53,10 @@ def _view(buffer: Tensor, at: int, like: Tensor) -> Tensor:
 class Batch:
     """Call sites that share their messages."""
 
-    def __init__(self, lane: Communicator, sends: Sequence[Parts], kept: Sequence[Parts], device: torch.device) -> None:
-        self.lane, self.device = lane, device
+    def __init__(
+        self, async_comm: Communicator, sends: Sequence[Parts], kept: Sequence[Parts], device: torch.device
+    ) -> None:
+        self.async_comm, self.device = async_comm, device
         self.outgoing, self.landing = Flat.of(sends, device), Flat.of(kept, device)
         for views, parts in zip(self.landing.views, kept, strict=True):
             _copy(views, _tensors(parts))
@@ -63,9 +65,9 @@ class Batch:
     def start(self) -> None:
         """Send what the sites have put into the buffers."""
         to, source = self.outgoing.buffers, self.landing.buffers
-        self.lane.recorder.record("displaced", "messages", 0, len(to))
+        self.async_comm.recorder.record("displaced", "messages", 0, len(to))
         messages = (list(to), list(to.values()), list(source), list(source.values()))
-        self.under_way = start(self.lane, Messages("displaced step", *messages, self.device))
+        self.under_way = start(self.async_comm, Messages("displaced step", *messages, self.device))
 
     def wait(self) -> None:
         """Until the last messages that were started have gone and landed."""
@@ -74,7 +76,7 @@ class Batch:
         under_way, self.under_way = self.under_way, None
         asked = time.perf_counter()
         under_way.wait()
-        self.lane.recorder.waited("displaced step", asked - under_way.started, time.perf_counter() - asked)
+        self.async_comm.recorder.waited("displaced step", asked - under_way.started, time.perf_counter() - asked)
 
 
 class Site:
@@ -92,7 +94,7 @@ class Site:
 
     def write(self, op: str, sends: Parts) -> None:
         """What the next step is to read; after ``read``."""
-        self.batch.lane.recorder.record("displaced", op, self.sent_bytes, 0)
+        self.batch.async_comm.recorder.record("displaced", op, self.sent_bytes, 0)
         _copy(self.outgoing, _tensors(sends))
         if self.last:
             self.batch.start()
@@ -101,8 +103,8 @@ class Site:
 class Plan:
     """The call sites of a step, in their order: recorded in one step, read and written in those that follow."""
 
-    def __init__(self, lane: Communicator, layers_per_message: int) -> None:
-        self.lane, self.layers_per_message = lane, layers_per_message
+    def __init__(self, async_comm: Communicator, layers_per_message: int) -> None:
+        self.async_comm, self.layers_per_message = async_comm, layers_per_message
         self.device = torch.device("cpu")
         self.sites: list[Site] = []
         self.batches: list[Batch] = []
@@ -125,7 +127,7 @@ class Plan:
         keys, sends, kept, owns = zip(*self._open, strict=True)
         self._open = []
         with torch.inference_mode(False), torch.no_grad():  # buffers that a step outside of it may write to, too
-            batch = Batch(self.lane, sends, kept, self.device)
+            batch = Batch(self.async_comm, sends, kept, self.device)
         last = len(keys) - 1
         self.sites += [Site(key, batch, i, i == last, own) for i, (key, own) in enumerate(zip(keys, owns, strict=True))]
         self.batches.append(batch)

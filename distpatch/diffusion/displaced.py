@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from distpatch.comm.communicator import Pretended
+from distpatch.comm.communicator import SimulatedCommunicator
 from distpatch.diffusion.displaced_steps import POLICIES, Displaced
 from distpatch.errors import DistPatchError
 from distpatch.model.convert import STATE
@@ -67,7 +67,7 @@ def displaced(
         options = f"{policy} {warmup_steps} {layers_per_message} {texts} {watch_prompt}"
         comm.enter("displaced", f"({type(model).__name__}, {options})")
     with ExitStack() as undo:
-        if steps.apart:
+        if steps.is_displaced:
             for index, module in enumerate(named.values()):
                 hook = partial(_entered, steps, index)
                 undo.callback(module.register_forward_pre_hook(hook).remove)
@@ -100,8 +100,8 @@ def _check(model: nn.Module, state: Any, warmup_steps: int, policy: str, layers_
         raise DistPatchError(
             f"displaced: this {type(model).__name__} is not converted; call distpatch.convert_model first"
         )
-    if isinstance(state.region.comm, Pretended):
-        raise DistPatchError("displaced: a group that is pretended sends nothing, behind the computation or otherwise")
+    if isinstance(state.region.comm, SimulatedCommunicator):
+        raise DistPatchError("displaced: a group that is simulated sends nothing, behind the computation or otherwise")
     if state.region.comm.by_collectives:
         raise DistPatchError("displaced: point to point is broken between these ranks (self_test): nothing runs behind")
     if state.steps is not None:

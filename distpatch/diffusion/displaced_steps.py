@@ -77,7 +77,7 @@ class Displaced:
         return comm
 
     @property
-    def apart(self) -> bool:
+    def is_displaced(self) -> bool:
         """Whether any step differs from a plain one."""
         return self.comm.size > 1 and self.behaviour.rows != "fresh"
 
@@ -101,7 +101,7 @@ class Displaced:
     # Called by a converted model (model/convert.py), in this order.
 
     def problem(self, what: str) -> str | None:
-        if self.apart and torch.is_grad_enabled():
+        if self.is_displaced and torch.is_grad_enabled():
             return f"{what}: a displaced step has no gradients: call the model under torch.no_grad()"
         return None
 
@@ -116,8 +116,8 @@ class Displaced:
         if comm.name != self._epoch:  # a call has failed: others may have started less than this rank
             self._epoch = comm.name
             self._forget()
-        if self.apart and self.behaviour.rows == "last":
-            self._lane = lane_of(comm)
+        if self.is_displaced and self.behaviour.rows == "last":
+            self._lane = async_comm_of(comm)
         if signature != self._signature or any(answer.get("new") for answer in answers):
             self.reset()
         self._signature = signature
@@ -145,7 +145,7 @@ class Displaced:
         self._stale, self._lost, self._at, self._module = stale, False, 0, -1
         if not stale:
             self.synchronous += 1
-            if not self.apart or self.calls < self.warmup_steps:
+            if not self.is_displaced or self.calls < self.warmup_steps:
                 return run()
             self.plan = Plan(self._lane or self.comm, self.layers_per_message)
         self.comm.policy = self
@@ -233,19 +233,19 @@ def _corrected(merged: tuple[int, Tensor, Tensor], last: Tensor, own: Tensor, co
     return total, mean + moved, torch.where(corrected < 0, total * v_new, corrected)
 
 
-def lane_of(comm: Communicator) -> Communicator:
+def async_comm_of(comm: Communicator) -> Communicator:
     """The group's second duplicate: what runs behind the computation never stands in front of what is waited for.
 
     Every rank calls it where it may have to be made, or made again: the group's first one failed.
     """
-    lane = comm.lane
-    if lane is None or lane.serves != comm.name:
-        lane = Communicator(comm.group)
-        lane.connect(comm.device)
-        lane.serves = comm.name
-        comm.lane = lane
-    lane.call = comm.call  # under which the ranks leave their notes
-    return lane
+    async_comm = comm.async_comm
+    if async_comm is None or async_comm.async_for != comm.name:
+        async_comm = Communicator(comm.group)
+        async_comm.connect(comm.device)
+        async_comm.async_for = comm.name
+        comm.async_comm = async_comm
+    async_comm.call = comm.call  # under which the ranks leave their notes
+    return async_comm
 
 
 def _conditions(tensor: Tensor) -> bool:

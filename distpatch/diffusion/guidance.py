@@ -86,7 +86,7 @@ def _half(tensor: Tensor, batch: int, halves: Communicator) -> Tensor:
 def _join(tensor: Tensor, halves: Communicator) -> Tensor:
     local = tensor.local if isinstance(tensor, PatchTensor) else tensor
     joined = stack_ranks(local, halves.name, "guidance").flatten(0, 1)
-    return PatchTensor(joined, tensor.rows, tensor.region) if isinstance(tensor, PatchTensor) else joined
+    return PatchTensor(joined, tensor.row_layout, tensor.region) if isinstance(tensor, PatchTensor) else joined
 
 
 def on_all_ranks(x: PatchTensor, mesh: DeviceMesh, everyone: Communicator) -> PatchTensor | None:
@@ -98,9 +98,9 @@ def on_all_ranks(x: PatchTensor, mesh: DeviceMesh, everyone: Communicator) -> Pa
     if group is None or mesh.mesh.t().flatten().tolist() != dist.get_process_group_ranks(group):
         return None
     bounds = [0]
-    for lo, hi in zip(x.rows.bounds, x.rows.bounds[1:]):
+    for lo, hi in zip(x.row_layout.bounds, x.row_layout.bounds[1:]):
         bounds += [(lo + hi + 1) // 2, hi]
-    layout = RowLayout(x.rows.dim, tuple(bounds))
+    layout = RowLayout(x.row_layout.dim, tuple(bounds))
     start, stop = layout.interval(everyone.rank)
-    first = x.rows.interval(x.region.comm.rank)[0]
-    return PatchTensor(x.local.narrow(x.rows.dim, start - first, stop - start), layout, Region(everyone))
+    first = x.row_layout.interval(x.region.comm.rank)[0]
+    return PatchTensor(x.local.narrow(x.row_layout.dim, start - first, stop - start), layout, Region(everyone))

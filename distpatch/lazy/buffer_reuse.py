@@ -14,7 +14,7 @@ from torch import Tensor
 from distpatch.torch_utils.private import storage_uses
 
 
-class Rows(Protocol):
+class DeferredRows(Protocol):
     """What is asked of a ``Recipe`` here (lazy/recipe.py)."""
 
     value: Tensor | None
@@ -28,7 +28,7 @@ class Rows(Protocol):
 
 class _Pending(threading.local):
     def __init__(self) -> None:
-        self.rows: weakref.WeakSet[Rows] = weakref.WeakSet()
+        self.rows: weakref.WeakSet[DeferredRows] = weakref.WeakSet()
 
 
 _pending = _Pending()
@@ -38,38 +38,38 @@ def nobody() -> None:
     return None
 
 
-def own(rows: Rows, owner: Any) -> None:
+def own(rows: DeferredRows, owner: Any) -> None:
     """Note which tensor stands for these rows; it is known here until they are computed."""
     rows.owner = weakref.ref(owner)
     if rows.value is None:
         _pending.rows.add(rows)
 
 
-def forget(rows: Rows) -> None:
+def forget(rows: DeferredRows) -> None:
     """They are computed."""
     _pending.rows.discard(rows)
 
 
-def waiting() -> list[Rows]:
+def deferred_rows() -> list[DeferredRows]:
     """The rows of tensors that are alive, and not computed yet."""
     return [rows for rows in list(_pending.rows) if rows.value is None and rows.is_wanted]
 
 
-def anything_waits() -> bool:
+def anything_deferred() -> bool:
     return len(_pending.rows) > 0
 
 
-def settle(rows: Tensor) -> None:
+def materialize_readers(rows: Tensor) -> None:
     """Compute what is to be made of these rows, before they are written to."""
     memory = rows.untyped_storage()._cdata
-    for other in waiting():
+    for other in deferred_rows():
         if any(leaf.value.untyped_storage()._cdata == memory for leaf in other.leaves()):
             owner = other.owner()
             if owner is not None:
                 owner.local  # noqa: B018  computes them
 
 
-def holds_alone(leaf: Rows) -> bool:
+def is_only_holder(leaf: DeferredRows) -> bool:
     """Whether nobody but this leaf holds its rows, nor any of their memory: by the counts of their references."""
     value = leaf.value
     assert value is not None

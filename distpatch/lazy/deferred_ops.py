@@ -12,7 +12,7 @@ from distpatch.layout.stencil import Interval
 from distpatch.lazy.recipe import Part, Recipe, Walk, _same
 
 
-def put_off(
+def defer(
     op: str,
     like: Recipe,
     parents: Sequence[Recipe],
@@ -35,7 +35,7 @@ def put_off(
     return Recipe(like, like.dim, parents, compute, shape, op=op, dtype=dtype)
 
 
-def put_off_from(
+def defer_stencil(
     op: str,
     parent: Recipe,
     need: Callable[[int, int], Interval],
@@ -49,7 +49,7 @@ def put_off_from(
         result = step(rows, lo, hi)
         return result, own or not _same(result, rows)
 
-    return Recipe(parent, parent.dim, [parent], compute, shape, op=op, aligned=False)
+    return Recipe(parent, parent.dim, [parent], compute, shape, op=op, row_aligned=False)
 
 
 def unchanged(op: str, *tensors: Tensor | None) -> Callable[[], None]:

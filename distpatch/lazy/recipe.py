@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from distpatch.errors import DistPatchError
-from distpatch.lazy.buffer_reuse import forget, holds_alone, nobody, waiting
-from distpatch.profiling.op_costs import few, on_behalf_of
+from distpatch.lazy.buffer_reuse import deferred_rows, forget, is_only_holder, nobody
+from distpatch.profiling.op_costs import attributed_to, representative_chunks
 from distpatch.profiling.trace import Recorder
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import memory_format
@@ -34,37 +34,37 @@ MOST_HELD = 3  # times its own size that a recipe may keep alive
 class Recipe:
     """Rows (..., rows, ...) of one rank, to be computed; or, as ``value``, computed.
 
-    ``compute(walk, lo, hi)`` gives its local rows [lo, hi). ``aligned``: row i is made of rows i of its parents, or
-    of rows that a window has not passed yet. ``heavy``: not to be computed twice. ``patch_rows``: how many at a
+    ``compute(walk, lo, hi)`` gives its local rows [lo, hi). ``row_aligned``: row i is made of rows i of its parents, or
+    of rows that a window has not passed yet. ``expensive``: not to be computed twice. ``patch_rows``: how many at a
     time, where that matters.
     """
 
     __slots__ = (
         "__weakref__",
-        "aligned",
         "compute",
         "consumers",
         "device",
         "dim",
         "dtype",
+        "expensive",
         "format",
-        "heavy",
         "op",
         "owner",
         "parents",
         "patch_rows",
+        "row_aligned",
         "shape",
         "steps",
         "value",
     )
-    aligned: bool
+    row_aligned: bool
     compute: Compute | None
     consumers: int
     device: torch.device
     dim: int
     dtype: torch.dtype
     format: torch.memory_format
-    heavy: bool
+    expensive: bool
     op: str
     owner: Callable[[], Any]
     parents: tuple[Recipe, ...]
@@ -84,8 +84,8 @@ class Recipe:
         op: str = "",
         dtype: torch.dtype | None = None,
         format: torch.memory_format | None = None,
-        aligned: bool = True,
-        heavy: bool = False,
+        row_aligned: bool = True,
+        expensive: bool = False,
         patch_rows: int | None = None,
     ) -> None:
         self.op = op
@@ -96,12 +96,14 @@ class Recipe:
         self.format = format or (like.format if isinstance(like, Recipe) else memory_format(like))
         self.parents = tuple(parents)
         self.compute = compute
-        self.aligned = aligned and all(parent.aligned for parent in parents)
-        self.heavy = heavy or any(parent.heavy and parent.value is None for parent in parents)
+        self.row_aligned = row_aligned and all(parent.row_aligned for parent in parents)
+        self.expensive = expensive or any(parent.expensive and parent.value is None for parent in parents)
         self.steps = 1 + max((parent.steps for parent in parents), default=0)
         if patch_rows is None:
             of_parents = [
-                max(self.rows * parent.patch_rows // max(parent.rows, 1), 1) for parent in parents if parent.patch_rows
+                max(self.num_rows * parent.patch_rows // max(parent.num_rows, 1), 1)
+                for parent in parents
+                if parent.patch_rows
             ]
             patch_rows = min(of_parents, default=None)
         self.patch_rows = patch_rows
@@ -119,7 +121,7 @@ class Recipe:
         return leaf
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         return self.shape[self.dim]
 
     @property
@@ -145,14 +147,14 @@ class Recipe:
 
     def _nodes(self) -> Iterator[Recipe]:
         """It and all that it is made of, each once."""
-        seen, waiting = {self}, [self]
-        while waiting:
-            node = waiting.pop()
+        seen, nodes = {self}, [self]
+        while nodes:
+            node = nodes.pop()
             yield node
             if node.value is None:
                 fresh = [parent for parent in node.parents if parent not in seen]
                 seen.update(fresh)
-                waiting += fresh
+                nodes += fresh
 
     @property
     def held_bytes(self) -> int:
@@ -175,13 +177,13 @@ class Recipe:
         if self.value is None:
             with _plainly(self.device):
                 self.value = self._collect()
-            self.parents, self.compute, self.steps, self.heavy, self.aligned = (), None, 0, False, True
+            self.parents, self.compute, self.steps, self.expensive, self.row_aligned = (), None, 0, False, True
             self.patch_rows = None
             forget(self)
         return self.value
 
     def _collect(self) -> Tensor:
-        spare = next((leaf for leaf in self.leaves() if self._may_overwrite(leaf)), None) if self.aligned else None
+        spare = next((leaf for leaf in self.leaves() if self._may_overwrite(leaf)), None) if self.row_aligned else None
         steps = [node for node in self._nodes() if node.value is None]
         Recorder.fused(" > ".join(node.op for node in reversed(steps)), sum(node.size_bytes for node in steps[1:]))
         try:
@@ -192,7 +194,7 @@ class Recipe:
             raise
 
     def _rows_by_patch(self, spare: Recipe | None) -> Tensor:
-        rows, dim = self.rows, self.dim
+        rows, dim = self.num_rows, self.dim
         step = self.patch_rows or self._chunk_rows()
         once = all(node.consumers < 2 for node in self._nodes())  # then steps may write to what they read, too
         walk = Walk(spare if once else None, overwrites=spare is not None)
@@ -202,7 +204,7 @@ class Recipe:
                 return part.clone(memory_format=self.format)
             return part if fresh else part.clone()
         result = None if spare is None else spare.value
-        for lo in few(range(0, rows, step), last_too=not self.heavy and rows % step == 0):
+        for lo in representative_chunks(range(0, rows, step), last_too=not self.expensive and rows % step == 0):
             hi = min(lo + step, rows)
             part, _ = walk.rows(self, lo, hi)
             walk.forget()
@@ -216,7 +218,7 @@ class Recipe:
         return result
 
     def _chunk_rows(self) -> int:
-        return max(sizes_of(self.device).chunk_bytes * self.rows // max(self.size_bytes, 1), 1)
+        return max(sizes_of(self.device).chunk_bytes * self.num_rows // max(self.size_bytes, 1), 1)
 
     def _may_overwrite(self, leaf: Recipe) -> bool:
         """Whether the result may take the place of rows that are read for it alone."""
@@ -225,7 +227,9 @@ class Recipe:
         if (rows.shape, rows.dtype, leaf.format) != (self.shape, self.dtype, self.format):
             return False
         del rows
-        return holds_alone(leaf) and not any(other is not self and leaf in other.leaves() for other in waiting())
+        return is_only_holder(leaf) and not any(
+            other is not self and leaf in other.leaves() for other in deferred_rows()
+        )
 
 
 def _lost(recipe: Recipe, walk: Walk, lo: int, hi: int) -> Part:
@@ -256,7 +260,7 @@ class Walk:
         if known is not None:
             return known, False
         assert recipe.compute is not None
-        part, mine = on_behalf_of(recipe.op, recipe.compute, self, lo, hi)
+        part, mine = attributed_to(recipe.op, recipe.compute, self, lo, hi)
         if recipe.consumers > 1:  # perhaps of this very recipe
             self._known[recipe, lo, hi] = part
             mine = False
@@ -286,7 +290,7 @@ class Walk:
         return rows
 
 
-def alone(recipe: Recipe) -> Recipe:
+def detached_recipe(recipe: Recipe) -> Recipe:
     """The same, for a tensor that will be written to: what others make of it stays as it is."""
     if not recipe.consumers:
         return recipe
@@ -296,8 +300,8 @@ def alone(recipe: Recipe) -> Recipe:
         recipe.parents,
         recipe.compute,
         op=recipe.op,
-        aligned=recipe.aligned,
-        heavy=recipe.heavy,
+        row_aligned=recipe.row_aligned,
+        expensive=recipe.expensive,
         patch_rows=recipe.patch_rows,
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
 from distpatch.lazy.recipe import Part, Recipe, Walk
-from distpatch.profiling.op_costs import few
+from distpatch.profiling.op_costs import representative_chunks
 from distpatch.torch_utils.chunk_sizes import kind_of, sizes_of
 from distpatch.torch_utils.memory_format import memory_format
 
@@ -83,7 +83,7 @@ def _narrow(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
     return rows.narrow(dim, lo, hi - lo)
 
 
-def window(
+def deferred_conv(
     op: str,
     conv: Conv,
     slab: Slab,
@@ -111,9 +111,18 @@ def window(
         return conv(walk.window(key, a, b, follow, dim, read), 0), True
 
     # What a row reads above itself is carried, if it was read: rows that end above their place are not.
-    aligned = stencil.stride == 1 and out == (start, stop) and stencil.before < stencil.span
+    row_aligned = stencil.stride == 1 and out == (start, stop) and stencil.before < stencil.span
     return Recipe(
-        source, dim, [source], compute, shape, op=op, format=format, aligned=aligned, heavy=True, patch_rows=patch_rows
+        source,
+        dim,
+        [source],
+        compute,
+        shape,
+        op=op,
+        format=format,
+        row_aligned=row_aligned,
+        expensive=True,
+        patch_rows=patch_rows,
     )
 
 
@@ -141,15 +150,15 @@ def convolve(
     return in_patches(lambda a, b: conv(slab.rows(*stencil.need(a, b)), 0), out, patch_rows, slab.dim)
 
 
-def in_patches(rows_of: Callable[[int, int], Tensor], out: Interval, patch_rows: int, dim: int) -> Tensor:
-    """Output rows ``out``, computed by ``rows_of(start, stop)`` for ``patch_rows`` at a time."""
+def in_patches(rows_at: Callable[[int, int], Tensor], out: Interval, patch_rows: int, dim: int) -> Tensor:
+    """Output rows ``out``, computed by ``rows_at(start, stop)`` for ``patch_rows`` at a time."""
     lo, hi = out
     if patch_rows >= hi - lo:
-        return rows_of(lo, hi)
+        return rows_at(lo, hi)
     starts = range(lo, hi, patch_rows)
     if torch.is_grad_enabled():
-        return torch.cat([rows_of(a, min(a + patch_rows, hi)) for a in starts], dim)
-    return _collect(((a, rows_of(a, min(a + patch_rows, hi))) for a in few(starts)), dim, lo, hi)
+        return torch.cat([rows_at(a, min(a + patch_rows, hi)) for a in starts], dim)
+    return _collect(((a, rows_at(a, min(a + patch_rows, hi))) for a in representative_chunks(starts)), dim, lo, hi)
 
 
 def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:

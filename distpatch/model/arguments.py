@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from distpatch.comm.communicator import Communicator, Pretended
+from distpatch.comm.communicator import Communicator, SimulatedCommunicator
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.user_classes import is_wrapper
 from distpatch.torch_utils.tree import streams_in
@@ -25,7 +25,7 @@ def signature_of(given: Sequence[Tensor]) -> str:
     """What must be the same on all ranks of a call: shapes, dtypes, layouts, and whether gradients are wanted."""
     described = []
     for tensor in given:
-        layout = f" {tensor.rows}" if isinstance(tensor, PatchTensor) else ""
+        layout = f" {tensor.row_layout}" if isinstance(tensor, PatchTensor) else ""
         shape = tuple(operator.index(n) for n in tensor.shape)  # a compiled graph is made for this shape alone
         described.append(f"{shape} {tensor.dtype}{layout}")
     grads = " with gradients" if torch.is_grad_enabled() else ""
@@ -74,7 +74,7 @@ def _foreign(tensor: Tensor, comm: Communicator) -> str | None:
             "(x.unbind()), or pad them to one size (torch.nested.to_padded_tensor)"
         )
     if isinstance(tensor, FakeTensor):
-        if comm.size == 1 or isinstance(comm, Pretended):
+        if comm.size == 1 or isinstance(comm, SimulatedCommunicator):
             return None
         return f"a {name} has no values to send to other ranks: use distpatch.plan for a call on fake tensors"
     if is_wrapper(type(tensor)) and not isinstance(tensor, FunctionalTensor):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from distpatch.errors import DistPatchError, LayoutError
-from distpatch.lazy.buffer_reuse import waiting
+from distpatch.lazy.buffer_reuse import deferred_rows
 from distpatch.model.arguments import is_image, problem_of, signature_of
 from distpatch.model.compile_ops import enter
 from distpatch.rules.shapes.block_layout import in_order
-from distpatch.tensor.patch_tensor import PatchTensor, handed_back, on_rank0, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, handed_back, on_rank0
 from distpatch.tensor.region import Region
 from distpatch.tensor.user_classes import kind_of
 from distpatch.torch_utils.tree import give_back, map_tensors, tensors_in
@@ -111,7 +111,7 @@ class Call:
         self._give_back()
         for buffers, key, buffer in sharded_buffers(self.model):
             buffers[key] = self._leave(buffer) if self.state.output == "gather" else handed_back(buffer)
-        for rows in waiting():  # in a cache: what they are made of may change
+        for rows in deferred_rows():  # in a cache: what they are made of may change
             if (owner := rows.owner()) is not None:
                 owner.local  # noqa: B018
         self.left.clear()
@@ -122,7 +122,7 @@ class Call:
         entered = {id(old): new for old, new in self.made}
         for image, version in zip(self.images, self.versions):
             if not isinstance(image, PatchTensor) and version is not None and image._version != version:
-                image.data.copy_(whole(entered[id(image)]))  # of which the model wrote to this rank's rows
+                image.data.copy_(gather_replicated(entered[id(image)]))  # of which the model wrote to this rank's rows
         if any(not isinstance(value, Tensor) for value in (*self.arguments[0], *self.arguments[1].values())):
             give_back(self.made)
             map_tensors(self._leave, self.arguments, in_place=True)
@@ -178,21 +178,21 @@ def inside(
                 steps.begin(signature, answers)
             yield
         except BaseException as error:
-            comm.leave_broken(f"raised {type(error).__name__}: {error}")
+            comm.abort_call(f"raised {type(error).__name__}: {error}")
             raise
 
 
 def leave(tensor: Tensor, state: Conversion) -> Any:
     """A tensor of a result, as the caller wants it."""
     if not isinstance(tensor, PatchTensor):
-        return whole(tensor)
+        return gather_replicated(tensor)
     if torch.compiler.is_dynamo_compiling() and state.output != "shard":
         whole_output = torch.ops.distpatch.gather(tensor, "output")
         return whole_output if state.output == "gather" or state.region.comm.rank == 0 else None
     comm, kind = tensor.region.comm, tensor.region.kind
     if state.output == "gather":
         one = comm.size == 1  # then the rows are all of it, and nobody else's: no copy
-        gathered = tensor.local if one else whole(tensor, "output")
+        gathered = tensor.local if one else gather_replicated(tensor, "output")
         return gathered if kind is None else kind.of(gathered)
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)
@@ -212,12 +212,12 @@ def sharded_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, PatchTe
 def _buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     """Every buffer of every module. Twice a call: ``model.buffers()`` takes milliseconds of a large model."""
     modules: dict[nn.Module, None] = {}
-    waiting: list[nn.Module | None] = [model]
+    deferred_rows: list[nn.Module | None] = [model]
     found: list[tuple[dict[str, Any], str, Any]] = []
-    while waiting:
-        module = waiting.pop()
+    while deferred_rows:
+        module = deferred_rows.pop()
         if module is not None and module not in modules:
             modules[module] = None
-            waiting += module._modules.values()
+            deferred_rows += module._modules.values()
             found += [(module._buffers, key, buffer) for key, buffer in module._buffers.items()]
     return found

@@ -41,7 +41,7 @@ keep_in_order(meet)
 def enter(tensor: Tensor, dim: int, region: Region) -> PatchTensor:
     """An argument sharded evenly along ``dim``, or one that is sharded already, in this region."""
     if isinstance(tensor, PatchTensor):
-        return PatchTensor(tensor.local, tensor.rows, region)
+        return PatchTensor(tensor.local, tensor.row_layout, region)
     dim = check_dim(tensor, dim)
     return shard_in(region, tensor, RowLayout(dim, even_bounds(tensor.shape[dim], region.comm.size)))
 
@@ -63,7 +63,7 @@ def enter_compiled(tensor: Tensor, dim: int, region: Region) -> Tensor:
 
 def _gather(tensor: Tensor, op: str) -> Tensor:
     assert isinstance(tensor, PatchTensor)
-    return gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, op)
+    return gather_rows(tensor.local, tensor.row_layout, tensor.region.comm.name, op)
 
 
 _library = torch.library.Library("distpatch", "FRAGMENT")

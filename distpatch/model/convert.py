@@ -11,22 +11,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distpatch import rules as _rules
+from distpatch import exported as _exported
 from distpatch.comm import devices
-from distpatch.comm.collectives import in_one_thread, spread_all
-from distpatch.comm.communicator import Communicator, Group, Pretended, communicator
+from distpatch.comm.collectives import in_one_thread, replicated_operands
+from distpatch.comm.communicator import Communicator, Group, SimulatedCommunicator, communicator
 from distpatch.comm.dtensors import is_dtensor, same_part
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.model.arguments import is_image, problem_of, signature_of
 from distpatch.model.calls import Call, Conversion, inside, leave, sharded_buffers
 from distpatch.model.compile_ops import enter_compiled, meet
 from distpatch.model.known_torch_bugs import warn_of_known_faults
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.region import Region
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 __all__ = ["convert_model", "is_converted", "is_image"]
-assert _rules  # imported for the table of rules
+assert _exported  # imported for the table of rules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -81,7 +81,7 @@ def convert_model(
         raise LayoutError(problem)
     warn_of_known_faults(model)
     comm = communicator(group, devices.of_model(model))
-    if comm.size > 1 and not isinstance(comm, Pretended):
+    if comm.size > 1 and not isinstance(comm, SimulatedCommunicator):
         comm.agree("convert_model", _identity(model, comm, splits, sequential, dim, output, fallback))
     region = Region(
         comm,
@@ -217,7 +217,7 @@ def _compiled(
     result = function(*sharded[0], **sharded[1])
     state.thread.inside = False
     for buffers, key, buffer in sharded_buffers(model):
-        buffers[key] = whole(buffer)
+        buffers[key] = gather_replicated(buffer)
     return map_tensors(lambda t: leave(t, state), result)
 
 
@@ -238,6 +238,6 @@ def _region(state: Conversion, model: Any) -> Region:
     parameters = [p for p in model.parameters() if p.requires_grad and not is_dtensor(p)]
     if parameters:
         in_one_thread(parameters[0].device)
-    stand_ins = spread_all(parameters, name) if parameters else []
+    stand_ins = replicated_operands(parameters, name) if parameters else []
     pairs = zip(parameters, stand_ins, strict=True)
     return replace(state.region, replicas={id(parameter): (parameter, other) for parameter, other in pairs})

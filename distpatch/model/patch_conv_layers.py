@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpatch import rules as _rules
+from distpatch import exported as _exported
 from distpatch.comm.communicator import ALONE
 from distpatch.errors import LayoutError
 from distpatch.model.compile_ops import enter, enter_compiled
@@ -31,7 +31,7 @@ __all__ = [
     "patch_conv_transpose2d",
     "patch_conv_transpose3d",
 ]
-assert _rules  # imported for the table of rules
+assert _exported  # imported for the table of rules
 
 Sizes = int | Sequence[int]
 Splits = int | str

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
 )
 
-from distpatch.comm.communicator import Pretended
+from distpatch.comm.communicator import SimulatedCommunicator
 from distpatch.errors import DistPatchError, UnsupportedOpError
 from distpatch.layout.rows import even_bounds
 from distpatch.model.convert import convert_model, is_converted
@@ -29,7 +29,7 @@ from distpatch.model.restore import restore_model
 from distpatch.planning.hardware import Device, Link, device_named, link_named
 from distpatch.planning.rank_report import RankPlan
 from distpatch.planning.report import Plan
-from distpatch.profiling.op_costs import Meter, briefly
+from distpatch.profiling.op_costs import Meter, representative_only
 from distpatch.profiling.trace import trace
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import planned_as
@@ -191,9 +191,9 @@ class Subject:
         )
 
     def _run(self, rank: int, world_size: int, rows: int, stands_for: int) -> RankPlan:
-        group = Pretended(rank, world_size)
+        group = SimulatedCommunicator(rank, world_size)
         with self.mode, torch.set_grad_enabled(self.backward), self._converted(group), _values_named(self.name):
-            with planned_as(self.kind), trace() as seen, Meter() as meter, briefly():
+            with planned_as(self.kind), trace() as seen, Meter() as meter, representative_only():
                 call: Callable[..., Any] = self.model if self.method == "forward" else getattr(self.model, self.method)
                 if self.backward:
                     _sum(call(*self.args, **self.kwargs)).backward()  # the result is not kept
@@ -204,7 +204,7 @@ class Subject:
         return RankPlan(rank, rows, stands_for, meter.peak_bytes, meter.peak_op, meter.kernels, meter.calls, seen)
 
     @contextmanager
-    def _converted(self, group: Pretended) -> Iterator[None]:
+    def _converted(self, group: SimulatedCommunicator) -> Iterator[None]:
         convert_model(self.model, group, **self.options)
         try:
             yield

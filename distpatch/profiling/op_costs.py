@@ -99,7 +99,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def few(items: Sequence[T], last_too: bool = False) -> Iterator[T]:
+def representative_chunks(items: Sequence[T], last_too: bool = False) -> Iterator[T]:
     """Pieces that are computed one after the other and are alike but for the first and, unless ``last_too``, the last.
 
     Where a run is planned, one stands for all others of its kind: nothing is asked of fake tensors but their sizes.
@@ -119,8 +119,8 @@ def few(items: Sequence[T], last_too: bool = False) -> Iterator[T]:
 
 
 @contextmanager
-def briefly() -> Iterator[None]:
-    """Let ``few`` leave out pieces, in this thread."""
+def representative_only() -> Iterator[None]:
+    """Let ``representative_chunks`` leave out pieces, in this thread."""
     before, _thread.brief = _thread.brief, True
     try:
         yield
@@ -134,7 +134,7 @@ def gathered() -> None:
         meter.replicated = True
 
 
-def on_behalf_of(op: str, compute: Callable[..., T], *args: Any) -> T:
+def attributed_to(op: str, compute: Callable[..., T], *args: Any) -> T:
     """``compute(*args)``, put down to the torch function that asked for it, which returned before it was computed."""
     meters = _thread.meters
     if not meters:

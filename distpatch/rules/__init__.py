@@ -1,6 +1,5 @@
 """The sharded meaning of torch functions, a file a family. Importing this package fills the table."""
 
-from distpatch.rules import aten as aten
 from distpatch.rules import core as core
 from distpatch.rules import elementwise as elementwise
 from distpatch.rules import linalg as linalg
@@ -8,10 +7,3 @@ from distpatch.rules import reductions as reductions
 from distpatch.rules import shapes as shapes
 from distpatch.rules import tensor_api as tensor_api
 from distpatch.rules import windows as windows
-from distpatch.rules.aten import forms
-from distpatch.rules.core import empty_tensors
-from distpatch.rules.elementwise import in_place
-
-forms.fill_in()
-in_place.fill_in()
-empty_tensors.wrap_rules()

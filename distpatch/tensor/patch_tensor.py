@@ -47,16 +47,16 @@ class PatchTensor(torch.Tensor):
     """A tensor sharded by rows over the ranks of a group.
 
     ``.shape`` is the global shape; ``.local`` this rank's rows, a plain tensor that carries the
-    autograd graph; ``.rows`` the ``RowLayout``; ``.group`` the process group. Made by ``shard``,
+    autograd graph; ``.row_layout`` the ``RowLayout``; ``.group`` the process group. Made by ``shard``,
     ``PatchTensor.from_local`` or a converted model; every torch function that meets one is looked up
     in the table of rules.
     """
 
     local: Tensor = _Rows()  # type: ignore[assignment]
-    rows: RowLayout
+    row_layout: RowLayout
     region: Region
     recipe: Recipe
-    cut: int = 0  # of a view of some rows, each how many-th one it took: the others stand between them in memory
+    row_stride: int = 0  # of a strided slice (x[::step]) of the rows; 0: not one
     strides: tuple[int, ...] | None = None  # of the whole tensor on one device, where those of the rows do not tell
     _shape: torch.Size
 
@@ -77,26 +77,26 @@ class PatchTensor(torch.Tensor):
             if (kind := kind_of(local)) is not None:
                 region = replace(region, kind=kind)
             self.local = plain(local)
-        self.rows = rows
+        self.row_layout = rows
         self.region = region
         self._shape = shape
         return self
 
     # Plain properties: through __torch_function__ each read would cost a rule (models read shapes a lot).
     shape = property(lambda self: self._shape)  # type: ignore[assignment]
-    dtype = property(lambda self: self.known.dtype)  # type: ignore[assignment]
-    device = property(lambda self: self.known.device)  # type: ignore[assignment]
+    dtype = property(lambda self: self.local_or_recipe.dtype)  # type: ignore[assignment]
+    device = property(lambda self: self.local_or_recipe.device)  # type: ignore[assignment]
     ndim = property(lambda self: len(self._shape))  # type: ignore[assignment]
     group = property(lambda self: self.region.comm.group)
 
     @property
-    def known(self) -> Tensor | Recipe:
+    def local_or_recipe(self) -> Tensor | Recipe:
         """This rank's rows, or what is known of them before they are computed."""
         held: dict[str, Any] = self.__dict__
         return held["local"] if "local" in held else held["recipe"]
 
     @property
-    def waits(self) -> bool:
+    def is_deferred(self) -> bool:
         """Whether the rows are not computed yet."""
         return "local" not in self.__dict__ and self.__dict__["recipe"].value is None
 
@@ -106,12 +106,12 @@ class PatchTensor(torch.Tensor):
         held: dict[str, Any] = self.__dict__
         recipe: Recipe | None = held.get("recipe")
         if recipe is None or ("local" in held and recipe.value is not held["local"]):
-            recipe = self.recipe = Recipe.of(held["local"], self.rows.dim)
+            recipe = self.recipe = Recipe.of(held["local"], self.row_layout.dim)
         return recipe
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if buffer_reuse.anything_waits():
+        if buffer_reuse.anything_deferred():
             RULES.before_writing(func, args, kwargs or {})
         if kwargs:
             args, kwargs = RULES.normal(func, args, kwargs)
@@ -122,9 +122,14 @@ class PatchTensor(torch.Tensor):
             result = RULES[func](func, *args)
         kind = type(result)
         if kind is PatchTensor or kind is PatchCopy:
-            if result.rows.is_tiny or func in RULES.of_many_kernels:
+            if result.row_layout.is_tiny or func in RULES.of_many_kernels:
                 return RULES.as_on_one_device(func, args, kwargs or {}, result)
-        elif issubclass(kind, (tuple, list)) and result and type(result[0]) is PatchTensor and result[0].rows.is_tiny:
+        elif (
+            issubclass(kind, (tuple, list))
+            and result
+            and type(result[0]) is PatchTensor
+            and result[0].row_layout.is_tiny
+        ):
             return RULES.as_on_one_device(func, args, kwargs or {}, result)
         return result
 
@@ -141,7 +146,7 @@ class PatchTensor(torch.Tensor):
         )
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["local"], (self.rows, self.region.lasting)
+        return ["local"], (self.row_layout, self.region.lasting)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, strides: Any) -> PatchTensor:
@@ -155,7 +160,7 @@ class PatchTensor(torch.Tensor):
         raise UnsupportedOpError("what the rules make of a sharded tensor is not cached beyond this process")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        rows = self.rows
+        rows = self.row_layout
         where = (
             f"blocks={rows.blocks}, inner={rows.inner}" if isinstance(rows, BlockLayout) else f"bounds={rows.bounds}"
         )
@@ -166,7 +171,7 @@ class PatchTensor(torch.Tensor):
 
     def __copy__(self) -> PatchTensor:
         """The same rows outside the autograd graph, as ``copy.copy`` makes of a plain tensor."""
-        return PatchTensor(copy.copy(self.local), self.rows, self.region)
+        return PatchTensor(copy.copy(self.local), self.row_layout, self.region)
 
     @classmethod
     def from_local(
@@ -201,11 +206,11 @@ class PatchTensor(torch.Tensor):
 class BlockTensor(PatchTensor):
     """A tensor whose layout is a ``BlockLayout``: only rules that treat all rows alike see it as it is."""
 
-    rows: BlockLayout
+    row_layout: BlockLayout
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if buffer_reuse.anything_waits():
+        if buffer_reuse.anything_deferred():
             RULES.before_writing(func, args, kwargs or {})
         return RULES.on_blocks(func, args, kwargs or {})
 
@@ -290,20 +295,20 @@ def gather(tree: Any) -> Any:
 
 
 def handed_back(tensor: Tensor) -> Tensor:
-    """``whole``, of the class that it is on one device."""
+    """``gather_replicated``, of the class that it is on one device."""
     kind = tensor.region.kind if isinstance(tensor, PatchTensor) else None
-    return whole(tensor) if kind is None else kind.of(whole(tensor))
+    return gather_replicated(tensor) if kind is None else kind.of(gather_replicated(tensor))
 
 
 def on_rank0(x: PatchTensor, op: str) -> Tensor | None:
     """The full plain tensor on rank 0 alone, outside the autograd graph: no other rank could join its backward."""
-    rows, comm = x.rows, x.region.comm
+    rows, comm = x.row_layout, x.region.comm
     needs = tuple(((0, rows.size) if rank == 0 else EMPTY,) for rank in range(comm.size))
     (full,) = fetch_rows(x.local.detach(), rows.dim, rows.bounds, needs, comm.name, op, False)
     return full.contiguous() if comm.rank == 0 else None
 
 
-def whole(tensor: Tensor, op: str = "gather") -> Tensor:
+def gather_replicated(tensor: Tensor, op: str = "gather") -> Tensor:
     """The full plain tensor of a PatchTensor, as it stands in memory on one device; a plain tensor as it is."""
     if not isinstance(tensor, PatchTensor):
         return tensor.plain if isinstance(tensor, RowCopy) else tensor
@@ -312,9 +317,9 @@ def whole(tensor: Tensor, op: str = "gather") -> Tensor:
     order = None
     if tensor.strides is not None:
         order = memory_format.order_by(tensor.shape, tensor.strides)
-    elif not tensor.rows.is_tiny:
+    elif not tensor.row_layout.is_tiny:
         order = memory_format.memory_order(tensor.local)
-    return collectives.gather_rows(tensor.local, tensor.rows, tensor.region.comm.name, op, order)
+    return collectives.gather_rows(tensor.local, tensor.row_layout, tensor.region.comm.name, op, order)
 
 
 def check_dim(tensor: Tensor, dim: int) -> int:

@@ -11,7 +11,7 @@ Rule = Callable[..., Any]
 class RuleTable(dict[Any, Rule]):
     """Rules by torch function. A function without a rule gets ``fallback`` (rules/core/fallback.py).
 
-    ``kinds``: of a type of functions, such as the operators of ``torch.ops`` (rules/aten/operators.py), what tells of
+    ``kinds``: of a type of functions, such as the operators of ``torch.ops`` (exported/operators.py), what tells of
     each which function made of others that have rules stands for it, if one does.
     ``before_writing`` sees to it that what waits for rows is computed before they change, ``through`` to a call
     on a copy of rows (aliasing.py), ``on_blocks`` to one on a ``BlockTensor`` (block_layout.py), ``into`` to

@@ -103,7 +103,7 @@ def of_frames(x: Tensor, *mask: Tensor) -> Tensor:
     tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
     out = F.scaled_dot_product_attention(tokens, tokens, tokens * 2, *mask)
     result = out.squeeze(1).unflatten(1, x.shape[2:]).movedim(-1, 1)
-    assert not isinstance(x, distpatch.PatchTensor) or x.shape[-2] == 1 or result.rows == x.rows
+    assert not isinstance(x, distpatch.PatchTensor) or x.shape[-2] == 1 or result.row_layout == x.row_layout
     return result
 
 

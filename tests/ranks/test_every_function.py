@@ -159,7 +159,7 @@ def _sharded(tensor: Tensor) -> Tensor:
 
 def _in_rows(x: PatchTensor) -> Tensor:
     """To be compared row by row; merged blocks of rows are gathered."""
-    return distpatch.gather(x) if isinstance(x.rows, BlockLayout) else x
+    return distpatch.gather(x) if isinstance(x.row_layout, BlockLayout) else x
 
 
 def _same(value: Any, right: Any) -> bool:
@@ -168,7 +168,7 @@ def _same(value: Any, right: Any) -> bool:
         if isinstance(value, PatchTensor):
             if value.shape != right.shape:
                 return False
-            value, right = value.local, narrow_rows(right, value.rows, value.region.comm.rank)
+            value, right = value.local, narrow_rows(right, value.row_layout, value.region.comm.rank)
         if not isinstance(value, Tensor) or (value.shape, value.dtype) != (right.shape, right.dtype):
             return False
         return right.layout != torch.strided or torch.allclose(value, right, rtol=1e-8, atol=1e-10, equal_nan=True)

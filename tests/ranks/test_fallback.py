@@ -132,8 +132,8 @@ def test_register_rule() -> None:
             return distpatch.gather(torch.trapezoid(distpatch.shard(x, dist.group.WORLD), dim=-1)), t
 
     def across(y: distpatch.PatchTensor, dim: int) -> Tensor:
-        assert dim % y.ndim > y.rows.dim
-        return distpatch.PatchTensor(torch.trapezoid(y.local, dim=dim), y.rows, y.region)
+        assert dim % y.ndim > y.row_layout.dim
+        return distpatch.PatchTensor(torch.trapezoid(y.local, dim=dim), y.row_layout, y.region)
 
     assert torch.trapezoid not in RULES
     try:
@@ -154,6 +154,6 @@ def test_register_rule_for_a_function_of_ones_own() -> None:
 
     @distpatch.register_rule(darken)
     def _(x: distpatch.PatchTensor, by: float) -> Tensor:
-        return distpatch.PatchTensor(darken(x.local, by), x.rows, x.region)
+        return distpatch.PatchTensor(darken(x.local, by), x.row_layout, x.region)
 
     case(lambda x: darken(x, 0.5), X)()

@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distpatch
-from distpatch.comm.communicator import Pretended
-from distpatch.profiling.op_costs import briefly
+from distpatch.comm.communicator import SimulatedCommunicator
+from distpatch.profiling.op_costs import representative_only
 
 # Default constructor arguments; latents of 720 × 1280 in 21 frames, 512² and 256² in 9, 2048², 1024².
 LATENTS = {
@@ -48,7 +48,7 @@ def test_share_of_a_rank(name: str) -> None:
 @pytest.mark.slow
 def test_unet_of_sdxl() -> None:
     """The U-Net of SDXL for a picture of 1024²: nothing is gathered but keys and values."""
-    with FakeTensorMode(), torch.no_grad(), briefly():
+    with FakeTensorMode(), torch.no_grad(), representative_only():
         unet = diffusers.UNet2DConditionModel(
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -61,7 +61,7 @@ def test_unet_of_sdxl() -> None:
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         ).eval()
-        distpatch.convert_model(unet, Pretended(1, 4), output="shard", fallback="error")
+        distpatch.convert_model(unet, SimulatedCommunicator(1, 4), output="shard", fallback="error")
         added = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
         out = unet(torch.empty(2, 4, 128, 128), 3, torch.empty(2, 77, 2048), added_cond_kwargs=added).sample
         assert isinstance(out, distpatch.PatchTensor) and out.local.shape == (2, 4, 32, 128)

@@ -123,7 +123,7 @@ def test_joined_rows_are_shared_evenly() -> None:
         x = distpatch.shard(random_tensor((1, 2, 6, 3)), torch.distributed.group.WORLD, bounds=(0, 6, 6, 6))
         joined = torch.cat([x, x], 2)
         assert isinstance(joined, distpatch.PatchTensor)
-        return joined.rows.bounds
+        return joined.row_layout.bounds
 
     assert run_ranks(3, body) == [(0, 4, 8, 12)] * 3
 

@@ -96,7 +96,7 @@ def penalty(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         out = norm(inner, w).sin().square().sum()
         (grad,) = torch.autograd.grad(out, rows, create_graph=True)
         if rows is not inner:
-            grad = distpatch.PatchTensor(grad, inner.rows, inner.region)
+            grad = distpatch.PatchTensor(grad, inner.row_layout, inner.region)
         return grad * grad
 
     return run
@@ -105,7 +105,7 @@ def penalty(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def norm_of_frames(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """The tokens of all frames of a clip; the rows stay the rows."""
     result = F.group_norm(x.flatten(2), 4, w, b).unflatten(2, x.shape[2:])
-    assert not isinstance(x, distpatch.PatchTensor) or x.shape[-2] == 1 or result.rows == x.rows
+    assert not isinstance(x, distpatch.PatchTensor) or x.shape[-2] == 1 or result.row_layout == x.row_layout
     return result
 
 

@@ -23,7 +23,7 @@ from distpatch.comm.collectives import stack_ranks, sum_partials
 from distpatch.comm.communicator import Communicator, communicator, group_of
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.comm.transport import PointToPoint, Staged, between, using
-from distpatch.diffusion.displaced_steps import lane_of
+from distpatch.diffusion.displaced_steps import async_comm_of
 from distpatch.layout.rows import even_bounds
 from tests.support.oracle import assert_same, random_tensor
 from tests.support.threads import rank_outcomes, run_ranks
@@ -249,7 +249,7 @@ def after_a_failure(rank: int, groups: Any) -> None:
     if rank < 2:
         comm = communicator(groups[0])
         before = comm.name
-        comm.leave_broken("gave up")
+        comm.abort_call("gave up")
         comm.enter("test", "")
         assert comm.name != before and sum_over(comm) == 1
 
@@ -275,7 +275,7 @@ def the_group_of_a_pipeline(rank: int, groups: Any) -> None:
 
 def the_lane(rank: int, groups: Any) -> None:
     if rank:
-        assert sum_over(lane_of(communicator(groups[2]))) == 6
+        assert sum_over(async_comm_of(communicator(groups[2]))) == 6
 
 
 MADE_BY_MEMBERS = [some_ranks, unequal_numbers_of_groups, after_a_failure, one_half_of_a_guidance_mesh]
@@ -396,7 +396,7 @@ def test_an_exception_inside_a_batch_without_a_model() -> None:
 
     def body(rank: int) -> None:
         sharded = distpatch.shard(x, dist.group.WORLD)
-        with pytest.raises(distpatch.RankError, match="no such dtype|waited for rank 1"):
+        with pytest.raises(distpatch.RankError, match="no such dtype|waiting for rank 1"):
             F.conv2d(sharded, weight, padding=1)
         with pytest.raises(distpatch.RankError, match="transfers of this group have failed"):
             sharded.sum()

@@ -134,7 +134,7 @@ def test_a_rank_that_skips_an_exchange() -> None:
     with late(timeout_s=1):
         outcomes = rank_outcomes(3, body)
     assert [type(outcome) for outcome in outcomes] == [distpatch.RankError, type(None), distpatch.RankError]
-    assert "conv2d: rank 0 waited for rank 1" in str(outcomes[0])
+    assert "conv2d: rank 0 timed out waiting for rank 1" in str(outcomes[0])
 
 
 def test_it_is_as_late_as_it_may_be() -> None:

@@ -52,9 +52,9 @@ def test_what_it_says_of_itself() -> None:
         assert x.shape == x.size() == X.shape and x.size(-2) == 7 and len(x) == 2
         assert (x.dim(), x.ndim, x.numel(), x.dtype, x.device) == (4, 4, X.numel(), X.dtype, X.device)
         assert x.is_floating_point() and not x.is_complex() and not x.is_cuda and x.is_leaf
-        assert x.rows == RowLayout(2, (0, 3, 5, 7))
+        assert x.row_layout == RowLayout(2, (0, 3, 5, 7))
         assert x.group is dist.group.WORLD
-        assert torch.equal(x.local, X[:, :, slice(*x.rows.interval(rank))])
+        assert torch.equal(x.local, X[:, :, slice(*x.row_layout.interval(rank))])
         assert x.stride() == X.stride() and (x * 1).is_contiguous()
         assert f"rank={rank}" in repr(x) and "bounds=(0, 3, 5, 7)" in repr(x)
         assert {x: 1}[x] == 1
@@ -83,7 +83,7 @@ def test_from_local() -> None:
         local = X[:, :, start : start + counts[rank]]
         asked = PatchTensor.from_local(local, dist.group.WORLD)
         told = PatchTensor.from_local(local, dist.group.WORLD, bounds=(0, 2, 2, 6, 7))
-        assert asked.rows == told.rows == RowLayout(2, (0, 2, 2, 6, 7))
+        assert asked.row_layout == told.row_layout == RowLayout(2, (0, 2, 2, 6, 7))
         assert asked.local is local and told.local is local
         return distpatch.gather(asked + told)
 
@@ -138,7 +138,7 @@ def test_gradients_of_a_leaf() -> None:
         x = distpatch.shard(X.clone(), dist.group.WORLD)
         assert x.requires_grad_() is x and x.requires_grad
         distpatch.gather(x.square()).sum().backward()
-        assert isinstance(x.grad, PatchTensor) and x.grad.rows == x.rows
+        assert isinstance(x.grad, PatchTensor) and x.grad.row_layout == x.row_layout
         assert torch.equal(x.grad.local, 2 * x.local.detach())
         y = x * 3
         y.backward(X)
@@ -150,7 +150,7 @@ def test_gradients_of_a_leaf() -> None:
 def test_alone() -> None:
     """Without a group: one rank owns all rows, and nothing is initialised."""
     x = distpatch.shard(X, None)
-    assert x.rows.bounds == (0, 7)
+    assert x.row_layout.bounds == (0, 7)
     assert torch.equal(distpatch.gather(x.relu().mean((2, 3))), X.relu().mean((2, 3)))
 
 
@@ -179,7 +179,7 @@ def test_deepcopy() -> None:
     def body(rank: int) -> None:
         x = distpatch.shard(X, dist.group.WORLD)
         again = copy.deepcopy(x)
-        assert again.rows == x.rows and torch.equal(again.local, x.local) and again.local is not x.local
+        assert again.row_layout == x.row_layout and torch.equal(again.local, x.local) and again.local is not x.local
 
     run_ranks(2, body)
 

@@ -68,7 +68,7 @@ def test_sharded_latents(bounds: tuple[int, int, int]) -> None:
         with torch.no_grad(), distpatch.trace() as t:
             clip = decode(model, rows)
         assert not t.count("gather") and not t.count("output") and not t.fallbacks
-        assert clip.rows.bounds == tuple(8 * b for b in bounds)
+        assert clip.row_layout.bounds == tuple(8 * b for b in bounds)
         return distpatch.gather(clip)
 
     for clip in run_ranks(2, on_ranks(model, body, output="shard")):

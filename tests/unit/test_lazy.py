@@ -108,7 +108,7 @@ def test_values(name: str, held: bool) -> None:
     right = CHAINS[name](plain)
     y = CHAINS[name](x)
     assert isinstance(y, PatchTensor)
-    assert y.waits
+    assert y.is_deferred
     del x
     tolerance = 1e-5 if name == "half" else 1e-12
     torch.testing.assert_close(y.local, right, rtol=tolerance, atol=tolerance)
@@ -244,7 +244,7 @@ def test_residuals_do_not_pile_up() -> None:
         other = random_tensor(SHAPE, seed)
         plain = plain + other
         x = x + sharded(other.clone())
-        assert x.known is x.local or x.as_recipe.held_bytes <= recipe.MOST_HELD * plain.nbytes
+        assert x.local_or_recipe is x.local or x.as_recipe.held_bytes <= recipe.MOST_HELD * plain.nbytes
     equal(x, plain)
     for _ in range(3 * recipe.MOST_STEPS):
         plain, x = plain * 0.9, x * 0.9
@@ -255,9 +255,9 @@ def test_residuals_do_not_pile_up() -> None:
 def test_gradients_and_autocast_do_not_wait() -> None:
     _, x = image()
     with torch.enable_grad():
-        assert not F.silu(x).waits
+        assert not F.silu(x).is_deferred
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not conv(x).waits
+        assert not conv(x).is_deferred
     waiting = F.silu(x.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert conv(waiting).dtype == torch.bfloat16
@@ -274,9 +274,9 @@ def test_what_is_known_of_it_is_known_at_once() -> None:
     assert y.contiguous() is y
     assert y.to(torch.float32) is y
     assert F.dropout(y, 0.5, False) is y
-    assert y.waits
+    assert y.is_deferred
     assert repr(y)
-    assert y.waits
+    assert y.is_deferred
 
 
 def test_inference_mode() -> None:
@@ -309,7 +309,7 @@ def test_switched_off() -> None:
     plain = random_tensor(SHAPE)
     right = model(plain)
     seen = []
-    model[0].register_forward_hook(lambda module, args, output: seen.append(output.waits))
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.is_deferred))
     for on in (True, False):
         distpatch.convert_model(model, splits=3, lazy=on)
         torch.testing.assert_close(model(plain), right, rtol=1e-12, atol=1e-12)

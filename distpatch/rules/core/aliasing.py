@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.lazy import buffer_reuse
-from distpatch.lazy.recipe import alone
+from distpatch.lazy.recipe import detached_recipe
 from distpatch.rules.core.registry import named
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy
 from distpatch.tensor.rule_table import RULES
@@ -87,11 +87,11 @@ def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def before_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Compute what waits for rows that the call will write to."""
     for x in written_tensors(func, args, kwargs):
-        if x.waits:
-            x.recipe = alone(x.recipe)
+        if x.is_deferred:
+            x.recipe = detached_recipe(x.recipe)
             buffer_reuse.own(x.recipe, x)
         else:
-            buffer_reuse.settle(x.local)
+            buffer_reuse.materialize_readers(x.local)
 
 
 @dataclass(eq=False)
@@ -134,9 +134,9 @@ class Origin:
         self.write = None if inner is None or outer.write is None else write
 
 
-def is_sure(x: PatchTensor) -> bool:
+def strides_unambiguous(x: PatchTensor) -> bool:
     """Whether the strides of the local rows alone tell what is a view of them on one device."""
-    return not x.cut and x.local.shape[x.rows.dim] > 1
+    return not x.row_stride and x.local.shape[x.row_layout.dim] > 1
 
 
 def memory_of(x: PatchTensor) -> Tensor:
@@ -148,15 +148,15 @@ def strides_of(x: PatchTensor) -> list[int]:
     """The strides that it has on one device; a slice has gaps between its rows."""
     if x.strides is not None:
         return list(x.strides)
-    strides, row = list(x.stride()), x.rows.dim
-    if x.cut:
-        size, step = max(x.rows.size, 1), strides[row]
+    strides, row = list(x.stride()), x.row_layout.dim
+    if x.row_stride:
+        size, step = max(x.row_layout.size, 1), strides[row]
         outer = [d for d in range(x.ndim) if d != row and strides[d] >= step * size]
         for d in outer:
-            strides[d] = strides[d] // size * (size * x.cut + 1)
-        strides[row] *= x.cut
+            strides[d] = strides[d] // size * (size * x.row_stride + 1)
+        strides[row] *= x.row_stride
     for d in range(x.ndim):
-        if d != row and x.shape[d] > 1 and not x.waits and x.local.stride(d) == 0 and x.local.numel():  # expanded
+        if d != row and x.shape[d] > 1 and not x.is_deferred and x.local.stride(d) == 0 and x.local.numel():  # expanded
             strides = [step // x.shape[d] if step > strides[d] else step for step in strides]
             strides[d] = 0
     return strides
@@ -176,7 +176,7 @@ def copied(value: Tensor, source: PatchTensor, func: Any, write: Callable[[], ob
 
 def _mark(value: Tensor, origin: Origin) -> Tensor:
     if isinstance(value, PatchTensor):
-        copy: Any = PatchCopy(value.local, value.rows, value.region)
+        copy: Any = PatchCopy(value.local, value.row_layout, value.region)
         copy.strides = value.strides
     else:
         copy = value.as_subclass(RowCopy)  # type: ignore[arg-type]
@@ -247,11 +247,11 @@ def _follow(copy: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     """A copy whose plain tensor got other dims in place gets them too; the way back to its origin is lost."""
     if isinstance(copy, PatchCopy):
         plain = copy.plain
-        copy.local, copy.rows, copy._shape, copy.cut, copy.strides = (
+        copy.local, copy.row_layout, copy._shape, copy.row_stride, copy.strides = (
             plain.local,
-            plain.rows,
+            plain.row_layout,
             plain._shape,
-            plain.cut,
+            plain.row_stride,
             plain.strides,
         )
     else:

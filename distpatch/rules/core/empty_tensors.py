@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distpatch.rules.core.fallback import computed_on_all
-from distpatch.rules.core.registry import named
+from distpatch.rules.core.registry import named, of_linalg
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.rule_table import RULES, Rule
 
@@ -37,6 +37,6 @@ def _unless_empty(rule: Rule) -> Rule:
 
 def wrap_rules() -> None:
     """Once all rules are registered."""
-    for func in named(*_NAMES):
+    for func in (*named(*_NAMES), *of_linalg(*_NAMES)):
         if func in RULES:
             RULES[func] = _unless_empty(RULES[func])

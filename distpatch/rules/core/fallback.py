@@ -16,7 +16,7 @@ from distpatch.errors import UnsupportedOpError
 from distpatch.layout.rows import BlockLayout
 from distpatch.rules.core.aliasing import mutates, protect, written_tensors
 from distpatch.rules.core.operands import reshard
-from distpatch.tensor.patch_tensor import PatchTensor, shard_in, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
@@ -69,7 +69,7 @@ def _gathered(copies: dict[int, tuple[PatchTensor, Tensor]], written: set[int], 
         return tensor
     if id(tensor) not in copies:
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            full = whole(tensor)
+            full = gather_replicated(tensor)
             alone = full.is_inference() or id(tensor) in written
             copies[id(tensor)] = tensor, full.clone() if alone else full
     return copies[id(tensor)][1]
@@ -107,12 +107,12 @@ def record(name: str, sharded: Sequence[PatchTensor]) -> None:
 
 
 def _shapes(sharded: Sequence[PatchTensor]) -> str:
-    return ", ".join(f"{tuple(t.shape)} sharded along dim {t.rows.dim}" for t in sharded)
+    return ", ".join(f"{tuple(t.shape)} sharded along dim {t.row_layout.dim}" for t in sharded)
 
 
 def _shard_again(tensor: Tensor, lead: PatchTensor) -> Tensor:
     """A slice where the result is as tall as the input was; it is right either way."""
-    rows = lead.rows
+    rows = lead.row_layout
     if tensor.ndim != lead.ndim or tensor.shape[rows.dim] != rows.size or isinstance(tensor, PatchTensor):
         return tensor
     if isinstance(rows, BlockLayout):

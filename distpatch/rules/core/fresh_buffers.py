@@ -23,12 +23,12 @@ def shard_like(target: Any, lead: PatchTensor, dim: int | None = None) -> bool:
 
     It has to be as tall, and alone; a buffer of the model stays plain.
     """
-    if not isinstance(target, Tensor) or isinstance(lead.rows, BlockLayout):
+    if not isinstance(target, Tensor) or isinstance(lead.row_layout, BlockLayout):
         return False
-    dim = target.ndim + lead.rows.dim - lead.ndim if dim is None else dim
-    if not 0 <= dim < target.ndim or target.shape[dim] != lead.rows.size:
+    dim = target.ndim + lead.row_layout.dim - lead.ndim if dim is None else dim
+    if not 0 <= dim < target.ndim or target.shape[dim] != lead.row_layout.size:
         return False
-    return shard_along(target, lead, lead.rows.with_dim(dim))
+    return shard_along(target, lead, lead.row_layout.with_dim(dim))
 
 
 def shard_along(target: Tensor, lead: PatchTensor, layout: RowLayout) -> bool:

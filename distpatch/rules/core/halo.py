@@ -23,7 +23,7 @@ from distpatch.torch_utils.tree import map_tensors
 
 def fetch_edges(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
     """As ``fetch`` of rows that are all other ranks' own; of rows that wait, only those are computed."""
-    plan, dim, recipe = plan_edges(x.rows.bounds, needs), x.rows.dim, x.as_recipe
+    plan, dim, recipe = plan_edges(x.row_layout.bounds, needs), x.row_layout.dim, x.as_recipe
     strips = [recipe.evaluate(lo, hi) for lo, hi in plan.strips[x.region.comm.rank]]
     edges = torch.cat(strips, dim) if strips else recipe.sample()
     return fetch_rows(edges, dim, plan.bounds, plan.needs, x.region.comm.name, op_name(func), True)
@@ -34,27 +34,27 @@ def halo(x: PatchTensor, needs: Needs, func: Any, fill: float = 0.0, wait: bool 
 
     ``wait``: without computing the rank's own, if they wait (inference only).
     """
-    dim, rank = x.rows.dim, x.region.comm.rank
+    dim, rank = x.row_layout.dim, x.region.comm.rank
     own: Any
     if wait:
         above, below = fetch_edges(x, needs, func)  # no views of the rank's own: somebody may write over these
         own = x.as_recipe
     else:
         above, below = fetch(x, needs, func, channels_last=True)
-        own = collectives.tie(x.local, above, below)
+        own = collectives.anchor_in_graph(x.local, above, below)
     (top, _), (bottom, _) = needs[rank]
-    pieces = ((top, above), (x.rows.bounds[rank], own), (bottom, below))
-    return Slab(pieces, 1, dim, x.rows.size, fill)
+    pieces = ((top, above), (x.row_layout.bounds[rank], own), (bottom, below))
+    return Slab(pieces, 1, dim, x.row_layout.size, fill)
 
 
 def slab_of(x: PatchTensor, stencil: Stencil, func: Any, fill: float = 0.0) -> tuple[Slab, Interval, RowLayout]:
     """What a stencil reads on this rank, the output rows that the rank owns, and the output's layout."""
-    plan, rank = plan_stencil(x.rows.bounds, stencil), x.region.comm.rank
+    plan, rank = plan_stencil(x.row_layout.bounds, stencil), x.region.comm.rank
     out = plan.out[rank], plan.out[rank + 1]
-    return halo(x, plan.needs, func, fill), out, x.rows.with_bounds(plan.out)
+    return halo(x, plan.needs, func, fill), out, x.row_layout.with_bounds(plan.out)
 
 
-def over_rows(
+def run_stencil(
     compute: Callable[[Tensor, int, int, int], Any],
     x: PatchTensor,
     stencil: Stencil,

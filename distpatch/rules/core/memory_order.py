@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.rules.core.aliasing import strides_of
-from distpatch.rules.core.operands import needs_grad, order_of
+from distpatch.rules.core.operands import dim_order, needs_grad
 from distpatch.rules.core.registry import named
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy
 from distpatch.tensor.rule_table import RULES
@@ -51,7 +51,7 @@ def as_on_one_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], r
     results = result if isinstance(result, (tuple, list)) else (result,)
     if torch.compiler.is_compiling() or not all(isinstance(t, PatchTensor) for t in results):
         return result
-    if 0 in results[0].shape or (not results[0].rows.is_tiny and _are_in_order(func, args)):
+    if 0 in results[0].shape or (not results[0].row_layout.is_tiny and _are_in_order(func, args)):
         return result
     for x, strides in zip(results, _strides(func, args, kwargs, results[0]) or ()):
         if x.ndim == len(strides) and not any(x is arg for arg in args):
@@ -66,7 +66,7 @@ def _are_in_order(func: Any, args: tuple[Any, ...]) -> bool:
         return False
     for arg in args:
         if isinstance(arg, PatchTensor):
-            if arg.waits:
+            if arg.is_deferred:
                 if arg.recipe.format is not torch.contiguous_format:
                     return False
                 continue
@@ -79,7 +79,7 @@ def _are_in_order(func: Any, args: tuple[Any, ...]) -> bool:
 def _strides(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: PatchTensor) -> Sequence[Strides] | None:
     x = args[0] if args else None
     if func in _BY_FORMAT and isinstance(x, PatchTensor) and _is_by_format(func, args, kwargs):
-        return [dense_strides(result.shape, order_in(format_of(order_of(x)), result.ndim))]
+        return [dense_strides(result.shape, order_in(format_of(dim_order(x)), result.ndim))]
     if func in _WITH_NUMBERS:
         args = tuple(A_NUMBER if isinstance(arg, (int, float)) else arg for arg in args)
     by_device = func in RULES.of_many_kernels or any(isinstance(arg, torch.device) for arg in (*args, *kwargs.values()))
@@ -92,13 +92,13 @@ def _is_by_format(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
 
 
 def _settle(x: PatchTensor, strides: Strides) -> None:
-    if x.rows.is_tiny:
+    if x.row_layout.is_tiny:
         x.strides = strides
         return
     order = order_by(x.shape, strides)
-    if not same_order(order_of(x), order, x.shape):
+    if not same_order(dim_order(x), order, x.shape):
         format = format_of(order)
-        if x.waits:
+        if x.is_deferred:
             x.recipe.format = format
         else:
             is_format = order == order_in(format, x.ndim)
@@ -107,7 +107,7 @@ def _settle(x: PatchTensor, strides: Strides) -> None:
 
 def _kind_of(tensor: Tensor) -> Kind | None:
     tensor = tensor.plain if isinstance(tensor, (PatchCopy, RowCopy)) else tensor
-    local = tensor.known if isinstance(tensor, PatchTensor) else tensor
+    local = tensor.local_or_recipe if isinstance(tensor, PatchTensor) else tensor
     if isinstance(local, Tensor) and (local.layout is not torch.strided or local.device.type == "meta"):
         return None
     strides = tuple(strides_of(tensor)) if isinstance(tensor, PatchTensor) else tensor.stride()

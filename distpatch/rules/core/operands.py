@@ -18,7 +18,7 @@ from distpatch.layout.rows import BlockLayout, Needs, RowLayout, even_bounds
 from distpatch.lazy import recipe as lazy
 from distpatch.lazy.recipe import Recipe
 from distpatch.rules.core.registry import none_of, nth
-from distpatch.tensor.patch_tensor import PatchTensor, shard_in, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils import memory_format
 from distpatch.torch_utils.memory_format import Order
 from distpatch.torch_utils.op_names import op_name
@@ -27,15 +27,15 @@ from distpatch.torch_utils.tree import map_tensors
 
 def kept(x: PatchTensor, local: Any, dims: Sequence[int], keepdim: bool) -> Any:
     """The sharded dim stays; it moves forward by the dims that go before it."""
-    gone = 0 if keepdim else sum(d < x.rows.dim for d in dims)
-    layout = x.rows.with_dim(x.rows.dim - gone)
+    gone = 0 if keepdim else sum(d < x.row_layout.dim for d in dims)
+    layout = x.row_layout.with_dim(x.row_layout.dim - gone)
     return map_tensors(lambda t: wrap(t, x, layout), local)
 
 
 def never_empty(x: PatchTensor, fill: Any) -> Tensor:
     """The local rows; where there are none one of ``fill``, which stays in the autograd graph."""
-    local, row = x.local, x.rows.dim
-    if local.shape[row] > 0 or x.rows.size == 0:
+    local, row = x.local, x.row_layout.dim
+    if local.shape[row] > 0 or x.row_layout.size == 0:
         return local
     blank = local.new_full([1 if d == row else n for d, n in enumerate(local.shape)], fill)
     return torch.cat([local, blank], row)
@@ -58,17 +58,17 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """A PatchTensor of the same region; of the same layout where none is given."""
-    result = PatchTensor(local, layout or like.rows, like.region)
-    if like.cut and isinstance(local, Tensor) and shares_memory(local, like.local):
-        result.cut = like.cut
+    result = PatchTensor(local, layout or like.row_layout, like.region)
+    if like.row_stride and isinstance(local, Tensor) and shares_memory(local, like.local):
+        result.row_stride = like.row_stride
     return result
 
 
-def may_wait(x: PatchTensor, size_bytes: int | None = None) -> bool:
+def can_defer(x: PatchTensor, size_bytes: int | None = None) -> bool:
     """Whether what is made of ``x``, of so many bytes on this rank, may be computed when it is asked for."""
     if not x.region.lazy or torch.is_grad_enabled():
         return False
-    known = x.known
+    known = x.local_or_recipe
     if size_bytes is None:
         size_bytes = known.shape.numel() * known.dtype.itemsize
     return (
@@ -76,7 +76,7 @@ def may_wait(x: PatchTensor, size_bytes: int | None = None) -> bool:
         and type(x) is PatchTensor
         and known.dtype.is_floating_point
         and x.strides is None
-        and not x.cut
+        and not x.row_stride
         and known.shape.numel() > 0
         and known.device.type != "meta"
         and not torch.is_autocast_enabled(known.device.type)
@@ -84,9 +84,9 @@ def may_wait(x: PatchTensor, size_bytes: int | None = None) -> bool:
     )
 
 
-def settled(x: PatchTensor) -> PatchTensor:
+def materialize_if_costly(x: PatchTensor) -> PatchTensor:
     """Rows that are dear to compute, or keep more alive than they are, are computed at their next consumer."""
-    if x.waits and (x.recipe.heavy or x.recipe.consumers or x.recipe.held_bytes > x.recipe.size_bytes):
+    if x.is_deferred and (x.recipe.expensive or x.recipe.consumers or x.recipe.held_bytes > x.recipe.size_bytes):
         x.local  # noqa: B018
     return x
 
@@ -98,16 +98,16 @@ def shares_memory(local: Tensor, other: Tensor) -> bool:
     return local is other or local.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
-def spread(tensor: Tensor, like: PatchTensor) -> Tensor:
+def replicated_operand(tensor: Tensor, like: PatchTensor) -> Tensor:
     """A replicated tensor (or all of a sharded one) about to meet rows: its gradient will be summed over ranks."""
-    tensor = whole(tensor)
+    tensor = gather_replicated(tensor)
     if type(tensor) not in _PLAIN and is_dtensor(tensor):
         raise UnsupportedOpError(refusal(tensor))
     if torch.is_grad_enabled() and tensor.requires_grad:
         known = like.region.replicas.get(id(tensor))
         if known is not None and known[0] is tensor:
             return known[1]
-    return collectives.spread(tensor, like.region.comm.name)
+    return collectives.replicated_operand(tensor, like.region.comm.name)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -120,24 +120,24 @@ def sum_ranks(partial: Tensor, like: PatchTensor, func: Any) -> Tensor:
 
 def fetch(x: PatchTensor, needs: Needs, func: Any, channels_last: bool = False) -> list[Tensor]:
     """The intervals of global rows that each rank needs; gradients return and are added."""
-    rows, name = x.rows, x.region.comm.name
+    rows, name = x.row_layout, x.region.comm.name
     return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), channels_last)
 
 
-def opened(x: PatchTensor) -> PatchTensor:
+def unmerge_blocks(x: PatchTensor) -> PatchTensor:
     """A ``BlockTensor`` with the dim of its blocks in front of its rows again, a view; others as they are."""
-    layout = x.rows
+    layout = x.row_layout
     if not isinstance(layout, BlockLayout):
         return x
     sizes = (layout.blocks, x.local.shape[layout.dim] // layout.blocks)
     return wrap(x.local.unflatten(layout.dim, sizes), x, layout.opened)
 
 
-def everything(x: PatchTensor, func: Any) -> Tensor:
+def gather_partial(x: PatchTensor, func: Any) -> Tensor:
     """All rows in order, to be met by this rank's own: its gradients are partial, and are added at the owners."""
-    if isinstance(x.rows, BlockLayout):
-        return everything(opened(x), func).flatten(x.rows.dim, x.rows.dim + 1)
-    return fetch(x, (((0, x.rows.size),),) * x.rows.world_size, func)[0]
+    if isinstance(x.row_layout, BlockLayout):
+        return gather_partial(unmerge_blocks(x), func).flatten(x.row_layout.dim, x.row_layout.dim + 1)
+    return fetch(x, (((0, x.row_layout.size),),) * x.row_layout.world_size, func)[0]
 
 
 def joined(parts: Sequence[Any], dim: int) -> Any:
@@ -157,7 +157,7 @@ def in_compute_dtype(x: PatchTensor) -> PatchTensor:
 
 def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:
     """Rows [lo, hi) of the whole tensor, a view: each rank keeps those of its own."""
-    rows, rank = x.rows, x.region.comm.rank
+    rows, rank = x.row_layout, x.region.comm.rank
     bounds = tuple(min(max(b, lo), hi) - lo for b in rows.bounds)
     start = min(max(lo - rows.bounds[rank], 0), x.local.shape[rows.dim])
     local = x.local.narrow(rows.dim, start, bounds[rank + 1] - bounds[rank])
@@ -167,41 +167,41 @@ def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:
 def part_of(x: PatchTensor, local: Tensor, layout: RowLayout, step: int = 1) -> PatchTensor:
     """A view of some of the rows, every ``step``-th one."""
     result = wrap(local, x, layout)
-    if layout.size != x.rows.size and not torch.compiler.is_compiling():
-        result.cut = max(x.cut, 1) * step
+    if layout.size != x.row_layout.size and not torch.compiler.is_compiling():
+        result.row_stride = max(x.row_stride, 1) * step
     return result
 
 
-def order_of(x: PatchTensor) -> Order:
+def dim_order(x: PatchTensor) -> Order:
     """How its dims stand in memory, innermost first; without computing rows that wait."""
     if x.strides is not None:
         return memory_format.order_by(x.shape, x.strides)
-    return memory_format.order_in(x.recipe.format, x.ndim) if x.waits else memory_format.memory_order(x.local)
+    return memory_format.order_in(x.recipe.format, x.ndim) if x.is_deferred else memory_format.memory_order(x.local)
 
 
 def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     """The same tensor in other rows, or sharded along another dim; one exchange either way."""
-    if layout == x.rows:
+    if layout == x.row_layout:
         return x
-    if layout.dim != x.rows.dim:
+    if layout.dim != x.row_layout.dim:
         return _turn(x, layout, func)
     needs = tuple((layout.interval(rank),) for rank in range(layout.world_size))
-    return placed(fetch(x, needs, func)[0], x, layout)
+    return in_memory_of(fetch(x, needs, func)[0], x, layout)
 
 
-def placed(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
+def in_memory_of(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """Rows that came from elsewhere, in memory as those of ``x``."""
-    result = wrap(memory_format.in_memory_order(local, order_of(x)), x, layout)
-    if result.rows.is_tiny and not torch.compiler.is_compiling():
+    result = wrap(memory_format.in_memory_order(local, dim_order(x)), x, layout)
+    if result.row_layout.is_tiny and not torch.compiler.is_compiling():
         result.strides = x.stride()
     return result
 
 
 def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     """Every rank sends every other its slice of the new dim, in its own rows of the old one."""
-    old, new, name = x.rows.dim, layout.dim, x.region.comm.name
-    heights = [hi - lo for lo, hi in pairwise(x.rows.bounds)]
-    held = tuple(layout.size * b for b in x.rows.bounds)
+    old, new, name = x.row_layout.dim, layout.dim, x.region.comm.name
+    heights = [hi - lo for lo, hi in pairwise(x.row_layout.bounds)]
+    held = tuple(layout.size * b for b in x.row_layout.bounds)
     needs = tuple(
         tuple((first + lo * height, first + hi * height) for first, height in zip(held, heights))
         for lo, hi in pairwise(layout.bounds)
@@ -211,28 +211,28 @@ def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     lo, hi = layout.interval(x.region.comm.rank)
     parts = [piece.reshape(hi - lo, height, *wire.shape[1:]) for piece, height in zip(pieces, heights)]
     local = torch.cat(parts, 1).movedim((0, 1), (new, old))
-    return placed(local, x, layout)
+    return in_memory_of(local, x, layout)
 
 
 def along_rows(x: PatchTensor, func: Any) -> PatchTensor:
     """Where it is sharded along its channels (a reshape has made them of rows): along rows again, if it has any."""
-    if x.rows.dim != 1 or x.ndim < 3:
+    if x.row_layout.dim != 1 or x.ndim < 3:
         return x
     dim = max(2, x.ndim - 2)
     return redistribute(x, RowLayout(dim, even_bounds(x.shape[dim], x.region.comm.size)), func)
 
 
-def rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
+def local_operand(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
     """This rank's rows of an operand whose dim ``dim`` (counted from the back) meets the lead's rows.
 
-    As ``own_rows``, except that an operand of height 1, or without that dim, is used as it is (gathered first
+    As ``local_rows_of``, except that an operand of height 1, or without that dim, is used as it is (gathered first
     where it is sharded), since it will be broadcast.
     """
     if tensor.ndim >= -dim and tensor.shape[dim] != 1:
-        return own_rows(tensor, lead, dim, func)
-    if isinstance(tensor, PatchTensor) and tensor.ndim >= -dim and lead.rows.size == 1:
-        return own_rows(tensor, lead, dim, func)
-    return spread(whole(tensor), lead)
+        return local_rows_of(tensor, lead, dim, func)
+    if isinstance(tensor, PatchTensor) and tensor.ndim >= -dim and lead.row_layout.size == 1:
+        return local_rows_of(tensor, lead, dim, func)
+    return replicated_operand(gather_replicated(tensor), lead)
 
 
 def check_group(tensor: PatchTensor, lead: PatchTensor, func: Any) -> None:
@@ -244,15 +244,15 @@ def check_group(tensor: PatchTensor, lead: PatchTensor, func: Any) -> None:
         )
 
 
-def own_rows(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
+def local_rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
     """This rank's rows of an operand as tall as the lead: sliced where it is plain, else redistributed."""
-    if tensor.ndim < -dim or tensor.shape[dim] != lead.rows.size:
+    if tensor.ndim < -dim or tensor.shape[dim] != lead.row_layout.size:
         raise RuntimeError(f"{op_name(func)}: a tensor of shape {tuple(tensor.shape)} does not fit {tuple(lead.shape)}")
     if isinstance(tensor, PatchTensor):
         check_group(tensor, lead, func)
-        return redistribute(tensor, lead.rows.with_dim(tensor.ndim + dim), func).local
-    lo, hi = lead.rows.interval(lead.region.comm.rank)
-    return spread(tensor, lead).narrow(dim, lo, hi - lo)
+        return redistribute(tensor, lead.row_layout.with_dim(tensor.ndim + dim), func).local
+    lo, hi = lead.row_layout.interval(lead.region.comm.rank)
+    return replicated_operand(tensor, lead).narrow(dim, lo, hi - lo)
 
 
 def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from distpatch.comm.collectives import narrow_rows
 from distpatch.layout.rows import RowLayout, even_bounds
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.operands import order_of, own_rows, sizes_of, wrap
+from distpatch.rules.core.operands import dim_order, local_rows_of, sizes_of, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -39,11 +39,11 @@ def new_of_size(func: Any, input: PatchTensor, *size: Any, **kwargs: Any) -> Ten
     """A size that the caller computes is global; an image is sharded as the input is, all else replicated."""
     fill = {"fill_value": size[1]} if op_name(func) == "new_full" and len(size) > 1 else {}
     shape = list(sizes_of(size[:1] if fill else size, kwargs, "size"))
-    dim, comm = input.rows.dim, input.region.comm
+    dim, comm = input.row_layout.dim, input.region.comm
     kwargs = {**fill, **{name: value for name, value in kwargs.items() if name != "size"}}
     if len(shape) != input.ndim or input.ndim < 4 or shape[dim] <= 1:
         return cast(Tensor, func(input.local, shape, **kwargs))
-    bounds = input.rows.bounds if shape[dim] == input.rows.size else even_bounds(shape[dim], comm.size)
+    bounds = input.row_layout.bounds if shape[dim] == input.row_layout.size else even_bounds(shape[dim], comm.size)
     layout = RowLayout(dim, bounds)
     lo, hi = layout.interval(comm.rank)
     shape[dim] = hi - lo
@@ -52,12 +52,12 @@ def new_of_size(func: Any, input: PatchTensor, *size: Any, **kwargs: Any) -> Ten
 
 def _whole_like(x: PatchTensor) -> Tensor:
     """An uninitialised tensor of the global shape, dense in the memory order of the rows: that of the draws."""
-    return torch.empty_permuted(x.shape, order_of(x)[::-1], dtype=x.dtype, device=x.device)
+    return torch.empty_permuted(x.shape, dim_order(x)[::-1], dtype=x.dtype, device=x.device)
 
 
 def _own(full: Tensor, x: PatchTensor) -> Tensor:
     """This rank's rows, in memory of their own: the whole tensor goes as soon as nobody holds it."""
-    return narrow_rows(full, x.rows, x.region.comm.rank).clone()
+    return narrow_rows(full, x.row_layout, x.region.comm.rank).clone()
 
 
 @rule(*named("rand_like", "randn_like", "randint_like"))
@@ -76,7 +76,7 @@ def draw_(func: Any, *args: Any, **kwargs: Any) -> PatchTensor:
     full = func(_whole_like(x), *args, **kwargs)
     without_grad = torch.no_grad() if getattr(func, "__module__", "") == "torch.nn.init" else nullcontext()
     with without_grad:
-        x.local.copy_(narrow_rows(full, x.rows, x.region.comm.rank))
+        x.local.copy_(narrow_rows(full, x.row_layout, x.region.comm.rank))
     return x
 
 
@@ -86,11 +86,11 @@ def bernoulli(func: Any, input: PatchTensor, p: Any = None, **kwargs: Any) -> An
     if not isinstance(input, PatchTensor):
         return fallback(func, input, p, **kwargs)
     if isinstance(p, Tensor):
-        p = _placed(own_rows(p.expand(input.shape), input, input.rows.dim - input.ndim, func), input)
+        p = _placed(local_rows_of(p.expand(input.shape), input, input.row_layout.dim - input.ndim, func), input)
     drawn = func(_placed(input.local, input), *(() if p is None else (p,)), **kwargs)
     if not op_name(func).endswith("_"):
         return wrap(_own(drawn, input), input)
-    input.local.copy_(narrow_rows(drawn, input.rows, input.region.comm.rank))
+    input.local.copy_(narrow_rows(drawn, input.row_layout, input.region.comm.rank))
     return input
 
 
@@ -111,8 +111,8 @@ def _placed(local: Tensor, x: PatchTensor) -> Tensor:
 
     For functions that draw as many numbers for each element, whatever its value.
     """
-    full = torch.empty_permuted(x.shape, order_of(x)[::-1], dtype=local.dtype, device=local.device).zero_()
-    narrow_rows(full, x.rows, x.region.comm.rank).copy_(local)
+    full = torch.empty_permuted(x.shape, dim_order(x)[::-1], dtype=local.dtype, device=local.device).zero_()
+    narrow_rows(full, x.row_layout, x.region.comm.rank).copy_(local)
     return full
 
 
@@ -122,7 +122,7 @@ def dropout(
 ) -> Any:
     """Nothing in evaluation; in training the mask of a single device, found by dropping from ones."""
     if not kwargs.get("train", training) or p == 0:
-        return input if input.waits else pointwise(func, input, p, False, *([inplace] if inplace else []))
+        return input if input.is_deferred else pointwise(func, input, p, False, *([inplace] if inplace else []))
     with torch.no_grad():
         keep = _own(func(_whole_like(input).fill_(1), p, True) != 0, input)
     return _drop(input, keep, p, inplace or op_name(func).endswith("_"))
@@ -134,12 +134,12 @@ def channel_dropout(
 ) -> Any:
     """A channel of a sample is dropped as a whole. A sample alone has no batch dim."""
     if not kwargs.get("train", training) or p == 0:
-        return input if input.waits else pointwise(func, input, p, False, *([inplace] if inplace else []))
+        return input if input.is_deferred else pointwise(func, input, p, False, *([inplace] if inplace else []))
     alone = (op_name(func), input.ndim) in {("dropout1d", 2), ("dropout3d", 4)}
     shape = [n if d < 2 - alone else 1 for d, n in enumerate(input.shape)]
     with torch.no_grad():
         keep = func(torch.ones(shape, dtype=input.dtype, device=input.device), p, True) != 0
-    keep = _own(keep, input) if input.rows.dim < 2 - alone else keep
+    keep = _own(keep, input) if input.row_layout.dim < 2 - alone else keep
     return _drop(input, keep, p, inplace or op_name(func).endswith("_"))
 
 

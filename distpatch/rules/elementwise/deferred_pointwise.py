@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distpatch.lazy.buffer_reuse import own
-from distpatch.lazy.deferred_ops import put_off
+from distpatch.lazy.deferred_ops import defer
 from distpatch.lazy.recipe import MOST_HELD, MOST_STEPS, Recipe
-from distpatch.rules.core.operands import may_wait
+from distpatch.rules.core.operands import can_defer
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
 
@@ -35,7 +35,7 @@ _WITH_OUT = frozenset(
 )
 
 
-def put_off_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PatchTensor | None:
+def defer_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PatchTensor | None:
     """The result as a recipe; None where it is to be computed now."""
     form = _form(func)
     if form is None:
@@ -44,11 +44,11 @@ def put_off_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     sharded = [arg for arg in args if isinstance(arg, PatchTensor)]
     if not sharded or any(isinstance(arg, Tensor) for arg in kwargs.values()):
         return None
-    lead = max(sharded, key=lambda x: x.known.shape.numel())
+    lead = max(sharded, key=lambda x: x.local_or_recipe.shape.numel())
     in_place = in_place or bool(kwargs.get("inplace"))
-    if in_place and not (args[0] is lead and lead.waits):
+    if in_place and not (args[0] is lead and lead.is_deferred):
         return None
-    if not may_wait(lead) or any(not _alike(x, lead) for x in sharded):
+    if not can_defer(lead) or any(not _alike(x, lead) for x in sharded):
         return None
     if any(x.as_recipe.format is not lead.as_recipe.format for x in sharded):
         return None
@@ -63,7 +63,7 @@ def put_off_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             return None
         values.append(operand)
     for x in sharded:
-        if x.waits and ((x.recipe.heavy and x.recipe.consumers) or x.recipe.steps >= MOST_STEPS):
+        if x.is_deferred and ((x.recipe.expensive and x.recipe.consumers) or x.recipe.steps >= MOST_STEPS):
             x.local  # noqa: B018  computes it: it would be computed twice, or never
     recipe = _recipe(function, values, kwargs, lead, has_inplace, out)
     if recipe is None:
@@ -76,7 +76,7 @@ def put_off_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         lead.recipe = recipe
         own(recipe, lead)
         return lead
-    return PatchTensor(recipe, lead.rows, lead.region)
+    return PatchTensor(recipe, lead.row_layout, lead.region)
 
 
 @lru_cache(maxsize=1024)
@@ -104,15 +104,15 @@ def _form(func: Any) -> tuple[Any, bool, Any, bool] | None:
 def _alike(x: PatchTensor, lead: PatchTensor) -> bool:
     return (
         type(x) is PatchTensor
-        and x.rows == lead.rows
+        and x.row_layout == lead.row_layout
         and x.ndim == lead.ndim
-        and (x.region.comm is lead.region.comm and x.strides is None and not x.cut)
+        and (x.region.comm is lead.region.comm and x.strides is None and not x.row_stride)
     )
 
 
 def _small(tensor: Tensor, lead: PatchTensor) -> Tensor | None:
     """A replicated operand that meets all rows alike, as it is now."""
-    at = lead.rows.dim - lead.ndim
+    at = lead.row_layout.dim - lead.ndim
     tall = tensor.ndim >= -at and tensor.shape[at] != 1
     plain = type(tensor) in {Tensor, nn.Parameter}
     if tall or not plain or tensor.numel() * tensor.element_size() > SMALL_BYTES or tensor.ndim > lead.ndim:
@@ -129,10 +129,10 @@ def _recipe(
     sample = func(*given, **kwargs)
     if sample is given[places[0]]:  # such as to a dtype that it has
         return parents[0]
-    row, shape = lead.rows.dim, list(sample.shape)
+    row, shape = lead.row_layout.dim, list(sample.shape)
     if not isinstance(sample, Tensor) or not sample.dtype.is_floating_point or len(shape) != lead.ndim or shape[row]:
         return None
-    shape[row] = lead.as_recipe.rows
+    shape[row] = lead.as_recipe.num_rows
     constants = [None if i in places else value for i, value in enumerate(values)]
 
     def step(parts: list[Tensor], mine: list[bool]) -> Tensor:
@@ -147,7 +147,7 @@ def _recipe(
                     return out(*operands, **kwargs, out=part)
         return func(*operands, **kwargs)
 
-    recipe = put_off(op_name(func), lead.as_recipe, parents, step, shape=shape, dtype=sample.dtype)
+    recipe = defer(op_name(func), lead.as_recipe, parents, step, shape=shape, dtype=sample.dtype)
     return recipe if recipe.held_bytes <= MOST_HELD * recipe.size_bytes else None
 
 

@@ -18,7 +18,7 @@ from distpatch.rules.core.fresh_buffers import shard_like
 from distpatch.rules.core.operands import needs_grad
 from distpatch.rules.core.registry import named
 from distpatch.rules.elementwise.pointwise import pointwise
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import tensors_in
@@ -45,8 +45,8 @@ def _moved(plain: Callable[..., Any], func: Any, input: PatchTensor, *args: Any,
         raise UnsupportedOpError(
             f"{op_name(func)} would make {input!r} a tensor that is not sharded any more. Use its out-of-place form."
         )
-    input.local, input.rows, input._shape = result.local, result.rows, result._shape
-    input.cut, input.strides = result.cut, result.strides
+    input.local, input.row_layout, input._shape = result.local, result.row_layout, result._shape
+    input.row_stride, input.strides = result.row_stride, result.strides
     return input
 
 
@@ -75,7 +75,7 @@ def _store(func: Any, target: Tensor, result: Tensor) -> None:
         _check(func, target, result)
     elif isinstance(result, PatchTensor):
         record(op_name(func), [result])
-        result = whole(result)
+        result = gather_replicated(result)
     if target.shape != result.shape:
         target.resize_(result.shape)
     target.copy_(result)

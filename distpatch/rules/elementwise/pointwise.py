@@ -11,10 +11,10 @@ from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.aliasing import mutates, written_tensors
 from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.fresh_buffers import shard_like
-from distpatch.rules.core.operands import may_wait, rows_of, spread, wrap
+from distpatch.rules.core.operands import can_defer, local_operand, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule, written
-from distpatch.rules.elementwise.deferred_pointwise import put_off_pointwise
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.rules.elementwise.deferred_pointwise import defer_pointwise
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
@@ -27,17 +27,17 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
         if type(arg) is PatchTensor:
             if lead is None:
                 lead = arg
-            elif arg.rows != lead.rows or arg.ndim != lead.ndim or arg.region.comm is not lead.region.comm:
+            elif arg.row_layout != lead.row_layout or arg.ndim != lead.ndim or arg.region.comm is not lead.region.comm:
                 break
         elif isinstance(arg, (Tensor, list, tuple)):
             break
     else:
         if lead is not None and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
-            if may_wait(lead) and (later := put_off_pointwise(func, args, kwargs)) is not None:
+            if can_defer(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
                 return later
             locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]
-            return _wrap(func(*locals_, **kwargs), lead, lead.rows.dim - lead.ndim)
-    if lead is not None and may_wait(lead) and (later := put_off_pointwise(func, args, kwargs)) is not None:
+            return _wrap(func(*locals_, **kwargs), lead, lead.row_layout.dim - lead.ndim)
+    if lead is not None and can_defer(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
         return later
     return _broadcast(func, args, kwargs)
 
@@ -51,24 +51,26 @@ def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = list(tensors_in((args, kwargs)))
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     sharded = [t for t in tensors if isinstance(t, PatchTensor)]
-    tall = [t for t in sharded if t.rows.size == shape[t.rows.dim - t.ndim]]
+    tall = [t for t in sharded if t.row_layout.size == shape[t.row_layout.dim - t.ndim]]
     if not tall:  # a sharded dim of size 1 is itself broadcast
-        return func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
+        return func(*map_tensors(gather_replicated, args), **map_tensors(gather_replicated, kwargs))
     written = written_tensors(func, args, kwargs)
     if not written and (target := mutates(func, args, kwargs)) is not None:  # sharded values into a replicated tensor
         if isinstance(target, Tensor) and target.shape == shape and shard_like(target, tall[0]):
             return _broadcast(func, args, kwargs)
-        return func(*map_tensors(whole, args), **map_tensors(whole, kwargs))
+        return func(*map_tensors(gather_replicated, args), **map_tensors(gather_replicated, kwargs))
     lead = written[0] if written else tall[0]
-    if lead.rows.size != shape[lead.rows.dim - lead.ndim] or any(t.rows != lead.rows for t in written):
+    if lead.row_layout.size != shape[lead.row_layout.dim - lead.ndim] or any(
+        t.row_layout != lead.row_layout for t in written
+    ):
         raise UnsupportedOpError(
             f"{op_name(func)} in place on {', '.join(map(repr, written))} cannot take operands that broadcast "
             f"to {tuple(shape)}; several results must be sharded alike"
         )
-    dim = lead.rows.dim - lead.ndim  # counted from the back, as broadcasting does
+    dim = lead.row_layout.dim - lead.ndim  # counted from the back, as broadcasting does
 
     def to_rows(tensor: Tensor) -> Tensor:
-        return rows_of(tensor, lead, dim, func)
+        return local_operand(tensor, lead, dim, func)
 
     return _wrap(func(*map_tensors(to_rows, args), **map_tensors(to_rows, kwargs)), lead, dim)
 
@@ -78,7 +80,7 @@ def _wrap(result: Any, lead: PatchTensor, dim: int) -> Any:
     if isinstance(result, Tensor):
         if result is lead.local:
             return written(lead)
-        return PatchTensor(result, lead.rows.with_dim(result.ndim + dim), lead.region)
+        return PatchTensor(result, lead.row_layout.with_dim(result.ndim + dim), lead.region)
     if isinstance(result, (tuple, list)):
         return type(result)(_wrap(item, lead, dim) for item in result)
     return result
@@ -135,16 +137,16 @@ def where(func: Any, condition: Tensor, *others: Any, **kwargs: Any) -> Any:
 def looked_up(func: Any, elements: Tensor, values: Any, *args: Any, **kwargs: Any) -> Any:
     """Each element by itself, in a replicated table."""
     if not isinstance(elements, PatchTensor):
-        return func(elements, whole(values), *args, **kwargs)
-    values = whole(values) if isinstance(values, Tensor) else values
+        return func(elements, gather_replicated(values), *args, **kwargs)
+    values = gather_replicated(values) if isinstance(values, Tensor) else values
     return wrap(func(elements.local, values, *args, **kwargs), elements)
 
 
 @rule(*named("prelu"))
 def prelu(func: Any, input: PatchTensor, weight: Tensor) -> PatchTensor:
     """A weight for each channel, dim 1, or one for all."""
-    weight = spread(whole(weight), input)
-    if input.rows.dim == 1 and weight.numel() > 1:
-        lo, hi = input.rows.interval(input.region.comm.rank)
+    weight = replicated_operand(gather_replicated(weight), input)
+    if input.row_layout.dim == 1 and weight.numel() > 1:
+        lo, hi = input.row_layout.interval(input.region.comm.rank)
         weight = weight[lo:hi]
     return wrap(func(input.local, weight), input)

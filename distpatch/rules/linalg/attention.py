@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.comm.collectives import together
+from distpatch.comm.collectives import join_gradients
 from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
 from distpatch.lazy.row_patches import in_patches
@@ -18,19 +18,19 @@ from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import (
     autocast,
     check_group,
-    everything,
+    gather_partial,
     needs_grad,
     on_some_rows,
     precise,
     redistribute,
-    spread,
+    replicated_operand,
     wrap,
 )
 from distpatch.rules.core.registry import none_of, rule
 from distpatch.rules.linalg.einsum import contract
 from distpatch.rules.linalg.kept_scores import keeps_scores, planned
 from distpatch.rules.linalg.matmul import batched
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.private import inlined
 
 # Without gradients keys and values are gathered for a few heads at a time, and scores, where torch's kernel keeps
@@ -54,12 +54,12 @@ def attention(
     """``query``: (..., heads, N, d), ``key``: (..., heads, M, d), ``value``: (..., heads, M, e)."""
     options = {"scale": scale, "enable_gqa": enable_gqa}
     if not any(isinstance(t, PatchTensor) for t in (query, key, value)):  # a sharded mask alone
-        return func(query, key, value, whole(attn_mask), dropout_p, is_causal, **options)  # type: ignore[arg-type]
+        return func(query, key, value, gather_replicated(attn_mask), dropout_p, is_causal, **options)  # type: ignore[arg-type]
     if dropout_p > 0:
         return fallback(func, query, key, value, attn_mask, dropout_p, is_causal, **options)
     if is_causal and attn_mask is not None:
         raise RuntimeError("scaled_dot_product_attention: attn_mask should not be set when is_causal=True")
-    if isinstance(query, PatchTensor) and query.rows.dim == query.ndim - 2:
+    if isinstance(query, PatchTensor) and query.row_layout.dim == query.ndim - 2:
         queries: Any = query
         for _ in range(max(key.ndim, value.ndim) - query.ndim):  # the result has as many batch dims as the keys
             queries = queries.unsqueeze(0)
@@ -70,7 +70,7 @@ def attention(
     kinds = (("n", "d"), ("m", "d"), ("m", "e"), ("n", "m"))
     labels = [batched(t, *kind) for t, kind in zip(operands, kinds)]
     out = [*max(labels, key=len)[:-2], "n", "e"]
-    if any(isinstance(t, PatchTensor) and own[t.rows.dim] in out for t, own in zip(operands, labels)):
+    if any(isinstance(t, PatchTensor) and own[t.row_layout.dim] in out for t, own in zip(operands, labels)):
 
         def attend(*mine: Tensor) -> Tensor:
             q, k, v, *mask = map(_some, mine)
@@ -188,9 +188,9 @@ def _attend(
     """This rank's queries and everybody's keys; a few queries at a time where scores are kept and would be too many."""
     mask = None if mask is None else _mask_rows(mask, query, func)
     key, value = _all_keys(key, value, query, func)
-    queries, key, value, *masks = together([query.local, key, value, *([] if mask is None else [mask])])
+    queries, key, value, *masks = join_gradients([query.local, key, value, *([] if mask is None else [mask])])
     mask = masks[0] if masks else None
-    first = query.rows.interval(query.region.comm.rank)[0] if is_causal else 0
+    first = query.row_layout.interval(query.region.comm.rank)[0] if is_causal else 0
     size_bytes = math.prod(query.shape[:-2]) * key.shape[-2] * 4
     at_once = max(SCORE_BYTES // max(size_bytes, 1), 1)
     run, grouped = planned(func), bool(options["enable_gqa"])
@@ -215,35 +215,42 @@ def _attend(
         own = torch.ones(count, seen, dtype=torch.bool, device=rows.device).tril(first + start)
         return run(rows, keys, values, own, **options)
 
-    return on_some_rows(attend, queries, query.rows.dim)
+    return on_some_rows(attend, queries, query.row_layout.dim)
 
 
 def _all_keys(key: Tensor, value: Tensor, lead: PatchTensor, func: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of all ranks, in one exchange; their gradients return to the owners."""
     if not (isinstance(key, PatchTensor) and isinstance(value, PatchTensor)) or (
-        key.shape[:-1] != value.shape[:-1] or key.rows.dim == key.ndim - 1
+        key.shape[:-1] != value.shape[:-1] or key.row_layout.dim == key.ndim - 1
     ):
-        key, value = (everything(t, func) if isinstance(t, PatchTensor) else spread(t, lead) for t in (key, value))
+        key, value = (
+            gather_partial(t, func) if isinstance(t, PatchTensor) else replicated_operand(t, lead) for t in (key, value)
+        )
         return key, value
     check_group(key, lead, func)
     check_group(value, lead, func)
-    value = redistribute(value, key.rows, func)
-    both = everything(wrap(torch.cat([key.local, value.local], -1), key), func)
+    value = redistribute(value, key.row_layout, func)
+    both = gather_partial(wrap(torch.cat([key.local, value.local], -1), key), func)
     return both.narrow(-1, 0, key.shape[-1]), both.narrow(-1, key.shape[-1], value.shape[-1])
 
 
 def _mask_rows(mask: Tensor, query: PatchTensor, func: Any) -> Tensor:
     """The mask's rows of this rank's queries; its other dim, the keys, is needed whole."""
-    blocks = query.rows if isinstance(query.rows, BlockLayout) else None
-    if isinstance(mask, PatchTensor) and mask.rows.dim == mask.ndim - 2 and mask.rows.size > 1 and not blocks:
-        return redistribute(mask, RowLayout(mask.rows.dim, query.rows.bounds), func).local
-    mask = everything(mask, func) if isinstance(mask, PatchTensor) else spread(mask, query)
+    blocks = query.row_layout if isinstance(query.row_layout, BlockLayout) else None
+    if (
+        isinstance(mask, PatchTensor)
+        and mask.row_layout.dim == mask.ndim - 2
+        and mask.row_layout.size > 1
+        and not blocks
+    ):
+        return redistribute(mask, RowLayout(mask.row_layout.dim, query.row_layout.bounds), func).local
+    mask = gather_partial(mask, func) if isinstance(mask, PatchTensor) else replicated_operand(mask, query)
     if mask.shape[-2] == 1:
         return mask
     if blocks:
         lo, hi = blocks.opened.interval(query.region.comm.rank)
         return mask.unflatten(-2, (blocks.blocks, -1)).narrow(-2, lo, hi - lo).flatten(-3, -2)
-    lo, hi = query.rows.interval(query.region.comm.rank)
+    lo, hi = query.row_layout.interval(query.region.comm.rank)
     return mask.narrow(-2, lo, hi - lo)
 
 

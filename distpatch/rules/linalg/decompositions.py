@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.comm.collectives import together
+from distpatch.comm.collectives import join_gradients
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.operands import rows_of, wrap
+from distpatch.rules.core.operands import local_operand, wrap
 from distpatch.rules.core.registry import named, of_linalg, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.tree import map_tensors
@@ -24,7 +24,7 @@ _OF_TWO_MATRICES = "cholesky_solve lstsq solve solve_ex solve_triangular triangu
 @rule(*named(*_OF_ONE_MATRIX), *of_linalg(*_OF_ONE_MATRIX, "polar"))
 def of_one_matrix(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """``x``: (..., M, N). Results have the batch dims of ``x`` in front."""
-    if not isinstance(x, PatchTensor) or x.rows.dim >= x.ndim - 2 or _more_tensors(args, kwargs):
+    if not isinstance(x, PatchTensor) or x.row_layout.dim >= x.ndim - 2 or _more_tensors(args, kwargs):
         return fallback(func, x, *args, **kwargs)
     return map_tensors(lambda t: wrap(t, x), func(x.local, *args, **kwargs))
 
@@ -39,13 +39,13 @@ def of_two_matrices(func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any
             if isinstance(columns, Tensor)
             else type(columns)((columns[0].squeeze(-1), *columns[1:]))
         )
-    lead = max((t for t in (a, b) if _has_sharded_batch(t)), key=lambda t: (t.rows.size, t.ndim), default=None)
+    lead = max((t for t in (a, b) if _has_sharded_batch(t)), key=lambda t: (t.row_layout.size, t.ndim), default=None)
     if lead is None or lead.ndim < max(a.ndim, b.ndim) or _more_tensors(args, kwargs):
         return fallback(func, a, b, *args, **kwargs)
-    dim = lead.rows.dim - lead.ndim
-    if any(t.ndim >= -dim and t.shape[dim] not in {1, lead.rows.size} for t in (a, b)):
+    dim = lead.row_layout.dim - lead.ndim
+    if any(t.ndim >= -dim and t.shape[dim] not in {1, lead.row_layout.size} for t in (a, b)):
         return fallback(func, a, b, *args, **kwargs)
-    operands = together([t.local if t is lead else rows_of(t, lead, dim, func) for t in (a, b)])
+    operands = join_gradients([t.local if t is lead else local_operand(t, lead, dim, func) for t in (a, b)])
     return map_tensors(lambda t: wrap(t, lead), func(*operands, *args, **kwargs))
 
 
@@ -55,7 +55,7 @@ def _are_vectors(a: Tensor, b: Tensor) -> bool:
 
 
 def _has_sharded_batch(t: Tensor) -> bool:
-    return isinstance(t, PatchTensor) and t.rows.dim < t.ndim - 2
+    return isinstance(t, PatchTensor) and t.row_layout.dim < t.ndim - 2
 
 
 def _more_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

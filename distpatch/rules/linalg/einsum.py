@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distpatch.comm import collectives
-from distpatch.rules.core.operands import check_group, everything, redistribute, spread, sum_ranks, wrap
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.rules.core.operands import check_group, gather_partial, redistribute, replicated_operand, sum_ranks, wrap
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 
 Labels = Sequence[Hashable]
 
@@ -26,23 +26,23 @@ def contract(
     """
     found = _lead(operands, labels, out)
     if found is None:  # every sharded dim is a single row that is broadcast
-        return run(*map(whole, operands))
+        return run(*map(gather_replicated, operands))
     lead, label = found
 
     def to_rows(tensor: Tensor, own: Labels) -> Tensor:
         if isinstance(tensor, PatchTensor):
             check_group(tensor, lead, func)
         at = own.index(label) if label in own else None
-        if at is None or tensor.shape[at] != lead.rows.size:
-            return everything(tensor, func) if isinstance(tensor, PatchTensor) else spread(tensor, lead)
-        layout, comm = lead.rows.with_dim(at), lead.region.comm
+        if at is None or tensor.shape[at] != lead.row_layout.size:
+            return gather_partial(tensor, func) if isinstance(tensor, PatchTensor) else replicated_operand(tensor, lead)
+        layout, comm = lead.row_layout.with_dim(at), lead.region.comm
         if isinstance(tensor, PatchTensor):
             return redistribute(tensor, layout, func).local
         return collectives.shard_rows(tensor, layout, comm.rank, comm.name)
 
-    result = run(*collectives.together(list(map(to_rows, operands, labels))))
+    result = run(*collectives.join_gradients(list(map(to_rows, operands, labels))))
     if label in out:
-        return wrap(result, lead, lead.rows.with_dim(out.index(label)))
+        return wrap(result, lead, lead.row_layout.with_dim(out.index(label)))
     precise = torch.promote_types(result.dtype, torch.float32) if result.is_floating_point() else result.dtype
     return sum_ranks(result.to(precise), lead, func).to(result.dtype)
 
@@ -54,8 +54,8 @@ def _lead(operands: Sequence[Tensor], labels: Sequence[Labels], out: Labels) -> 
         for label, n in zip(own, tensor.shape, strict=True):
             sizes[label] = max(sizes.get(label, n), n)
     found = [
-        (tensor, own[tensor.rows.dim])
+        (tensor, own[tensor.row_layout.dim])
         for tensor, own in zip(operands, labels)
-        if isinstance(tensor, PatchTensor) and tensor.rows.size == sizes[own[tensor.rows.dim]]
+        if isinstance(tensor, PatchTensor) and tensor.row_layout.size == sizes[own[tensor.row_layout.dim]]
     ]
     return min(found, key=lambda item: out.index(item[1]) if item[1] in out else len(out), default=None)

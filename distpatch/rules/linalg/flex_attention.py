@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from distpatch.layout.rows import BlockLayout
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.operands import everything, spread, wrap
+from distpatch.rules.core.operands import gather_partial, replicated_operand, wrap
 from distpatch.rules.core.registry import ANY_ORDER, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 
@@ -83,7 +83,7 @@ def attention(
 
 def _numbers(x: PatchTensor) -> Tensor:
     """Which rows of the whole tensor this rank's are, in the order in which it holds them."""
-    layout = x.rows
+    layout = x.row_layout
     if isinstance(layout, BlockLayout):
         lo, hi = layout.opened.interval(x.region.comm.rank)
         blocks = torch.arange(layout.blocks, device=x.device)[:, None] * layout.opened.size
@@ -92,4 +92,4 @@ def _numbers(x: PatchTensor) -> Tensor:
 
 
 def _all(x: Tensor, query: PatchTensor, func: Any) -> Tensor:
-    return everything(x, func) if isinstance(x, PatchTensor) else spread(x, query)
+    return gather_partial(x, func) if isinstance(x, PatchTensor) else replicated_operand(x, query)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.comm.collectives import together
+from distpatch.comm.collectives import join_gradients
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.operands import normalize_dims, spread, wrap
+from distpatch.rules.core.operands import normalize_dims, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.linalg.einsum import Labels, contract
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -34,11 +34,11 @@ def matmul(func: Any, left: Tensor, right: Tensor) -> Any:
         return fallback(func, left, right)
     if (
         isinstance(left, PatchTensor)
-        and left.rows.dim == left.ndim - 2
+        and left.row_layout.dim == left.ndim - 2
         and not isinstance(right, PatchTensor)
         and right.ndim == 2
     ):
-        return wrap(func(*together([left.local, spread(right, left)])), left)
+        return wrap(func(*join_gradients([left.local, replicated_operand(right, left)])), left)
     rows = batched(left, "n", "k") if left.ndim > 1 else ["k"]
     columns = batched(right, "k", "m") if right.ndim > 1 else ["k"]
     out = [*longest(rows, columns), *(d for d in (*rows[-2:], *columns[-2:]) if d in {"n", "m"})]
@@ -52,9 +52,9 @@ def rmatmul(func: Any, self: Tensor, other: Tensor) -> Any:
 
 @rule(F.linear)
 def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if isinstance(input, PatchTensor) and not isinstance(weight, PatchTensor) and input.rows.dim < input.ndim - 1:
-        parameters = [spread(t, input) for t in (weight, bias) if t is not None]
-        return wrap(func(*together([input.local, *parameters])), input)
+    if isinstance(input, PatchTensor) and not isinstance(weight, PatchTensor) and input.row_layout.dim < input.ndim - 1:
+        parameters = [replicated_operand(t, input) for t in (weight, bias) if t is not None]
+        return wrap(func(*join_gradients([input.local, *parameters])), input)
     columns: Labels = ["m", "k"] if weight.ndim == 2 else ["k"]
     rows = batched(input, "k")
     out = [*rows[:-1], *columns[:-1]]
@@ -124,7 +124,7 @@ def einsum(func: Any, equation: str, *operands: Any) -> Any:
     labels, out = parsed
     for tensor, own in zip(operands, labels):
         if isinstance(tensor, PatchTensor) and any(
-            list(other).count(own[tensor.rows.dim]) > 1 for other in labels
+            list(other).count(own[tensor.row_layout.dim]) > 1 for other in labels
         ):  # a diagonal over the rows
             return fallback(func, equation, *operands)
     return contract(func, partial(func, equation), operands, labels, out)
@@ -149,8 +149,8 @@ def _parse(equation: str, ndims: list[int]) -> tuple[list[Labels], Labels] | Non
 
 def _letters(term: str, ndim: int) -> Labels:
     before, dots, after = term.partition("...")
-    spread = ndim - len(before) - len(after) if dots else 0
-    return [*before, *range(-spread, 0), *after]
+    replicated_operand = ndim - len(before) - len(after) if dots else 0
+    return [*before, *range(-replicated_operand, 0), *after]
 
 
 @rule(F.cosine_similarity)
@@ -184,7 +184,7 @@ def dist(func: Any, input: Tensor, other: Tensor, p: float = 2) -> Any:
 def cdist(func: Any, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Any:
     """Distances of points, (..., N, K) and (..., M, K): of this rank's points from all the others."""
     modes = () if compute_mode is None else (compute_mode,)
-    if all(t.rows.dim == t.ndim - 1 for t in (x1, x2) if isinstance(t, PatchTensor)):
+    if all(t.row_layout.dim == t.ndim - 1 for t in (x1, x2) if isinstance(t, PatchTensor)):
         return fallback(func, x1, x2, p, *modes)
     labels = [batched(x1, "n", "k"), batched(x2, "m", "k")]
     return contract(func, lambda a, b: func(a, b, p, *modes), [x1, x2], labels, [*longest(*labels), "n", "m"])

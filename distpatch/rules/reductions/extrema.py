@@ -41,7 +41,7 @@ def _some_rows(x: PatchTensor, largest: bool) -> Tensor:
 def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False) -> Any:
     """The gradient is shared equally by all elements, of all ranks, that have the value."""
     dims = normalize_dims(dim, input.ndim)
-    if input.rows.dim not in dims:
+    if input.row_layout.dim not in dims:
         return kept(input, func(input.local, dims, keepdim), dims, keepdim)
     local, name = input.local, input.region.comm.name
     with torch.no_grad():
@@ -73,7 +73,7 @@ def max_or_min(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _along(func: Any, input: PatchTensor, dim: int, keepdim: bool = False) -> Any:
     dims = normalize_dims(dim, input.ndim)
-    if input.rows.dim not in dims:
+    if input.row_layout.dim not in dims:
         return kept(input, func(input.local, dim, keepdim), dims, keepdim)
     value, index = _first(input, op_name(func) == "max", dims[0])
     if needs_grad(input.local):
@@ -89,7 +89,7 @@ def place(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool =
         index = _first(input, op_name(func) == "argmax", None)[1]
         return index.view([1] * input.ndim) if keepdim else index
     dims = normalize_dims(dim, input.ndim)
-    if input.rows.dim not in dims:
+    if input.row_layout.dim not in dims:
         return kept(input, func(input.local, dim, keepdim), dims, keepdim)
     index = _first(input, op_name(func) == "argmax", dims[0])[1]
     return index if keepdim else index.squeeze(dims)
@@ -98,14 +98,14 @@ def place(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool =
 @torch.no_grad()
 def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tensor]:
     """The extreme value along the sharded dim (kept), or of all elements; and its first global index."""
-    rows, row = _some_rows(x, largest), x.rows.dim
-    lo = x.rows.bounds[x.region.comm.rank]
+    rows, row = _some_rows(x, largest), x.row_layout.dim
+    lo = x.row_layout.bounds[x.region.comm.rank]
     find = torch.max if largest else torch.min
     if dim is None:
         value, index = find(rows.reshape(-1), 0)
         inner = math.prod(x.shape[row + 1 :])
         in_front = index // (rows.shape[row] * inner)  # rows of dims before the sharded one
-        index = index + (in_front * (x.rows.size - rows.shape[row]) + lo) * inner
+        index = index + (in_front * (x.row_layout.size - rows.shape[row]) + lo) * inner
     else:
         value, index = find(rows, row, keepdim=True)
         index = index + lo
@@ -131,10 +131,10 @@ def ranked(func: Any, input: PatchTensor, k: int, *args: Any, **kwargs: Any) -> 
 
 
 def _beside_rows(func: Any, input: PatchTensor, dim: int | None, args: Any, kwargs: Any, removes: bool) -> Any:
-    if dim is None or nth(dim, input.ndim) == input.rows.dim:
+    if dim is None or nth(dim, input.ndim) == input.row_layout.dim:
         return fallback(func, input, *args, **kwargs)
     keepdim = kwargs.get("keepdim", next((a for a in args if type(a) is bool), False)) or not removes
-    dim, row = nth(dim, input.ndim), input.rows.dim
+    dim, row = nth(dim, input.ndim), input.row_layout.dim
     gone = 0 if keepdim else dim < row
     local = on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, row, out_dim=row - gone)
     return kept(input, local, (dim,), keepdim)
@@ -145,9 +145,9 @@ def picked(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
 
     An index out of range stays as it is, so that torch refuses it as it does on one device.
     """
-    dim, (lo, hi) = x.rows.dim, x.rows.interval(x.region.comm.rank)
+    dim, (lo, hi) = x.row_layout.dim, x.row_layout.interval(x.region.comm.rank)
     rows = never_empty(x, 0)
-    own, valid = (index >= lo) & (index < hi), (index >= 0) & (index < x.rows.size)
+    own, valid = (index >= lo) & (index < hi), (index >= 0) & (index < x.row_layout.size)
     at = torch.where(valid, (index - lo).clamp(0, rows.shape[dim] - 1), index)
     mine = rows.gather(dim, at).masked_fill(~own, 0)
     return sum_ranks(mine.byte(), x, func).bool() if x.dtype == torch.bool else sum_ranks(mine, x, func)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.operands import own_rows, wrap
+from distpatch.rules.core.operands import local_rows_of, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -39,8 +39,8 @@ def of_elements(func: Any, *args: Any, **kwargs: Any) -> Tensor:
     if lead is None or averages or not given.pop("size_average", None) is given.pop("reduce", None) is None:
         return fallback(func, *args, **kwargs)
     if input.shape == target.shape:  # nothing is broadcast, on an idle rank neither
-        dim = lead.rows.dim - lead.ndim
-        input, target = (wrap(own_rows(t, lead, dim, func), lead) for t in (input, target))
+        dim = lead.row_layout.dim - lead.ndim
+        input, target = (wrap(local_rows_of(t, lead, dim, func), lead) for t in (input, target))
     loss = pointwise(func, input, target, **given, reduction="none")
     return _reduced(loss, reduction, len(input) if reduction == "batchmean" else loss.numel())
 

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.comm.collectives import merge_moments, spread, stack_ranks, sum_partials
+from distpatch.comm.collectives import merge_moments, replicated_operand, stack_ranks, sum_partials
 from distpatch.comm.communicator import communicator_of
 from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import Interval
-from distpatch.lazy.deferred_ops import put_off
+from distpatch.lazy.deferred_ops import defer
 from distpatch.lazy.recipe import Recipe
-from distpatch.profiling.op_costs import few
+from distpatch.profiling.op_costs import representative_chunks
 from distpatch.rules.core.operands import needs_grad
 from distpatch.torch_utils.chunk_sizes import kind_of, sizes_of
 from distpatch.torch_utils.memory_format import memory_format
@@ -47,7 +47,7 @@ def moments(
     rows = local.shape[along]
     intervals = _intervals(rows, rows if whole else sizes.statistics_bytes // max(rows_bytes, 1))
     counts, means, m2s = [], [], []
-    for lo, hi in few(intervals):
+    for lo, hi in representative_chunks(intervals):
         chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
         count = math.prod(chunk.shape[d] for d in dims)
         counts.append(count)
@@ -106,7 +106,7 @@ class Norm:
 
     groups: int
     eps: float
-    rows: RowLayout
+    row_layout: RowLayout
     name: str
     op: str
 
@@ -116,20 +116,20 @@ class Norm:
 
     def statistics(self, local: Tensor | Recipe) -> tuple[Tensor, Tensor]:
         """Mean and (biased) variance that a channel of a sample has, (B, C) or (1, C), replicated, in fp64."""
-        channels, row = local.shape[1], self.rows.dim
+        channels, row = local.shape[1], self.row_layout.dim
         count, mean, m2 = moments(local, tuple(range(2, local.ndim)), max(row, 2), exact=self.groups in {0, channels})
         mean, m2 = self._members(mean), self._members(m2)
         count, mean, m2 = merge_moments([count] * len(mean), mean, m2)
         merge = merge_displaced if self.groups else merge_ranks
-        count, mean, m2 = merge(self.rows, self._a_row(local), mean, m2, self.name, self.op)
+        count, mean, m2 = merge(self.row_layout, self._a_row(local), mean, m2, self.name, self.op)
         return self._everyone(mean, channels), self._everyone(m2 / max(count, 1), channels)
 
     def count(self, local: Tensor | Recipe) -> int:
         """Samples of one statistic, on all ranks together."""
-        return self._a_row(local) * self.rows.size
+        return self._a_row(local) * self.row_layout.size
 
     def _a_row(self, local: Tensor | Recipe) -> int:
-        others = [n for d, n in enumerate(local.shape) if d not in (1, self.rows.dim) and (d or not self.groups)]
+        others = [n for d, n in enumerate(local.shape) if d not in (1, self.row_layout.dim) and (d or not self.groups)]
         return math.prod(others) * (local.shape[1] // self.groups if self.groups else 1)
 
     def sums(self, per_channel: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Norm:
         return t.repeat_interleave(channels // self.groups, 1) if self.groups else t.unsqueeze(0)
 
 
-def put_off_norm(rows: Recipe, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Recipe, Tensor, Tensor]:
+def defer_norm(rows: Recipe, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Recipe, Tensor, Tensor]:
     """As ``normalize``: the statistics now, the rows when they are asked for."""
     mean, var = norm.statistics(rows)
     weight, bias = (t if t is None else t.detach() for t in (weight, bias))
@@ -155,7 +155,7 @@ def put_off_norm(rows: Recipe, weight: Tensor | None, bias: Tensor | None, norm:
     def step(parts: list[Tensor], mine: list[bool]) -> Tensor:
         return scale(parts[0], parts[0] if mine[0] else None)
 
-    return put_off(norm.op, rows, [rows], step), mean, var
+    return defer(norm.op, rows, [rows], step), mean, var
 
 
 def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,9 +177,9 @@ def _scaled(local: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bia
     sizes = sizes_of(local.device)
     if not sizes.reads_twice:
         return scale(local, None)
-    along, out = max(norm.rows.dim, 2), torch.empty_like(local)
+    along, out = max(norm.row_layout.dim, 2), torch.empty_like(local)
     chunk_rows = sizes.statistics_bytes * local.shape[along] // (local.numel() * local.element_size())
-    for lo, hi in few(_intervals(local.shape[along], chunk_rows)):
+    for lo, hi in representative_chunks(_intervals(local.shape[along], chunk_rows)):
         scale(local.narrow(along, lo, hi - lo), out.narrow(along, lo, hi - lo))
     return out
 
@@ -245,7 +245,7 @@ class _Normalize(torch.autograd.Function):
         mean, var = (t.to(torch.promote_types(local.dtype, torch.float32)) for t in (mean, var))
         rstd, count = (var + norm.eps).rsqrt(), norm.count(local)
         dims, shape = tuple(range(2, local.ndim)), [*mean.shape] + [1] * (local.ndim - 2)
-        centred = local - spread(mean, norm.name).view(shape)
+        centred = local - replicated_operand(mean, norm.name).view(shape)
         sums = torch.stack([(grad * centred).sum(dims), grad.sum(dims, dtype=mean.dtype)])
         if not norm.groups:
             sums = sums.sum(1, keepdim=True)
@@ -256,7 +256,7 @@ class _Normalize(torch.autograd.Function):
             scale: Any = 1.0 if weight is None else weight.to(mean.dtype)
             by_centred = norm.sums(scale * of_products) * rstd.square() / -count
             shift = norm.sums(scale * of_grads) * rstd / -count
-            factors = spread(torch.stack([rstd * scale, by_centred, shift]), norm.name)
+            factors = replicated_operand(torch.stack([rstd * scale, by_centred, shift]), norm.name)
             by_grad, by_centred, shift = (t.view(shape) for t in factors)
             d_local = torch.addcmul(torch.addcmul(shift, centred, by_centred), grad, by_grad).to(local.dtype)
         return d_local, of_products.sum(0) if needed[1] else None, of_grads.sum(0) if needed[2] else None, None

@@ -13,10 +13,18 @@ from torch import Tensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.lazy.recipe import Recipe
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.operands import along_rows, autocast, may_wait, on_some_rows, settled, spread, wrap
+from distpatch.rules.core.operands import (
+    along_rows,
+    autocast,
+    can_defer,
+    materialize_if_costly,
+    on_some_rows,
+    replicated_operand,
+    wrap,
+)
 from distpatch.rules.core.registry import R, named, rule
-from distpatch.rules.reductions.moments import Norm, normalize, put_off_norm
-from distpatch.tensor.patch_tensor import PatchTensor, RowCopy, whole
+from distpatch.rules.reductions.moments import Norm, defer_norm, normalize
+from distpatch.tensor.patch_tensor import PatchTensor, RowCopy, gather_replicated
 from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors
@@ -35,8 +43,8 @@ def norm_rule(*funcs: Any) -> Callable[[R], R]:
                 if not sharded and running and _writes(func, args, kwargs):
                     _refuse_sharded(func, [*args[:2], *(kwargs.get(name) for name in _RUNNING)])
                 kept, names = (running, _RUNNING) if sharded else (0, ())
-                args = (*args[:kept], *map_tensors(whole, args[kept:]))
-                kwargs = {key: t if key in names else map_tensors(whole, t) for key, t in kwargs.items()}
+                args = (*args[:kept], *map_tensors(gather_replicated, args[kept:]))
+                kwargs = {key: t if key in names else map_tensors(gather_replicated, t) for key, t in kwargs.items()}
             return (handler if sharded else _plain)(func, input, *args, **kwargs)
 
         rule(*funcs)(checked)
@@ -64,8 +72,8 @@ def _refuse_sharded(func: Any, running: Sequence[Tensor | None]) -> None:
 
 def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """Where no statistic crosses rows: on the local ones, with the other tensors replicated."""
-    args, kwargs = map_tensors(lambda t: spread(whole(t), input), (args, kwargs))
-    return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, input.rows.dim), input)
+    args, kwargs = map_tensors(lambda t: replicated_operand(gather_replicated(t), input), (args, kwargs))
+    return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, input.row_layout.dim), input)
 
 
 def _fixed(func: Any, input: PatchTensor, *args: Any) -> PatchTensor:
@@ -81,7 +89,7 @@ def _fixed(func: Any, input: PatchTensor, *args: Any) -> PatchTensor:
 
 
 def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
-    return Norm(groups, eps, input.rows, input.region.comm.name, op_name(func))
+    return Norm(groups, eps, input.row_layout, input.region.comm.name, op_name(func))
 
 
 def _normalized(
@@ -89,8 +97,8 @@ def _normalized(
 ) -> tuple[PatchTensor, Tensor, Tensor]:
     """The rows by their own statistics, when they are asked for; and these, mean and variance, now."""
     out: Tensor | Recipe
-    if may_wait(input) and input.rows.dim >= 2:
-        out, mean, var = put_off_norm(settled(input).as_recipe, weight, bias, norm)
+    if can_defer(input) and input.row_layout.dim >= 2:
+        out, mean, var = defer_norm(materialize_if_costly(input).as_recipe, weight, bias, norm)
     else:
         out, mean, var = normalize(input.local, weight, bias, norm)
     return wrap(out, input), mean, var
@@ -107,9 +115,9 @@ def group_norm(
     *cudnn: Any,
 ) -> Any:
     input = along_rows(input, func)
-    if input.rows.dim == 0:  # torch's own, which does not ask how many samples a rank has
+    if input.row_layout.dim == 0:  # torch's own, which does not ask how many samples a rank has
         return _local(torch.group_norm, input, num_groups, weight, bias, eps, *cudnn)
-    if input.rows.dim == 1 or input.shape[1] % num_groups:
+    if input.row_layout.dim == 1 or input.shape[1] % num_groups:
         return fallback(func, input, num_groups, weight, bias, eps, *cudnn)
     input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
     return _normalized(input, weight, bias, _norm(func, input, num_groups, eps))[0]
@@ -128,7 +136,7 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     input = along_rows(input, func)
-    if input.rows.dim == 1:
+    if input.row_layout.dim == 1:
         if training:
             _refuse_sharded(func, (running_mean, running_var))
         return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -156,16 +164,16 @@ def instance_norm(
 ) -> Any:
     input = along_rows(input, func)
     stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    if input.rows.dim == 1 or (input.rows.dim == 0 and running_mean is not None and use_input_stats):
+    if input.row_layout.dim == 1 or (input.row_layout.dim == 0 and running_mean is not None and use_input_stats):
         if use_input_stats:
             _refuse_sharded(func, (running_mean, running_var))
         return fallback(func, input, *stats)
-    if not use_input_stats or input.rows.dim == 0:
+    if not use_input_stats or input.row_layout.dim == 0:
         return _fixed(func, input, *stats)
     F._verify_spatial_size(list(input.shape))  # type: ignore[attr-defined]
     norm = _norm(func, input, input.shape[1], eps)
     out, mean, var = _normalized(input, weight, bias, norm)
-    _keep_running(running_mean, running_var, mean, var, norm.count(input.known), momentum)
+    _keep_running(running_mean, running_var, mean, var, norm.count(input.local_or_recipe), momentum)
     return out
 
 
@@ -196,7 +204,7 @@ def layer_norm(
     *cudnn: Any,
 ) -> Any:
     first = input.ndim - len(normalized_shape)
-    if input.rows.dim < first:
+    if input.row_layout.dim < first:
         return _local(func, input, normalized_shape, weight, bias, eps, *cudnn)
     if input.shape[first:] != tuple(normalized_shape):
         return fallback(func, input, normalized_shape, weight, bias, eps, *cudnn)
@@ -204,7 +212,9 @@ def layer_norm(
     # One group of one channel, in whose place stand the samples.
     local = input.local.to(torch.promote_types(input.dtype, torch.float32))
     samples = local.reshape(math.prod(local.shape[:first]), 1, *local.shape[first:])
-    norm = Norm(1, eps, input.rows.with_dim(input.rows.dim - first + 2), input.region.comm.name, op_name(func))
+    norm = Norm(
+        1, eps, input.row_layout.with_dim(input.row_layout.dim - first + 2), input.region.comm.name, op_name(func)
+    )
     out: Tensor = wrap(normalize(samples, None, None, norm)[0].view(local.shape), input)
     out = out if weight is None else out * weight
     return (out if bias is None else out + bias).to(input.dtype)
@@ -215,7 +225,7 @@ def rms_norm(
     func: Any, input: PatchTensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
     first = input.ndim - len(normalized_shape)
-    if input.rows.dim < first:
+    if input.row_layout.dim < first:
         return _local(func, input, normalized_shape, weight, eps)
     if input.shape[first:] != tuple(normalized_shape):
         return fallback(func, input, normalized_shape, weight, eps)
@@ -230,6 +240,6 @@ def rms_norm(
 def local_response_norm(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     """Over neighbouring channels of a pixel."""
     input = along_rows(input, func)
-    if input.rows.dim == 1:
+    if input.row_layout.dim == 1:
         return fallback(func, input, *args, **kwargs)
     return _local(func, input, *args, **kwargs)

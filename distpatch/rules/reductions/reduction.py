@@ -37,7 +37,7 @@ def total(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False
     dims = normalize_dims(dim, input.ndim)
     kind = dtype or input.dtype
     averaged = op_name(func).endswith("mean")
-    if input.rows.dim not in dims or (averaged and not (kind.is_floating_point or kind.is_complex)):
+    if input.row_layout.dim not in dims or (averaged and not (kind.is_floating_point or kind.is_complex)):
         return kept(input, func(input.local, dims, keepdim, dtype=dtype), dims, keepdim)
     input = autocast(input, func)
     local, nan = input.local if dtype is None else input.local.to(dtype), op_name(func).startswith("nan")
@@ -55,7 +55,7 @@ def total(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False
 @rule(*named("any", "all"))
 def truth(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False) -> Any:
     dims = normalize_dims(dim, input.ndim)
-    if input.rows.dim not in dims:
+    if input.row_layout.dim not in dims:
         return kept(input, func(input.local, dims, keepdim), dims, keepdim)
     counted = input.local != 0 if op_name(func) == "any" else input.local == 0
     found = sum_ranks(counted.sum(dims, keepdim), input, func) > 0
@@ -67,7 +67,7 @@ def truth(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False
 def count_nonzero(func: Any, input: PatchTensor, dim: Dims = None) -> Any:
     dims = normalize_dims(dim, input.ndim)
     counts = func(input.local, dims)
-    return sum_ranks(counts, input, func) if input.rows.dim in dims else kept(input, counts, dims, False)
+    return sum_ranks(counts, input, func) if input.row_layout.dim in dims else kept(input, counts, dims, False)
 
 
 @rule(*named("prod"))
@@ -76,7 +76,7 @@ def product(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool
         dim, dtype = None, dim
     partial = func(input.local, dtype=dtype) if dim is None else func(input.local, dim, keepdim, dtype=dtype)
     dims = normalize_dims(dim, input.ndim)
-    if input.rows.dim not in dims:
+    if input.row_layout.dim not in dims:
         return kept(input, partial, dims, keepdim)
     return stack_ranks(partial, input.region.comm.name, op_name(func)).prod(0)
 
@@ -95,15 +95,15 @@ def variance(
         dim, unbiased = None, dim
     if correction is None:
         correction = 1 if unbiased is None else int(unbiased)
-    dims, row, name = normalize_dims(dim, input.ndim), input.rows.dim, op_name(func)
-    if input.rows.dim not in dims:  # torch warns of a variance of no rows
+    dims, row, name = normalize_dims(dim, input.ndim), input.row_layout.dim, op_name(func)
+    if input.row_layout.dim not in dims:  # torch warns of a variance of no rows
         result = on_some_rows(lambda rows: func(rows, dims, correction=correction, keepdim=True), input.local, row)
         return kept(input, result if keepdim else map_tensors(lambda t: t.squeeze(dims), result), dims, keepdim)
     if not input.dtype.is_floating_point:
         return fallback(func, input, dims, correction=correction, keepdim=keepdim)
-    a_row = math.prod(input.shape[d] for d in dims) // max(input.rows.size, 1)
+    a_row = math.prod(input.shape[d] for d in dims) // max(input.row_layout.size, 1)
     _, mean, m2 = moments(input.local, dims, row, exact=True)
-    count, mean, m2 = merge_ranks(input.rows, a_row, mean, m2, input.region.comm.name, name)
+    count, mean, m2 = merge_ranks(input.row_layout, a_row, mean, m2, input.region.comm.name, name)
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
     mean = mean if count else mean * math.nan
@@ -124,7 +124,7 @@ def _rounding(count: int, mean: Tensor, dtype: torch.dtype) -> Tensor:
 @rule(torch.logsumexp, torch.special.logsumexp, torch.Tensor.logsumexp)
 def logsumexp(func: Any, input: PatchTensor, dim: Dims, keepdim: bool = False) -> Any:
     dims = normalize_dims(dim, input.ndim)
-    if input.rows.dim not in dims:
+    if input.row_layout.dim not in dims:
         return kept(input, func(input.local, dims, keepdim), dims, keepdim)
     top = input.detach().amax(dims, keepdim=True)
     top = torch.where(top.isinf(), 0.0, top)
@@ -138,7 +138,7 @@ def vector_norm(
 ) -> Any:
     """Of a norm of each rank's rows the same norm is taken again."""
     dims = normalize_dims(dim, x.ndim)
-    if x.rows.dim not in dims:
+    if x.row_layout.dim not in dims:
         return kept(x, func(x.local, ord, dims, keepdim, dtype=dtype), dims, keepdim)
     x = autocast(x, func)
     if abs(ord) == math.inf:  # their gradients are shared by the winners

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.comm.collectives import spread, stack_ranks
+from distpatch.comm.collectives import replicated_operand, stack_ranks
 from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import autocast, normalize_dims, precise, wrap
 from distpatch.rules.core.registry import named, nth, rule
@@ -25,7 +25,7 @@ def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: 
     if dim is None:
         dim = F._get_softmax_dim(op_name(func), input.ndim, 3)  # type: ignore[attr-defined]
     at = nth(dim, input.ndim)
-    if at != input.rows.dim or not input.numel():
+    if at != input.row_layout.dim or not input.numel():
         return wrap(func(input.local, at, dtype=dtype), input)
     if op_name(func) == "softmin":
         return softmax(torch.softmax, -input, at, dtype=dtype)  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: 
 def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) -> Any:
     """Each rank's own, on top of the totals of the ranks before it."""
     at, options = nth(dim, input.ndim), {} if dtype is None else {"dtype": dtype}
-    if at != input.rows.dim:
+    if at != input.row_layout.dim:
         return wrap(func(input.local, at, **options), input)
     name = op_name(func)
     input = autocast(input, lambda t: func(t, 0))
@@ -55,8 +55,8 @@ def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) ->
     add, total = merges[name]
     kind = dtype or (input.dtype if input.dtype.is_floating_point or input.dtype.is_complex else torch.int64)
     local = input.local.to(precise(kind))
-    comm, _ = input.region.comm, input.rows.bounds  # rows in order, or called again
-    totals = spread(stack_ranks(total(local, at), comm.name, name), comm.name)
+    comm, _ = input.region.comm, input.row_layout.bounds  # rows in order, or called again
+    totals = replicated_operand(stack_ranks(total(local, at), comm.name, name), comm.name)
     before = total(totals[: comm.rank], 0).unsqueeze(at)
     return wrap(add(func(local, at), before).to(kind), input)
 
@@ -65,14 +65,14 @@ def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) ->
 def normalize(func: Any, input: PatchTensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
     if out is not None:
         return fallback(func, input, p, dim, eps, out)
-    if input.rows.dim not in normalize_dims(dim, input.ndim):
+    if input.row_layout.dim not in normalize_dims(dim, input.ndim):
         return wrap(func(input.local, p, dim, eps), input)
     return input / torch.linalg.vector_norm(input, p, dim, True).clamp_min(eps)
 
 
 @rule(*named("glu"))
 def glu(func: Any, input: PatchTensor, dim: int = -1) -> Any:
-    if nth(dim, input.ndim) != input.rows.dim:
+    if nth(dim, input.ndim) != input.row_layout.dim:
         return wrap(func(input.local, dim), input)
     values, gates = input.chunk(2, dim)
     return values * gates.sigmoid()

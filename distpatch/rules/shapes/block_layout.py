@@ -23,7 +23,7 @@ from distpatch.rules.core.fallback import record
 from distpatch.rules.core.operands import reshard
 from distpatch.rules.core.registry import ANY_ORDER, named
 from distpatch.rules.elementwise.pointwise import pointwise
-from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor, whole
+from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor, gather_replicated
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
@@ -75,12 +75,12 @@ def in_order(tensor: Tensor) -> Tensor:
         tensor = tensor.plain
     if not isinstance(tensor, BlockTensor):
         return tensor
-    layout, comm = tensor.rows, tensor.region.comm
+    layout, comm = tensor.row_layout, tensor.region.comm
     bounds = even_bounds(layout.size, comm.size)
     needs = needs_in_order(layout.inner, layout.blocks, bounds)
     if len(needs[0]) > MOST_PIECES:
         record("reshape", [tensor])
-        return reshard(tensor, whole(tensor), layout.dim)
+        return reshard(tensor, gather_replicated(tensor), layout.dim)
     held = tuple(b * layout.blocks for b in layout.inner)
     pieces = fetch_rows(tensor.local, layout.dim, held, needs, comm.name, "reshape", False)
     return PatchTensor(torch.cat(pieces, layout.dim), RowLayout(layout.dim, bounds), tensor.region)

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from distpatch.layout.rows import Bounds, RowLayout, even_bounds
 from distpatch.layout.transfers import padded
-from distpatch.lazy.deferred_ops import put_off
+from distpatch.lazy.deferred_ops import defer
 from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import (
+    can_defer,
     check_group,
     fetch,
-    may_wait,
+    in_memory_of,
+    materialize_if_costly,
     normalize_dims,
-    placed,
     redistribute,
-    settled,
+    replicated_operand,
     sizes_of,
-    spread,
     wrap,
 )
 from distpatch.rules.core.registry import named, nth, rule
@@ -47,7 +47,7 @@ def assembled(
     One exchange for each sharded tensor; plain ones are sliced. Sharded along another dim: turned first.
     """
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
-    dim, comm = lead.rows.dim, lead.region.comm
+    dim, comm = lead.row_layout.dim, lead.region.comm
     bounds = bounds or even_bounds(sum(stop - start for _, start, stop in segments), comm.size)
     shares = _shares(tuple(segments), bounds)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
@@ -56,11 +56,11 @@ def assembled(
         needs = padded([[(a, b) for k, a, b in share if k == index] for share in shares])
         if isinstance(tensor, PatchTensor):
             check_group(tensor, lead, func)
-            turned = tensor.rows.dim != dim
-            layout = RowLayout(dim, even_bounds(tensor.shape[dim], comm.size)) if turned else tensor.rows
+            turned = tensor.row_layout.dim != dim
+            layout = RowLayout(dim, even_bounds(tensor.shape[dim], comm.size)) if turned else tensor.row_layout
             pieces.append(iter(fetch(redistribute(tensor, layout, func), needs, func)))
         else:
-            plain = spread(tensor, lead)
+            plain = replicated_operand(tensor, lead)
             pieces.append(iter([plain.narrow(dim, a, b - a) for a, b in needs[comm.rank]]))
     own = [next(pieces[k]) for k, _, _ in shares[comm.rank]]
     rest = [piece for fetched in pieces for piece in fetched]  # without rows, for the autograd graph
@@ -93,33 +93,33 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, *, out: Any = None) 
     tensors = [t for t in tensors if t.shape != (0,)]
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
     at = nth(dim, lead.ndim)
-    if at == lead.rows.dim:
+    if at == lead.row_layout.dim:
         return assembled(func, tensors, [(k, 0, t.shape[at]) for k, t in enumerate(tensors)])
-    if (later := _cat_later(func, tensors, lead, at)) is not None:
+    if (later := _defer_cat(func, tensors, lead, at)) is not None:
         return later
     return wrap(func([_rows_like(t, lead, func) for t in tensors], at), lead)
 
 
-def _cat_later(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int) -> PatchTensor | None:
+def _defer_cat(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int) -> PatchTensor | None:
     """When it is asked for, where all are of the same kind and rows; else None."""
-    size_bytes = sum(t.known.shape.numel() * t.dtype.itemsize for t in tensors if isinstance(t, PatchTensor))
+    size_bytes = sum(t.local_or_recipe.shape.numel() * t.dtype.itemsize for t in tensors if isinstance(t, PatchTensor))
     recipes = []
     for t in tensors:
         if (
             not isinstance(t, PatchTensor)
-            or t.rows != lead.rows
+            or t.row_layout != lead.row_layout
             or t.dtype != lead.dtype
-            or not may_wait(t, size_bytes)
+            or not can_defer(t, size_bytes)
         ):
             return None
         if t.region.comm is not lead.region.comm or t.ndim != lead.ndim:
             return None
-        recipes.append(settled(t).as_recipe)
+        recipes.append(materialize_if_costly(t).as_recipe)
     sizes = [[n for d, n in enumerate(t.shape) if d != at] for t in tensors]
     if any(own != sizes[0] for own in sizes):
         return None
     shape = [sum(t.shape[at] for t in tensors) if d == at else n for d, n in enumerate(recipes[0].shape)]
-    return wrap(put_off(op_name(func), recipes[0], recipes, lambda parts, mine: func(parts, at), shape=shape), lead)
+    return wrap(defer(op_name(func), recipes[0], recipes, lambda parts, mine: func(parts, at), shape=shape), lead)
 
 
 @rule(*named("stack"))
@@ -128,20 +128,20 @@ def stack(func: Any, tensors: Sequence[Tensor], dim: int = 0, *, out: Any = None
         return fallback(func, tensors, dim, out=out)
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
     at = dim % (lead.ndim + 1)
-    moved = lead.rows.with_dim(lead.rows.dim + (at <= lead.rows.dim))
+    moved = lead.row_layout.with_dim(lead.row_layout.dim + (at <= lead.row_layout.dim))
     return wrap(func([_rows_like(t, lead, func) for t in tensors], at), lead, moved)
 
 
 def _rows_like(tensor: Tensor, lead: PatchTensor, func: Any) -> Tensor:
-    if tensor.ndim != lead.ndim or tensor.shape[lead.rows.dim] != lead.rows.size:
+    if tensor.ndim != lead.ndim or tensor.shape[lead.row_layout.dim] != lead.row_layout.size:
         raise RuntimeError(
             f"{op_name(func)}: sizes of tensors must match, got {tuple(tensor.shape)} beside {tuple(lead.shape)}"
         )
     if isinstance(tensor, PatchTensor):
         check_group(tensor, lead, func)
-        return redistribute(tensor, lead.rows, func).local
-    lo, hi = lead.rows.interval(lead.region.comm.rank)
-    return spread(tensor, lead).narrow(lead.rows.dim, lo, hi - lo)
+        return redistribute(tensor, lead.row_layout, func).local
+    lo, hi = lead.row_layout.interval(lead.region.comm.rank)
+    return replicated_operand(tensor, lead).narrow(lead.row_layout.dim, lo, hi - lo)
 
 
 @rule(*named("hstack", "vstack", "row_stack", "dstack", "column_stack"))
@@ -157,10 +157,10 @@ def stack_along(func: Any, tensors: Sequence[Tensor], *, out: Any = None) -> Any
 def repeat(func: Any, input: PatchTensor, *repeats: Any, **kwargs: Any) -> Any:
     times = sizes_of(repeats, kwargs, "repeats", "dims")
     times = (1,) * (input.ndim - len(times)) + times
-    dim = len(times) - input.ndim + input.rows.dim
+    dim = len(times) - input.ndim + input.row_layout.dim
     others = [1 if d == dim else n for d, n in enumerate(times)]
-    result = wrap(input.local.repeat(others), input, input.rows.with_dim(dim))
-    return result if times[dim] == 1 else assembled(func, [result], [(0, 0, input.rows.size)] * times[dim])
+    result = wrap(input.local.repeat(others), input, input.row_layout.with_dim(dim))
+    return result if times[dim] == 1 else assembled(func, [result], [(0, 0, input.row_layout.size)] * times[dim])
 
 
 @rule(*named("repeat_interleave"))
@@ -173,14 +173,14 @@ def repeat_interleave(
     if not isinstance(input, PatchTensor) or dim is None:
         return fallback(func, input, repeats, dim, output_size=output_size)
     at = nth(dim, input.ndim)
-    if at != input.rows.dim:
+    if at != input.row_layout.dim:
         if isinstance(repeats, PatchTensor):
             return fallback(func, input, repeats, dim, output_size=output_size)
-        repeats = spread(repeats, input) if isinstance(repeats, Tensor) else repeats
+        repeats = replicated_operand(repeats, input) if isinstance(repeats, Tensor) else repeats
         return wrap(func(input.local, repeats, at, output_size=output_size), input)
     if not isinstance(repeats, int):
         return fallback(func, input, repeats, dim, output_size=output_size)
-    bounds = tuple(b * repeats for b in input.rows.bounds)
+    bounds = tuple(b * repeats for b in input.row_layout.bounds)
     return wrap(func(input.local, repeats, at), input, RowLayout(at, bounds))
 
 
@@ -190,14 +190,14 @@ def roll(func: Any, input: PatchTensor, shifts: Any, dims: Any = (), **kwargs: A
     if dims is None or (isinstance(dims, (tuple, list)) and not dims):
         return fallback(func, input, shifts, dims)
     along = normalize_dims(dims, input.ndim)
-    others = [(step, d) for step, d in zip(steps, along, strict=True) if d != input.rows.dim]
+    others = [(step, d) for step, d in zip(steps, along, strict=True) if d != input.row_layout.dim]
     if others:
         input = wrap(func(input.local, *zip(*others)), input)
-    size = input.rows.size
-    shift = sum(step for step, d in zip(steps, along) if d == input.rows.dim) % max(size, 1)
+    size = input.row_layout.size
+    shift = sum(step for step, d in zip(steps, along) if d == input.row_layout.dim) % max(size, 1)
     if not shift:
         return input if others else input.clone()
-    return assembled(func, [input], [(0, size - shift, size), (0, 0, size - shift)], input.rows.bounds)
+    return assembled(func, [input], [(0, size - shift, size), (0, 0, size - shift)], input.row_layout.bounds)
 
 
 @rule(*named("flip", "fliplr", "flipud"))
@@ -205,11 +205,11 @@ def flip(func: Any, input: PatchTensor, *dims: Any, **kwargs: Any) -> Tensor:
     """Each rank keeps its place, and fetches the rows that come to it."""
     given = {"fliplr": (1,), "flipud": (0,)}.get(op_name(func)) or sizes_of(dims, kwargs, "dims")
     mirrored = [nth(d, input.ndim) for d in given]
-    if input.rows.dim not in mirrored:
+    if input.row_layout.dim not in mirrored:
         return wrap(input.local.flip(mirrored), input)
-    bounds = input.rows.bounds
+    bounds = input.row_layout.bounds
     needs = tuple(((bounds[-1] - hi, bounds[-1] - lo),) for lo, hi in pairwise(bounds))
-    return placed(fetch(input, needs, func)[0].flip(mirrored), input)
+    return in_memory_of(fetch(input, needs, func)[0].flip(mirrored), input)
 
 
 @rule(*named("rot90"))

@@ -32,16 +32,18 @@ def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, out: An
         return fallback(func, input, **given, **({} if out is None else {"out": out}))
 
     def transformed(x: PatchTensor) -> PatchTensor:
-        return wrap(on_some_rows(lambda rows: func(rows, **given), x.local, x.rows.dim), x)
+        return wrap(on_some_rows(lambda rows: func(rows, **given), x.local, x.row_layout.dim), x)
 
-    if input.rows.dim in beside:
+    if input.row_layout.dim in beside:
         return transformed(input)
     widest, ranks = max(beside, key=lambda d: input.shape[d]), input.region.comm.size
     turned = redistribute(input, RowLayout(widest, even_bounds(input.shape[widest], ranks)), func)
     result = transformed(turned)
-    row = input.rows.dim
-    same = result.shape[row] == input.rows.size
-    return redistribute(result, input.rows if same else RowLayout(row, even_bounds(result.shape[row], ranks)), func)
+    row = input.row_layout.dim
+    same = result.shape[row] == input.row_layout.size
+    return redistribute(
+        result, input.row_layout if same else RowLayout(row, even_bounds(result.shape[row], ranks)), func
+    )
 
 
 @rule(torch.fft.fftshift, torch.fft.ifftshift)

@@ -14,17 +14,17 @@ from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.fresh_buffers import shard_like
 from distpatch.rules.core.operands import (
     fetch,
+    local_rows_of,
     on_some_rows,
-    own_rows,
     redistribute,
-    spread,
+    replicated_operand,
     wrap,
 )
 from distpatch.rules.core.registry import named, nth, rule, written
 from distpatch.rules.reductions.extrema import picked
 from distpatch.rules.shapes.slicing import slice_dim
 from distpatch.rules.shapes.take_rows import rows_by_number
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
 
@@ -32,7 +32,7 @@ from distpatch.torch_utils.op_names import op_name
 def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out: Any = None) -> Any:
     if isinstance(index, PatchTensor) or not isinstance(input, PatchTensor) or out is not None:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
-    if nth(dim, input.ndim) == input.rows.dim:
+    if nth(dim, input.ndim) == input.row_layout.dim:
         return rows_by_number(input, index.flatten(), func)
     return wrap(func(input.local, dim, index), input)
 
@@ -41,16 +41,16 @@ def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out:
 def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False, out: Any = None) -> Any:
     """The index may have fewer rows than the input: it is then taken from the first of them."""
     at = nth(dim, input.ndim)
-    row = next(t for t in (input, index) if isinstance(t, PatchTensor)).rows.dim
-    if isinstance(index, PatchTensor) and index.rows.dim != row:
+    row = next(t for t in (input, index) if isinstance(t, PatchTensor)).row_layout.dim
+    if isinstance(index, PatchTensor) and index.row_layout.dim != row:
         index = redistribute(index, RowLayout(row, even_bounds(index.shape[row], index.region.comm.size)), func)
     if at == row and out is None:
         if not isinstance(input, PatchTensor):
             assert isinstance(index, PatchTensor)
-            return wrap(func(spread(input, index), at, index.local), index)
+            return wrap(func(replicated_operand(input, index), at, index.local), index)
         if not isinstance(index, PatchTensor):
             return picked(input, index, func)
-        if input.rows.size:
+        if input.row_layout.size:
             return _passed_by(func, input, index)
     if at == row or out is not None or index.shape[row] > input.shape[row]:
         return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
@@ -58,20 +58,20 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     lead = index if isinstance(index, PatchTensor) else input
     assert isinstance(lead, PatchTensor)
     back = row - lead.ndim
-    return wrap(func(own_rows(input, lead, back, func), at, own_rows(index, lead, back, func)), lead)
+    return wrap(func(local_rows_of(input, lead, back, func), at, local_rows_of(index, lead, back, func)), lead)
 
 
 def _passed_by(func: Any, x: PatchTensor, index: PatchTensor) -> PatchTensor:
     """Rows by numbers that only the device knows: each rank's rows are shown to all, one rank after the other."""
-    dim, world = x.rows.dim, x.rows.world_size
+    dim, world = x.row_layout.dim, x.row_layout.world_size
     layout = RowLayout(dim, even_bounds(index.shape[dim], world))
     own = redistribute(index, layout, func).local
     found = None
-    for lo, hi in pairwise(x.rows.bounds):
+    for lo, hi in pairwise(x.row_layout.bounds):
         if lo < hi:
             rows = fetch(x, (((lo, hi),),) * world, func)[0]
             here = (own >= lo) & (own < hi)
-            elsewhere = torch.where((own >= 0) & (own < x.rows.size), 0, own)  # torch refuses what is nobody's
+            elsewhere = torch.where((own >= 0) & (own < x.row_layout.size), 0, own)  # torch refuses what is nobody's
             part = func(rows, dim, torch.where(here, own - lo, elsewhere))
             found = part if found is None else torch.where(here, part, found)
     assert found is not None
@@ -100,27 +100,32 @@ def scatter(func: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, 
     at = nth(dim, input.ndim)
     if not isinstance(input, PatchTensor):
         input = _sharded_as(func, input, at, index, value)
-    row = input.rows.dim if isinstance(input, PatchTensor) else at
+    row = input.row_layout.dim if isinstance(input, PatchTensor) else at
     if at == row or index.shape[row] != input.shape[row] or kwargs.get("out") is not None:
         kwargs.update({"value": value} if named_value else {})
         return fallback(func, input, dim, index, *([] if named_value else [src]), *args, **kwargs)
     assert isinstance(input, PatchTensor)
     back = row - input.ndim
     if isinstance(value, Tensor) and value.ndim:
-        value = own_rows(slice_dim(value, row, slice(0, index.shape[row])), input, back, func)
-    result = func(input.local, at, own_rows(index, input, back, func), value, *args, **kwargs)
+        value = local_rows_of(slice_dim(value, row, slice(0, index.shape[row])), input, back, func)
+    result = func(input.local, at, local_rows_of(index, input, back, func), value, *args, **kwargs)
     return written(input) if result is input.local else wrap(result, input)
 
 
 def _sharded_as(func: Any, input: Tensor, at: int, *others: Any) -> Tensor:
     """A plain tensor that sharded ones are written to beside their rows, sharded as they are: its rows are enough."""
     lead = next((t for t in others if isinstance(t, PatchTensor)), None)
-    if lead is None or lead.ndim != input.ndim or lead.rows.dim == at or lead.rows.size != input.shape[lead.rows.dim]:
+    if (
+        lead is None
+        or lead.ndim != input.ndim
+        or lead.row_layout.dim == at
+        or lead.row_layout.size != input.shape[lead.row_layout.dim]
+    ):
         return input
     if op_name(func).endswith("_"):
         shard_like(input, lead)  # in place, where it can be
         return input
-    return wrap(own_rows(input, lead, lead.rows.dim - lead.ndim, func), lead)
+    return wrap(local_rows_of(input, lead, lead.row_layout.dim - lead.ndim, func), lead)
 
 
 @rule(*named("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_"))
@@ -139,15 +144,15 @@ def index_write(
         return fallback(func, input, dim, index, source, **options, **kwargs)
     at, in_place = nth(dim, input.ndim), op_name(func).endswith("_")
     out_of_place = getattr(torch, op_name(func).rstrip("_"))
-    if at != input.rows.dim:
+    if at != input.row_layout.dim:
         if isinstance(source, Tensor):
-            back = input.rows.dim - input.ndim
-            source = own_rows(source, input, back, func) if source.ndim else spread(source, input)
+            back = input.row_layout.dim - input.ndim
+            source = local_rows_of(source, input, back, func) if source.ndim else replicated_operand(source, input)
         local = out_of_place(input.local, at, index, source, **options)
     else:
-        lo, hi = input.rows.interval(input.region.comm.rank)
-        source = spread(whole(source), input) if isinstance(source, Tensor) else source
-        index = torch.where(index < 0, index + input.rows.size, index)
+        lo, hi = input.row_layout.interval(input.region.comm.rank)
+        source = replicated_operand(gather_replicated(source), input) if isinstance(source, Tensor) else source
+        index = torch.where(index < 0, index + input.row_layout.size, index)
         own = torch.where((index >= lo) & (index < hi), index - lo, hi - lo)
         sink = input.local.new_zeros([1 if d == at else n for d, n in enumerate(input.local.shape)])
         local = out_of_place(torch.cat([input.local, sink], at), at, own, source, **options)
@@ -193,8 +198,8 @@ def embedding(
     if isinstance(weight, PatchTensor) or max_norm is not None or scale_grad_by_freq or sparse:
         return fallback(func, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     assert isinstance(input, PatchTensor)
-    table = spread(weight, input)
-    return wrap(on_some_rows(lambda rows: func(rows, table, padding_idx), input.local, input.rows.dim), input)
+    table = replicated_operand(weight, input)
+    return wrap(on_some_rows(lambda rows: func(rows, table, padding_idx), input.local, input.row_layout.dim), input)
 
 
 @rule(F.one_hot)

@@ -15,12 +15,12 @@ from distpatch.layout.rows import RowLayout, even_bounds
 from distpatch.rules.core.aliasing import is_basic
 from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.fresh_buffers import shard_along, shard_like
-from distpatch.rules.core.operands import rows_of, spread, wrap
+from distpatch.rules.core.operands import local_operand, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.shapes.concatenation import assembled
 from distpatch.rules.shapes.slicing import slice_dim
 from distpatch.rules.shapes.take_rows import rows_by_number
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.tree import tensors_in
 
 Items = list[Any]  # an index, one item for each dim of the tensor (and None for each new one)
@@ -33,19 +33,19 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
     """Numbers and slices one dim after the other; lists and replicated tensors of numbers beside the rows."""
     if not isinstance(input, PatchTensor):
         return _looked_up(func, input, index)
-    items = _spelled_out(index, input)
+    items = _expand_index(index, input)
     if all(map(is_basic, items)):
         return _basic(input, items)
-    row = _item_of(items, input.rows.dim)
-    if row is None or any(map(_is_odd, items)):
+    row = _item_of(items, input.row_layout.dim)
+    if row is None or any(map(_is_unsupported_index, items)):
         return fallback(func, input, index)
     if _is_mask(items[row]):  # of rows: which they are has to be read anyway
-        items[row] = _places(items[row], input.rows.size)
+        items[row] = _places(items[row], input.row_layout.size)
     if isinstance(items[row], slice):
-        x = slice_dim(input, input.rows.dim, items[row])
+        x = slice_dim(input, input.row_layout.dim, items[row])
         assert isinstance(x, PatchTensor)
         items[row] = WHOLE
-        return wrap(x.local[tuple(items)], x, x.rows.with_dim(_row_dim_after(x, items)[0]))
+        return wrap(x.local[tuple(items)], x, x.row_layout.with_dim(_row_dim_after(x, items)[0]))
     if isinstance(items[row], list) and all(map(_is_whole, [*items[:row], *items[row + 1 :]])):
         return _chosen_rows(func, input, items[row])
     numbers = items[row]
@@ -53,11 +53,11 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
         items[row] = WHOLE
         x = _basic(input, items)
         chosen = rows_by_number(x, numbers.flatten(), func)
-        return chosen if numbers.ndim == 1 else chosen.unflatten(x.rows.dim, numbers.shape)
+        return chosen if numbers.ndim == 1 else chosen.unflatten(x.row_layout.dim, numbers.shape)
     return _numbered_rows(func, input, items, row)
 
 
-def _spelled_out(index: Any, x: Tensor) -> Items:
+def _expand_index(index: Any, x: Tensor) -> Items:
     """The index as items that speak of every dim: numbers, slices, None, lists of numbers, tensors."""
     items = [_as_item(item, x) for item in as_tuple(index)]
     left = [WHOLE] * (x.ndim - sum(map(_dims_of, items)))
@@ -106,7 +106,7 @@ def _is_mask(item: Any) -> bool:
     return isinstance(item, Tensor) and item.dtype in {torch.bool, torch.uint8}
 
 
-def _is_odd(item: Any) -> bool:
+def _is_unsupported_index(item: Any) -> bool:
     """Sharded itself, or a single truth value, which makes a new dim."""
     return isinstance(item, (PatchTensor, bool)) or (_is_mask(item) and item.ndim == 0)
 
@@ -149,7 +149,7 @@ def _row_dim_after(x: PatchTensor, items: Items) -> tuple[int, int]:
     lengths = [len(item) for item in items if isinstance(item, list)]
     lengths += [item.numel() for item in items if isinstance(item, Tensor)]
     marked = 1 + max([*x.shape, *lengths])
-    probe = torch.empty([marked if d == x.rows.dim else n for d, n in enumerate(x.shape)], device="meta")
+    probe = torch.empty([marked if d == x.row_layout.dim else n for d, n in enumerate(x.shape)], device="meta")
     stand_ins: Items = []
     for item in items:
         if isinstance(item, list):
@@ -166,9 +166,9 @@ def _row_dim_after(x: PatchTensor, items: Items) -> tuple[int, int]:
 
 def _chosen_rows(func: Any, x: PatchTensor, numbers: Sequence[int]) -> PatchTensor:
     """Rows by number: every rank knows the numbers, so it knows who has them."""
-    size = x.rows.size
+    size = x.row_layout.size
     if any(not -size <= i < size for i in numbers):
-        raise IndexError(f"index {numbers} is out of bounds for dimension {x.rows.dim} with size {size}")
+        raise IndexError(f"index {numbers} is out of bounds for dimension {x.row_layout.dim} with size {size}")
     runs = groupby(enumerate(i % size for i in numbers), key=lambda pair: pair[1] - pair[0])
     rows = [[row for _, row in run] for _, run in runs]
     return assembled(func, [x], [(0, run[0], run[-1] + 1) for run in rows])
@@ -191,16 +191,16 @@ def _numbered_rows(func: Any, x: PatchTensor, items: Items, row: int) -> Any:
         return fallback(func, x, tuple(items))
     back = along[0]
     x = rows_by_number(x, numbers.flatten(), func)
-    lo, hi = x.rows.interval(x.region.comm.rank)
+    lo, hi = x.row_layout.interval(x.region.comm.rank)
     own = {
-        at: i.narrow(back, lo, hi - lo) if i.ndim >= -back and i.shape[back] == x.rows.size else i
+        at: i.narrow(back, lo, hi - lo) if i.ndim >= -back and i.shape[back] == x.row_layout.size else i
         for at, i in chosen.items()
     }
     shape = [-1 if d == numbers.ndim + back else 1 for d in range(numbers.ndim)]
     own[row] = torch.arange(hi - lo, device=x.device).view(shape)
     marked = [own.get(at, item) for at, item in enumerate(items)]
     dim = _chosen_dim(x, marked, back)
-    return wrap(x.local[tuple(marked)], x, x.rows.with_dim(dim))
+    return wrap(x.local[tuple(marked)], x, x.row_layout.with_dim(dim))
 
 
 def _chosen_dim(x: PatchTensor, items: Items, back: int) -> int:
@@ -214,26 +214,26 @@ def _chosen_dim(x: PatchTensor, items: Items, back: int) -> int:
 
 def _looked_up(func: Any, table: Tensor, index: Any) -> Any:
     """A replicated table at sharded numbers: each rank looks up its own."""
-    items = _spelled_out(index, table)
+    items = _expand_index(index, table)
     at = next((at for at, item in enumerate(items) if isinstance(item, PatchTensor)), 0)
     lead = items[at]
     if _is_mask(lead) or not all(map(_is_whole, [*items[:at], *items[at + 1 :]])):
         return fallback(func, table, index)
     items[at] = lead.local
-    return wrap(spread(table, lead)[tuple(items)], lead, lead.rows.with_dim(at + lead.rows.dim))
+    return wrap(replicated_operand(table, lead)[tuple(items)], lead, lead.row_layout.with_dim(at + lead.row_layout.dim))
 
 
 @rule(torch.Tensor.__setitem__)
 def setitem(func: Any, input: Tensor, index: Any, value: Any) -> None:
     """Written to the rows where they are: every rank keeps its own of the value; a replicated tensor takes all."""
-    items = _spelled_out(index, input)
+    items = _expand_index(index, input)
     if not isinstance(input, PatchTensor):
-        _adopt(input, items, value)
+        _shard_in_place(input, items, value)
     if not isinstance(input, PatchTensor):
         if any(isinstance(t, PatchTensor) for t in tensors_in(index)):
             fallback(func, input, index, value)
         else:
-            input[index] = whole(value)
+            input[index] = gather_replicated(value)
         return
     if all(map(is_basic, items)):
         _set_basic(input, items, value)
@@ -243,32 +243,34 @@ def setitem(func: Any, input: Tensor, index: Any, value: Any) -> None:
         _set_chosen(func, input, items, value)
 
 
-def _adopt(target: Tensor, items: Items, value: Any) -> None:
+def _shard_in_place(target: Tensor, items: Items, value: Any) -> None:
     """Make a plain tensor that rows are written to, or chosen in by a sharded mask, a sharded one."""
     if items and isinstance(items[0], PatchTensor) and _is_mask(items[0]) and all(map(_is_whole, items[1:])):
-        shard_like(target, items[0], items[0].rows.dim)
+        shard_like(target, items[0], items[0].row_layout.dim)
     if not isinstance(value, PatchTensor) or None in items or not all(map(is_basic, items)):
         return
     kept = [dim for dim, item in enumerate(items) if isinstance(item, slice)]
-    back = value.rows.dim - value.ndim
+    back = value.row_layout.dim - value.ndim
     if -back > len(kept):
         return
     dim = kept[back]
     rows = target.shape[dim]
-    if len(range(rows)[items[dim]]) == value.rows.size:
-        bounds = value.rows.bounds if value.rows.size == rows else even_bounds(rows, value.region.comm.size)
+    if len(range(rows)[items[dim]]) == value.row_layout.size:
+        bounds = value.row_layout.bounds if value.row_layout.size == rows else even_bounds(rows, value.region.comm.size)
         shard_along(target, value, RowLayout(dim, bounds))
 
 
 def _set_basic(x: PatchTensor, items: Items, value: Any) -> None:
     """One row is written as a slice of one row, since its owner alone has it."""
-    row = _item_of(items, x.rows.dim)
+    row = _item_of(items, x.row_layout.dim)
     assert row is not None
     number = items[row]
     if isinstance(number, int):
-        if not -x.rows.size <= number < x.rows.size:
-            raise IndexError(f"index {number} is out of bounds for dimension {x.rows.dim} of {x.rows.size} rows")
-        number %= x.rows.size
+        if not -x.row_layout.size <= number < x.row_layout.size:
+            raise IndexError(
+                f"index {number} is out of bounds for dimension {x.row_layout.dim} of {x.row_layout.size} rows"
+            )
+        number %= x.row_layout.size
         items[row] = slice(number, number + 1)
     target = _basic(x, items)
     if not isinstance(value, Tensor):
@@ -277,7 +279,7 @@ def _set_basic(x: PatchTensor, items: Items, value: Any) -> None:
     one_row = isinstance(number, int)
     while value.ndim > target.ndim - one_row and value.shape[0] == 1:
         value = value.squeeze(0)
-    behind = target.ndim - 1 - target.rows.dim  # dims behind the rows
+    behind = target.ndim - 1 - target.row_layout.dim  # dims behind the rows
     if one_row and value.ndim > behind:
         value = value.unsqueeze(value.ndim - behind)
     target.copy_(value)
@@ -285,23 +287,23 @@ def _set_basic(x: PatchTensor, items: Items, value: Any) -> None:
 
 def _set_chosen(func: Any, x: PatchTensor, items: Items, value: Any) -> None:
     """``x[items] = value`` with lists or replicated tensors of numbers: beside the rows, or of rows alone."""
-    row = _item_of(items, x.rows.dim)
-    if row is None or any(map(_is_odd, items)):
+    row = _item_of(items, x.row_layout.dim)
+    if row is None or any(map(_is_unsupported_index, items)):
         fallback(func, x, tuple(items), value)
     elif isinstance(items[row], slice):
-        target = slice_dim(x, x.rows.dim, items[row])
+        target = slice_dim(x, x.row_layout.dim, items[row])
         assert isinstance(target, PatchTensor)
         items[row] = WHOLE
         dim, ndim = _row_dim_after(target, items)
         if isinstance(value, Tensor):
-            value = rows_of(value, target, dim - ndim, func)
+            value = local_operand(value, target, dim - ndim, func)
         target.local[tuple(items)] = value
     elif all(map(_is_whole, [*items[:row], *items[row + 1 :]])):
         numbers = torch.as_tensor(items[row], device=x.device)
         shape = (*x.shape[:row], *numbers.shape, *x.shape[row + 1 :])
         value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=x.dtype, device=x.device)
         value = value.to(x.dtype).expand(shape).flatten(row, row + numbers.ndim - 1)
-        x.index_copy_(row, numbers.flatten() % x.rows.size, value)
+        x.index_copy_(row, numbers.flatten() % x.row_layout.size, value)
     else:
         fallback(func, x, tuple(items), value)
 
@@ -325,14 +327,14 @@ def _set_masked(x: PatchTensor, mask: Tensor, value: Any) -> None:
     elif value.ndim <= rest or value.shape[0] == 1:
         x.copy_(torch.where(wide, value[0] if value.ndim > rest else value, x))
     else:
-        x.local.copy_(masked_rows(x, whole(mask), whole(value)))
+        x.local.copy_(masked_rows(x, gather_replicated(mask), gather_replicated(value)))
 
 
 def masked_rows(x: PatchTensor, mask: Tensor, values: Tensor) -> Tensor:
     """This rank's rows with the replicated ``values``, (number of places, ...), where the mask is, in order."""
-    dim, number = x.rows.dim, mask.flatten().cumsum(0).view(mask.shape) - 1
-    lo, hi = x.rows.interval(x.region.comm.rank)
-    values = spread(values, x)
+    dim, number = x.row_layout.dim, mask.flatten().cumsum(0).view(mask.shape) - 1
+    lo, hi = x.row_layout.interval(x.region.comm.rank)
+    values = replicated_operand(values, x)
     if mask.ndim > dim:
         mask, number = mask.narrow(dim, lo, hi - lo), number.narrow(dim, lo, hi - lo)
     else:
@@ -346,7 +348,7 @@ def masked_rows(x: PatchTensor, mask: Tensor, values: Tensor) -> Tensor:
 def masked_scatter(func: Any, input: PatchTensor, mask: Tensor, source: Tensor) -> Any:
     if not isinstance(input, PatchTensor) or torch.broadcast_shapes(input.shape, mask.shape) != input.shape:
         return fallback(func, input, mask, source)
-    local = masked_rows(input, whole(mask).expand(input.shape), whole(source).flatten())
+    local = masked_rows(input, gather_replicated(mask).expand(input.shape), gather_replicated(source).flatten())
     if not func.__name__.endswith("_"):
         return wrap(local, input)
     input.local.copy_(local)

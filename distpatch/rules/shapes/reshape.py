@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from distpatch.layout.rows import BlockLayout, RowLayout, aligned_bounds
-from distpatch.rules.core.aliasing import copied, is_sure, memory_of
+from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.operands import opened, redistribute, reshard, shares_memory, sizes_of, wrap
+from distpatch.rules.core.operands import redistribute, reshard, shares_memory, sizes_of, unmerge_blocks, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.shapes.block_layout import merged_place
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
 
@@ -29,11 +29,11 @@ def reshape(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor
     if "dtype" in kwargs or (shape and isinstance(shape[0], torch.dtype)):
         return _view_dtype(func, input, *shape, **kwargs)
     shape = _infer(sizes_of(shape, kwargs, "shape", "size"), input.numel())
-    x = opened(input)
+    x = unmerge_blocks(input)
     if input.numel() == 0:
-        rows = x.rows.dim if x.rows.dim < len(shape) and shape[x.rows.dim] == x.rows.size else 0
-        return reshard(x, whole(x).reshape(shape), rows) if shape else fallback(func, input, shape)
-    place = _place(x.shape, shape, x.rows.dim)
+        rows = x.row_layout.dim if x.row_layout.dim < len(shape) and shape[x.row_layout.dim] == x.row_layout.size else 0
+        return reshard(x, gather_replicated(x).reshape(shape), rows) if shape else fallback(func, input, shape)
+    place = _place(x.shape, shape, x.row_layout.dim)
     if place is None:
         return fallback(torch.reshape, input, shape)
     return _placed(func, input, x, shape, *place)
@@ -41,16 +41,16 @@ def reshape(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor
 
 def _placed(func: Any, input: PatchTensor, x: PatchTensor, shape: tuple[int, ...], dim: int, blocks: int) -> Tensor:
     """``x`` (``input``, its blocks opened) in a shape where its rows begin dim ``dim``, or blocks in it."""
-    old, new = math.prod(x.shape[x.rows.dim + 1 :]), math.prod(shape[dim + 1 :])
+    old, new = math.prod(x.shape[x.row_layout.dim + 1 :]), math.prod(shape[dim + 1 :])
     unit = math.lcm(old, new) // old  # whole new rows are made of multiples of this many old rows
-    moved = redistribute(x, x.rows.with_bounds(aligned_bounds(x.rows.bounds, unit)), func)
-    bounds = tuple(b * old // new for b in moved.rows.bounds)
+    moved = redistribute(x, x.row_layout.with_bounds(aligned_bounds(x.row_layout.bounds, unit)), func)
+    bounds = tuple(b * old // new for b in moved.row_layout.bounds)
     lo, hi = bounds[x.region.comm.rank : x.region.comm.rank + 2]
     sizes = [blocks * (hi - lo) if d == dim else n for d, n in enumerate(shape)]
     layout = RowLayout(dim, bounds) if blocks == 1 else BlockLayout(dim, bounds, blocks)
     local = moved.local.reshape(sizes)
     is_view = shares_memory(local, input.local)
-    if is_view and not is_sure(x) and not _has_view(input, shape):
+    if is_view and not strides_unambiguous(x) and not _has_view(input, shape):
         local = local.clone()
     result = wrap(local, x, layout)
     return result if is_view else _of_view(result, input, func)
@@ -109,7 +109,7 @@ def _has_view(x: PatchTensor, shape: Sequence[int]) -> bool:
 def _view_dtype(func: Any, input: PatchTensor, dtype: torch.dtype) -> Tensor:
     """The same bytes as other numbers; another size of number changes the last dim."""
     local = input.local.view(dtype)
-    if input.rows.dim == input.ndim - 1 and local.element_size() != input.element_size():
+    if input.row_layout.dim == input.ndim - 1 and local.element_size() != input.element_size():
         return fallback(func, input, dtype)
     return wrap(local, input)
 
@@ -118,8 +118,8 @@ def _view_dtype(func: Any, input: PatchTensor, dtype: torch.dtype) -> Tensor:
 def flatten(func: Any, input: PatchTensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     first, last = nth(start_dim, input.ndim), nth(end_dim, input.ndim)
     shape = (*input.shape[:first], math.prod(input.shape[first : last + 1]), *input.shape[last + 1 :])
-    row = input.rows.dim
-    if not first <= row <= last or input.numel() == 0 or isinstance(input.rows, BlockLayout):
+    row = input.row_layout.dim
+    if not first <= row <= last or input.numel() == 0 or isinstance(input.row_layout, BlockLayout):
         return input.reshape(shape)
     return _placed(torch.reshape, input, input, shape, first, math.prod(input.shape[first:row]))
 

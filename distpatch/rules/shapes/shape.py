@@ -14,13 +14,13 @@ from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import normalize_dims, sizes_of, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.shapes.concatenation import assembled
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 
 
 def _moved(x: PatchTensor, local: Tensor, order: Sequence[int]) -> PatchTensor:
     """``order[i]``: the old dim that is now dim i."""
     place = list(order).index
-    return wrap(local, x, x.rows.with_dim(place(x.rows.dim)))
+    return wrap(local, x, x.row_layout.with_dim(place(x.row_layout.dim)))
 
 
 @rule(*named("permute"))
@@ -59,7 +59,7 @@ def turn(func: Any, input: PatchTensor) -> PatchTensor:
 @rule(*named("unsqueeze"))
 def unsqueeze(func: Any, input: PatchTensor, dim: int) -> PatchTensor:
     at = nth(dim, input.ndim + 1)
-    rows = input.rows.with_dim(input.rows.dim + (at <= input.rows.dim))
+    rows = input.row_layout.with_dim(input.row_layout.dim + (at <= input.row_layout.dim))
     return wrap(input.local.unsqueeze(at), input, rows)
 
 
@@ -70,21 +70,21 @@ def squeeze(func: Any, input: PatchTensor, dim: Any = None) -> Tensor:
         if isinstance(dim, tuple) and not dim
         else [d for d in normalize_dims(dim, input.ndim) if input.shape[d] == 1]
     )
-    if input.rows.dim in dims:  # a tensor of one row is somebody's, and everybody's once it is no row
-        value = whole(input).squeeze(tuple(dims))
+    if input.row_layout.dim in dims:  # a tensor of one row is somebody's, and everybody's once it is no row
+        value = gather_replicated(input).squeeze(tuple(dims))
         return copied(value, input, func, lambda: input.copy_(value.reshape(input.shape)))
-    kept = input.rows.dim - sum(d < input.rows.dim for d in dims)
-    return wrap(input.local.squeeze(tuple(dims)), input, input.rows.with_dim(kept))
+    kept = input.row_layout.dim - sum(d < input.row_layout.dim for d in dims)
+    return wrap(input.local.squeeze(tuple(dims)), input, input.row_layout.with_dim(kept))
 
 
 @rule(*named("expand", "broadcast_to"))
 def expand(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
     sizes = list(sizes_of(shape, kwargs, "size"))
-    dim = len(sizes) - input.ndim + input.rows.dim
-    if sizes[dim] in (-1, input.rows.size):
+    dim = len(sizes) - input.ndim + input.row_layout.dim
+    if sizes[dim] in (-1, input.row_layout.size):
         sizes[dim] = -1
-        return wrap(input.local.expand(sizes), input, input.rows.with_dim(dim))
-    if input.rows.size != 1:
+        return wrap(input.local.expand(sizes), input, input.row_layout.with_dim(dim))
+    if input.row_layout.size != 1:
         raise RuntimeError(f"a tensor of shape {tuple(input.shape)} cannot be expanded to {sizes}")
     bounds = even_bounds(sizes[dim], input.region.comm.size)  # everybody's, and each rank keeps some
     lo, hi = bounds[input.region.comm.rank : input.region.comm.rank + 2]
@@ -128,6 +128,6 @@ def at_least(func: Any, *tensors: Any) -> Any:
 @rule(torch.view_as_real, torch.view_as_complex)
 def complex_view(func: Any, input: PatchTensor) -> Any:
     """The last dim of two numbers that a complex one has comes or goes."""
-    if func is torch.view_as_complex and input.rows.dim == input.ndim - 1:
+    if func is torch.view_as_complex and input.row_layout.dim == input.ndim - 1:
         return fallback(func, input)
     return wrap(func(input.local), input)

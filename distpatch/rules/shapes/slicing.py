@@ -13,7 +13,7 @@ from distpatch.rules.core.aliasing import copied
 from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import crop, part_of, wrap
 from distpatch.rules.core.registry import named, nth, rule, written
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.tree import map_tensors
 
 
@@ -23,18 +23,18 @@ from distpatch.torch_utils.tree import map_tensors
 )
 def split(func: Any, input: PatchTensor, sizes: Any = None, dim: int = 0, **kwargs: Any) -> Any:
     sizes = next(iter(kwargs.values()), sizes)  # chunks=, split_size=, sections=, indices=, ...
-    sizes = whole(sizes) if isinstance(sizes, Tensor) else sizes
+    sizes = gather_replicated(sizes) if isinstance(sizes, Tensor) else sizes
     at = nth(dim, input.ndim)
-    if at != input.rows.dim:
+    if at != input.row_layout.dim:
         return tuple(wrap(part, input) for part in func(input.local, sizes, at))
     # torch cuts a tensor that has rows and no data, and every rank keeps its own rows of each part.
-    counted = func(torch.empty(input.rows.size, device="meta"), sizes, 0)
+    counted = func(torch.empty(input.row_layout.size, device="meta"), sizes, 0)
     return tuple(crop(input, part.storage_offset(), part.storage_offset() + len(part)) for part in counted)
 
 
 @rule(*named("hsplit", "vsplit", "dsplit"))
 def split_along(func: Any, input: PatchTensor, *sizes: Any, **kwargs: Any) -> Any:
-    (given,) = map_tensors(whole, sizes or tuple(kwargs.values()))
+    (given,) = map_tensors(gather_replicated, sizes or tuple(kwargs.values()))
     at = {"v": 0, "h": min(1, input.ndim - 1), "d": 2}[func.__name__[0]]
     if isinstance(given, int) and input.shape[at] % given:
         raise RuntimeError(f"{func.__name__}: {input.shape[at]} is not divisible by {given}")
@@ -44,7 +44,7 @@ def split_along(func: Any, input: PatchTensor, *sizes: Any, **kwargs: Any) -> An
 @rule(*named("unbind"), torch.Tensor.__iter__)
 def unbind(func: Any, input: PatchTensor, dim: int = 0) -> Any:
     at = nth(dim, input.ndim)
-    if at == input.rows.dim:
+    if at == input.row_layout.dim:
         return fallback(torch.unbind, input, at)
     parts = tuple(input.select(at, i) for i in range(input.shape[at]))
     return iter(parts) if func is torch.Tensor.__iter__ else parts
@@ -53,33 +53,33 @@ def unbind(func: Any, input: PatchTensor, dim: int = 0) -> Any:
 @rule(*named("narrow"))
 def narrow(func: Any, input: PatchTensor, dim: int, start: Any, length: int) -> PatchTensor:
     at = nth(dim, input.ndim)
-    if at != input.rows.dim:
+    if at != input.row_layout.dim:
         return wrap(input.local.narrow(at, start, length), input)
     if isinstance(start, Tensor):  # known on the device alone
         return fallback(func, input, at, start, length)
-    start = start + input.rows.size if start < 0 else start
-    if not 0 <= start <= start + length <= input.rows.size:
-        raise RuntimeError(f"start ({start}) + length ({length}) exceeds dimension size ({input.rows.size}).")
+    start = start + input.row_layout.size if start < 0 else start
+    if not 0 <= start <= start + length <= input.row_layout.size:
+        raise RuntimeError(f"start ({start}) + length ({length}) exceeds dimension size ({input.row_layout.size}).")
     return crop(input, start, start + length)
 
 
 @rule(*named("select"))
 def select(func: Any, input: PatchTensor, dim: int, index: int) -> Tensor:
     at = nth(dim, input.ndim)
-    if at == input.rows.dim:
+    if at == input.row_layout.dim:
         return one_row(func, input, index)
-    kept = input.rows.dim - (at < input.rows.dim)
-    return wrap(input.local.select(at, index), input, input.rows.with_dim(kept))
+    kept = input.row_layout.dim - (at < input.row_layout.dim)
+    return wrap(input.local.select(at, index), input, input.row_layout.with_dim(kept))
 
 
 def one_row(func: Any, x: PatchTensor, index: int) -> Tensor:
     """A single row is replicated: its owner sends it to all, and keeps what is written to it."""
-    dim = x.rows.dim
-    if not -x.rows.size <= index < x.rows.size:
-        raise IndexError(f"index {index} is out of bounds for dimension {dim} with size {x.rows.size}")
-    index %= x.rows.size
+    dim = x.row_layout.dim
+    if not -x.row_layout.size <= index < x.row_layout.size:
+        raise IndexError(f"index {index} is out of bounds for dimension {dim} with size {x.row_layout.size}")
+    index %= x.row_layout.size
     row = crop(x, index, index + 1)
-    value = whole(row).select(dim, 0)
+    value = gather_replicated(row).select(dim, 0)
     return copied(value, x, func, lambda: row.copy_(value.unsqueeze(dim)))
 
 
@@ -89,14 +89,14 @@ def slice_dim(x: Tensor, dim: int, item: slice) -> Tensor:
         return x
     if not isinstance(x, PatchTensor):
         return x[(slice(None),) * dim + (item,)]
-    if dim != x.rows.dim:
+    if dim != x.row_layout.dim:
         return wrap(x.local[(slice(None),) * dim + (item,)], x)
-    start, stop, step = item.indices(x.rows.size)
+    start, stop, step = item.indices(x.row_layout.size)
     x = crop(x, start, max(stop, start))
     if step == 1:
         return x
-    rank, bounds = x.region.comm.rank, tuple(ceil_div(b, step) for b in x.rows.bounds)
-    first = bounds[rank] * step - x.rows.bounds[rank]
+    rank, bounds = x.region.comm.rank, tuple(ceil_div(b, step) for b in x.row_layout.bounds)
+    first = bounds[rank] * step - x.row_layout.bounds[rank]
     local = x.local[(slice(None),) * dim + (slice(first, None, step),)]
     return part_of(x, local, RowLayout(dim, bounds), step)
 
@@ -118,9 +118,9 @@ def triangle(func: Any, input: PatchTensor, diagonal: int = 0, *, out: Any = Non
     """The diagonal is where it is in the whole matrix, of which the rank has some rows or columns."""
     if out is not None:
         return fallback(func, input, diagonal, out=out)
-    if input.rows.dim >= input.ndim - 2:
-        first = input.rows.interval(input.region.comm.rank)[0]
-        diagonal += first if input.rows.dim == input.ndim - 2 else -first
+    if input.row_layout.dim >= input.ndim - 2:
+        first = input.row_layout.interval(input.region.comm.rank)[0]
+        diagonal += first if input.row_layout.dim == input.ndim - 2 else -first
     result = func(input.local, diagonal)
     return written(input) if result is input.local else wrap(result, input)
 

@@ -22,8 +22,10 @@ def rows_by_number(x: PatchTensor, numbers: Tensor, func: Any) -> PatchTensor:
     Numbers that the host has say which rows a rank needs: one exchange. Those that only the device has are not
     read: each rank's rows are shown to all, one rank after the other. Raises ``IndexError`` as torch does.
     """
-    dim, size, rank = x.rows.dim, x.rows.size, x.region.comm.rank
-    layout = x.rows if len(numbers) == size else RowLayout(dim, even_bounds(len(numbers), x.rows.world_size))
+    dim, size, rank = x.row_layout.dim, x.row_layout.size, x.region.comm.rank
+    layout = (
+        x.row_layout if len(numbers) == size else RowLayout(dim, even_bounds(len(numbers), x.row_layout.world_size))
+    )
     lo, hi = layout.interval(rank)
     if not _readable(numbers):
         return _passed_by(x, numbers[lo:hi], layout, func)
@@ -47,11 +49,11 @@ def _intervals(numbers: Sequence[int], bounds: Sequence[int]) -> Needs:
 
 
 def _passed_by(x: PatchTensor, own: Tensor, layout: RowLayout, func: Any) -> PatchTensor:
-    dim, world, size = x.rows.dim, x.rows.world_size, x.rows.size
+    dim, world, size = x.row_layout.dim, x.row_layout.world_size, x.row_layout.size
     own = torch.where(own < 0, own + size, own)
     shape = [len(own) if d == dim else 1 for d in range(x.ndim)]
     found: Tensor | None = None
-    for lo, hi in pairwise(x.rows.bounds):
+    for lo, hi in pairwise(x.row_layout.bounds):
         if lo < hi:
             rows = fetch(x, (((lo, hi),),) * world, func)[0]
             here = (own >= lo) & (own < hi)

@@ -21,10 +21,10 @@ from torch.overrides import handle_torch_function
 from distpatch.comm.collectives import narrow_rows
 from distpatch.errors import UnsupportedOpError
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import own_rows, redistribute, wrap
+from distpatch.rules.core.operands import local_rows_of, redistribute, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.rules.tensor_api.metadata import COMPILED
-from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy, whole
+from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy, gather_replicated
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.private import KEEPS_INPUTS
@@ -44,13 +44,13 @@ def _bare(tensor: Any) -> Any:
 def _cotangent(grad: Tensor | None, of: Any) -> Tensor | None:
     """The gradient that belongs to an output: its rows of it where that is sharded."""
     if not isinstance(of, PatchTensor):
-        return None if grad is None else whole(grad)
+        return None if grad is None else gather_replicated(grad)
     if grad is not None and grad.shape != of.shape:
         raise RuntimeError(f"a gradient of shape {tuple(grad.shape)} does not fit {tuple(of.shape)}")
     if grad is None and of.numel() != 1:
         raise RuntimeError("grad can be implicitly created only for scalar outputs")
     grad = torch.ones_like(of) if grad is None else grad
-    return own_rows(grad, of, of.rows.dim - of.ndim, torch.autograd.grad)
+    return local_rows_of(grad, of, of.row_layout.dim - of.ndim, torch.autograd.grad)
 
 
 def _cotangents(grads: Any, outputs: Sequence[Any]) -> list[Tensor | None]:
@@ -169,7 +169,7 @@ class _Call:
 
 
 def _kind(tensor: Any) -> Kind:
-    return (tensor.rows, tensor.region) if isinstance(tensor, PatchTensor) else None
+    return (tensor.row_layout, tensor.region) if isinstance(tensor, PatchTensor) else None
 
 
 def _sharded(tensor: Any, kind: Kind) -> Any:
@@ -179,7 +179,7 @@ def _sharded(tensor: Any, kind: Kind) -> Any:
 def _grad_of(grad: Any, kind: Kind) -> Any:
     """What ``backward`` returned for an argument: this rank's rows where that is sharded, else the whole."""
     if not isinstance(grad, Tensor) or kind is None:
-        return whole(grad) if isinstance(grad, Tensor) else grad
+        return gather_replicated(grad) if isinstance(grad, Tensor) else grad
     rows, region = kind
     if isinstance(grad, PatchTensor):
         return redistribute(grad, rows, torch.autograd.Function).local

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
-from distpatch.lazy.deferred_ops import put_off
-from distpatch.rules.core.aliasing import copied, is_sure, memory_of
-from distpatch.rules.core.operands import may_wait, order_of, own_rows, wrap
+from distpatch.lazy.deferred_ops import defer
+from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
+from distpatch.rules.core.operands import can_defer, dim_order, local_rows_of, wrap
 from distpatch.rules.core.registry import named, rule
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.memory_format import dense_strides
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.private import is_compiling
@@ -106,7 +106,7 @@ def set_part(func: Any, x: PatchTensor, value: Tensor | None) -> None:
             f"a tensor of shape {tuple(value.shape)} and {value.dtype} cannot become the data or gradient of "
             f"{x!r}: a sharded tensor keeps its shape and dtype"
         )
-    func(x.local, None if value is None else own_rows(value.detach(), x, x.rows.dim - x.ndim, func))
+    func(x.local, None if value is None else local_rows_of(value.detach(), x, x.row_layout.dim - x.ndim, func))
 
 
 @rule(torch.Tensor.requires_grad_, torch.Tensor.retain_grad)
@@ -142,7 +142,7 @@ def convert(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     kwargs = {k: _kind(a) if isinstance(a, PatchTensor) else a for k, a in kwargs.items()}
     if not isinstance(x, PatchTensor):
         return func(x, *args, **kwargs)
-    if may_wait(x) and (later := _cast_later(func, x, args, kwargs)) is not None:
+    if can_defer(x) and (later := _defer_cast(func, x, args, kwargs)) is not None:
         return later
     result = func(x.local, *args, **kwargs)
     return x if result is x.local else wrap(result, x)
@@ -150,10 +150,10 @@ def convert(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def _kind(x: PatchTensor) -> Tensor:
     """A tensor of its dtype and device."""
-    return x.recipe.sample() if x.waits else x.local
+    return x.recipe.sample() if x.is_deferred else x.local
 
 
-def _cast_later(func: Any, x: PatchTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PatchTensor | None:
+def _defer_cast(func: Any, x: PatchTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PatchTensor | None:
     """In another dtype alone, when it is asked for; None where something else is asked for."""
     recipe = x.as_recipe
     sample = recipe.sample()
@@ -165,7 +165,7 @@ def _cast_later(func: Any, x: PatchTensor, args: tuple[Any, ...], kwargs: dict[s
     if kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format:
         return None
     return wrap(
-        put_off(op_name(func), recipe, [recipe], lambda parts, mine: parts[0].to(result.dtype), dtype=result.dtype), x
+        defer(op_name(func), recipe, [recipe], lambda parts, mine: parts[0].to(result.dtype), dtype=result.dtype), x
     )
 
 
@@ -183,10 +183,10 @@ def is_contiguous(func: Any, x: PatchTensor, memory_format: torch.memory_format 
 @rule(*named("contiguous"))
 def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """The tensor itself where it is so on one device, else a copy."""
-    if input.waits and input.recipe.format is memory_format:
+    if input.is_deferred and input.recipe.format is memory_format:
         return input
     local = func(input.local, memory_format=memory_format)
-    if local is input.local and is_sure(input):
+    if local is input.local and strides_unambiguous(input):
         return input
     if not input.is_contiguous(memory_format=memory_format):
         return wrap(input.local.clone(memory_format=memory_format), input)
@@ -199,7 +199,7 @@ def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format
 @rule(torch.Tensor.stride)
 def stride(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
     """Strides that the global tensor would have, dense in the memory order of the local rows."""
-    strides = dense_strides(x.shape, order_of(x)) if x.strides is None else x.strides
+    strides = dense_strides(x.shape, dim_order(x)) if x.strides is None else x.strides
     return strides if dim is None else strides[dim]
 
 
@@ -219,7 +219,7 @@ def number(func: Any, x: PatchTensor, *args: Any) -> Any:
             f"{op_name(func)}: a tensor of {x.numel()} elements is no single number, or true or false: its "
             "value is ambiguous"
         )
-    return func(whole(x), *args)
+    return func(gather_replicated(x), *args)
 
 
 @rule(torch.Tensor.__contains__)

@@ -18,7 +18,7 @@ from torch import Tensor
 from distpatch.comm.collectives import stack_ranks
 from distpatch.layout.stencil import AreaStencil
 from distpatch.layout.transfers import plan_stencil
-from distpatch.rules.core.halo import over_rows
+from distpatch.rules.core.halo import run_stencil
 from distpatch.rules.core.operands import on_some_rows, per_dim, sum_ranks, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.windows.filters import averaged, precise
@@ -33,7 +33,7 @@ Sizes = int | Sequence[int | None]
 @rule(*named("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"))
 def adaptive_avg_pool(func: Any, input: PatchTensor, output_size: Sizes) -> Any:
     sizes, axis, parts = _parts(func, input, output_size)
-    dim, dtype = input.rows.dim, input.dtype
+    dim, dtype = input.row_layout.dim, input.dtype
     if axis < 0:
         return wrap(on_some_rows(lambda rows: func(rows, sizes), input.local, dim), input)
 
@@ -51,7 +51,7 @@ def adaptive_avg_pool(func: Any, input: PatchTensor, output_size: Sizes) -> Any:
         counts = -(-(row + 1) * parts.rows_in // parts.rows_out) - row * parts.rows_in // parts.rows_out
         return _merged(total.div(counts.view([-1] + [1] * (input.ndim - 1 - dim))).to(dtype), input, parts)
     if parts.rows_in % parts.rows_out == 0:
-        return over_rows(lambda rows, start, lo, hi: pool(rows, hi - lo), input, parts, func)
+        return run_stencil(lambda rows, start, lo, hi: pool(rows, hi - lo), input, parts, func)
     columns = on_some_rows(lambda rows: pool(rows, rows.shape[dim]), input.local.to(precise(dtype)), dim)
     x = averaged(wrap(columns, input), parts.rows_out, func)
     return wrap(x.local.to(dtype), x)
@@ -60,7 +60,7 @@ def adaptive_avg_pool(func: Any, input: PatchTensor, output_size: Sizes) -> Any:
 @rule(*named(*(f"adaptive_max_pool{n}d{suffix}" for n in (1, 2, 3) for suffix in ("", "_with_indices"))))
 def adaptive_max_pool(func: Any, input: PatchTensor, output_size: Sizes, return_indices: bool = False) -> Any:
     sizes, axis, parts = _parts(func, input, output_size)
-    spatial, dim = len(sizes), input.rows.dim
+    spatial, dim = len(sizes), input.row_layout.dim
     return_indices |= op_name(func).endswith("indices") or func == torch.adaptive_max_pool1d
     plain = getattr(F, f"adaptive_max_pool{spatial}d")
 
@@ -82,7 +82,7 @@ def adaptive_max_pool(func: Any, input: PatchTensor, output_size: Sizes, return_
     elif _small(parts):
         result = _merge_maxima(func, input, parts, pool, return_indices)
     else:
-        result = over_rows(pool_parts, input, parts, func)
+        result = run_stencil(pool_parts, input, parts, func)
     return result if return_indices else result[0]
 
 
@@ -90,8 +90,8 @@ def _parts(func: Any, x: PatchTensor, output_size: Sizes) -> tuple[list[int], in
     """Output sizes, which of the spatial dims is sharded (below 0: none), and the parts of its rows."""
     spatial = spatial_dims(func)
     sizes = [m or n for m, n in zip(per_dim(output_size, spatial), x.shape[-spatial:], strict=True)]
-    axis = x.rows.dim - x.ndim + spatial
-    return sizes, axis, AreaStencil(x.rows.size, sizes[max(axis, 0)])
+    axis = x.row_layout.dim - x.ndim + spatial
+    return sizes, axis, AreaStencil(x.row_layout.size, sizes[max(axis, 0)])
 
 
 def _small(parts: AreaStencil) -> bool:
@@ -101,7 +101,7 @@ def _small(parts: AreaStencil) -> bool:
 
 def _own_parts(x: PatchTensor, parts: AreaStencil) -> list[tuple[Tensor, int]]:
     """What this rank has of each part, and the first row of that."""
-    dim, (own_start, own_stop) = x.rows.dim, x.rows.interval(x.region.comm.rank)
+    dim, (own_start, own_stop) = x.row_layout.dim, x.row_layout.interval(x.region.comm.rank)
     own = []
     for row in range(parts.rows_out):
         start, stop = (min(max(n, own_start), own_stop) for n in parts.need(row, row + 1))
@@ -113,7 +113,7 @@ def _merged(result: Tensor, x: PatchTensor, parts: AreaStencil) -> Tensor:
     """A single row is everybody's, as any reduction over the rows; several are sharded."""
     if parts.rows_out == 1:
         return result
-    return shard_in(x.region, result, x.rows.with_bounds(plan_stencil(x.rows.bounds, parts).out))
+    return shard_in(x.region, result, x.row_layout.with_bounds(plan_stencil(x.row_layout.bounds, parts).out))
 
 
 def _merge_maxima(
@@ -124,7 +124,7 @@ def _merge_maxima(
     return_indices: bool,
 ) -> tuple[Tensor, ...]:
     """The maxima of the ranks' shares of each part; of equal ones the first, as on one device."""
-    dim, (name, op), lowest = x.rows.dim, (x.region.comm.name, op_name(func)), -math.inf
+    dim, (name, op), lowest = x.row_layout.dim, (x.region.comm.name, op_name(func)), -math.inf
     own = []
     for rows, start in _own_parts(x, parts):
         blank = rows.new_full([1 if d == dim else n for d, n in enumerate(rows.shape)], lowest)
@@ -133,7 +133,7 @@ def _merge_maxima(
     ranks = [stack_ranks(torch.cat(list(kind), dim), name, op) for kind in kinds]
     merged: list[list[Tensor]] = [[] for _ in ranks]
     for row in range(parts.rows_out):
-        first = bisect_right(x.rows.bounds, parts.need(row, row + 1)[0]) - 1  # who has the part's first row
+        first = bisect_right(x.row_layout.bounds, parts.need(row, row + 1)[0]) - 1  # who has the part's first row
         shares = [t.narrow(0, first, t.shape[0] - first).narrow(dim + 1, row, 1) for t in ranks]
         winner = shares[0].max(0, keepdim=True).indices
         for kind, share in zip(merged, shares, strict=True):

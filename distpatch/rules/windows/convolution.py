@@ -15,11 +15,19 @@ from distpatch.layout.stencil import WindowStencil
 from distpatch.layout.transfers import plan_stencil
 from distpatch.lazy.deferred_ops import unchanged
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import choose_patch_rows, convolve, window
+from distpatch.lazy.row_patches import choose_patch_rows, convolve, deferred_conv
 from distpatch.rules.core.halo import halo
-from distpatch.rules.core.operands import along_rows, in_compute_dtype, may_wait, per_dim, settled, spread, wrap
+from distpatch.rules.core.operands import (
+    along_rows,
+    can_defer,
+    in_compute_dtype,
+    materialize_if_costly,
+    per_dim,
+    replicated_operand,
+    wrap,
+)
 from distpatch.rules.core.registry import named, rule
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.op_names import op_name
 
@@ -38,17 +46,17 @@ def convolution(
     groups: int = 1,
 ) -> Any:
     spatial = weight.ndim - 2
-    weight = whole(weight)  # a model may make one of an image: x.new_ones(1, 1, 3, 3)
-    bias = None if bias is None else whole(bias)
+    weight = gather_replicated(weight)  # a model may make one of an image: x.new_ones(1, 1, 3, 3)
+    bias = None if bias is None else gather_replicated(bias)
     if not isinstance(input, PatchTensor):
         return func(input, weight, bias, stride, padding, dilation, groups)
     if input.ndim == spatial + 1:  # unbatched
         batch = cast(PatchTensor, input.unsqueeze(0))
         return convolution(func, batch, weight, bias, stride, padding, dilation, groups).squeeze(0)
     input = along_rows(input, func)
-    axis = input.rows.dim - 2
-    input, weight = in_compute_dtype(input), spread(weight, input)
-    bias = None if bias is None else spread(bias, input)
+    axis = input.row_layout.dim - 2
+    input, weight = in_compute_dtype(input), replicated_operand(weight, input)
+    bias = None if bias is None else replicated_operand(bias, input)
     if axis == -2:
         return wrap(func(input.local, weight, bias, stride, padding, dilation, groups), input)
     kernel, strides, dilations = weight.shape[2:], per_dim(stride, spatial), per_dim(dilation, spatial)
@@ -58,9 +66,9 @@ def convolution(
         input = cast(PatchTensor, F.pad(input, [n for more in reversed(extra) for n in (0, more)]))
         after = tuple(after[d] - more for d, more in enumerate(extra))
     windows = [WindowStencil(*numbers) for numbers in zip(kernel, strides, before, after, dilations, strict=True)]
-    plan, rank = plan_stencil(input.rows.bounds, windows[axis]), input.region.comm.rank
+    plan, rank = plan_stencil(input.row_layout.bounds, windows[axis]), input.region.comm.rank
     lo, hi = plan.out[rank : rank + 2]
-    sizes = [window.out_rows(n) for window, n in zip(windows, input.shape[2:], strict=True)]
+    sizes = [deferred_conv.out_rows(n) for deferred_conv, n in zip(windows, input.shape[2:], strict=True)]
     if min(sizes) < 1:
         raise LayoutError(
             f"{op_name(func)}: an input of shape {tuple(input.shape)} is smaller than the kernel "
@@ -69,11 +77,17 @@ def convolution(
 
     region = input.region
     outer = [input.shape[0], weight.shape[0], *sizes]
-    outer[input.rows.dim] = hi - lo
+    outer[input.row_layout.dim] = hi - lo
     patch_rows = choose_patch_rows(
-        region.splits, hi - lo, input.known, weight, math.prod(outer), region.min_numel, region.workspace_bytes
+        region.splits,
+        hi - lo,
+        input.local_or_recipe,
+        weight,
+        math.prod(outer),
+        region.min_numel,
+        region.workspace_bytes,
     )
-    waits = patch_rows < hi - lo and region.sequential and _may_wait(input, weight, bias, groups, math.prod(outer))
+    waits = patch_rows < hi - lo and region.sequential and _can_defer(input, weight, bias, groups, math.prod(outer))
     if waits:  # once computed, what was convolved may be gone or changed: these are its weights now
         weight, bias = weight.detach(), None if bias is None else bias.detach()
 
@@ -86,21 +100,21 @@ def convolution(
         return func(rows, weight, bias, strides, pads, dilations, groups)
 
     result: Tensor | Recipe
-    slab = halo(settled(input) if waits else input, plan.needs, func, wait=waits)
+    slab = halo(materialize_if_costly(input) if waits else input, plan.needs, func, wait=waits)
     if waits:
         format = memory_format(weight)  # of the result, if it is not the input's
         format = input.as_recipe.format if format is torch.contiguous_format else format
-        result = window(op_name(func), conv, slab, windows[axis], (lo, hi), outer, format, patch_rows)
+        result = deferred_conv(op_name(func), conv, slab, windows[axis], (lo, hi), outer, format, patch_rows)
     else:
         result = convolve(conv, slab, windows[axis], (lo, hi), patch_rows, region.sequential)
-    return wrap(result, input, input.rows.with_bounds(plan.out))
+    return wrap(result, input, input.row_layout.with_bounds(plan.out))
 
 
-def _may_wait(input: PatchTensor, weight: Tensor, bias: Tensor | None, groups: int, out_numel: int) -> bool:
+def _can_defer(input: PatchTensor, weight: Tensor, bias: Tensor | None, groups: int, out_numel: int) -> bool:
     """Whether a convolution may be computed later: nothing can be wrong with it then."""
     channels = weight.shape[1] * groups == input.shape[1] and weight.shape[0] % groups == 0
     fits = channels and all(t is None or (t.dtype, t.device) == (input.dtype, input.device) for t in (weight, bias))
-    return fits and may_wait(input, out_numel * weight.element_size())
+    return fits and can_defer(input, out_numel * weight.element_size())
 
 
 def _paddings(

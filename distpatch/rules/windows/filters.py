@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distpatch.layout.stencil import AreaStencil, FilterStencil, float32
-from distpatch.rules.core.halo import over_rows
+from distpatch.rules.core.halo import run_stencil
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import memory_format
 
@@ -74,7 +74,7 @@ def filtered(x: PatchTensor, stencil: FilterStencil, filter: Filter, antialias: 
 
 def averaged(x: PatchTensor, rows_out: int, func: Any) -> PatchTensor:
     """The means over ``rows_out`` equal parts of the rows, which may share a row, in fp32 or better."""
-    stencil = AreaStencil(x.rows.size, rows_out)
+    stencil = AreaStencil(x.row_layout.size, rows_out)
     return _resampled(x, stencil, lambda row, dtype: _area_taps(stencil, row, dtype), func)
 
 
@@ -84,7 +84,7 @@ def _resampled(
     taps: Callable[[Tensor, torch.dtype], Taps],
     func: Any,
 ) -> PatchTensor:
-    dim, shape = x.rows.dim, [-1 if d == x.rows.dim else 1 for d in range(x.ndim)]
+    dim, shape = x.row_layout.dim, [-1 if d == x.row_layout.dim else 1 for d in range(x.ndim)]
 
     def weighted_sum(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
         rows = rows.to(precise(rows.dtype))
@@ -95,7 +95,7 @@ def _resampled(
         assert total is not None
         return total.contiguous(memory_format=memory_format(rows))
 
-    return over_rows(weighted_sum, x, stencil, func)
+    return run_stencil(weighted_sum, x, stencil, func)
 
 
 def _centre(stencil: FilterStencil, row: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,6 +150,6 @@ def enlarged(
     """
 
     def crop(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
-        return resize(rows).narrow(x.rows.dim, lo - start * times, hi - lo)
+        return resize(rows).narrow(x.row_layout.dim, lo - start * times, hi - lo)
 
-    return over_rows(crop, x, stencil, func, growth=times)
+    return run_stencil(crop, x, stencil, func, growth=times)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout, even_bounds
-from distpatch.rules.core.operands import everything, on_some_rows, redistribute, spread, wrap
+from distpatch.rules.core.operands import gather_partial, on_some_rows, redistribute, replicated_operand, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
 
@@ -18,33 +18,33 @@ from distpatch.tensor.patch_tensor import PatchTensor, shard_in
 def grid_sample(func: Any, input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """``input``: (N, C, H, W), ``grid``: (N, H', W', 2), or both with a depth. All of a sharded input is
     fetched, unless its images or channels are what is sharded."""
-    if isinstance(input, PatchTensor) and input.rows.dim == 1 and not isinstance(grid, PatchTensor):
-        points = spread(grid, input)
+    if isinstance(input, PatchTensor) and input.row_layout.dim == 1 and not isinstance(grid, PatchTensor):
+        points = replicated_operand(grid, input)
         return wrap(on_some_rows(lambda part: func(part, points, *args, **kwargs), input.local, 1), input)
     grid = _sharded(grid, cast(PatchTensor, input))
-    if grid.rows.dim == 0:
+    if grid.row_layout.dim == 0:
         images = _like(input, grid, func)
         return wrap(func(images, grid.local, *args, **kwargs), grid)
-    image = everything(input, func) if isinstance(input, PatchTensor) else spread(input, grid)
-    dim = grid.rows.dim
+    image = gather_partial(input, func) if isinstance(input, PatchTensor) else replicated_operand(input, grid)
+    dim = grid.row_layout.dim
     sampled = on_some_rows(lambda points: func(image, points, *args, **kwargs), grid.local, dim, out_dim=dim + 1)
-    return wrap(sampled, grid, grid.rows.with_dim(dim + 1))
+    return wrap(sampled, grid, grid.row_layout.with_dim(dim + 1))
 
 
 def _sharded(grid: Tensor, input: PatchTensor) -> PatchTensor:
     """The grid, sharded along its images or points: a plain one as the input is, where it is as large."""
-    if isinstance(grid, PatchTensor) and grid.rows.dim < grid.ndim - 1:
+    if isinstance(grid, PatchTensor) and grid.row_layout.dim < grid.ndim - 1:
         return grid
     if isinstance(grid, PatchTensor):  # by coordinates
         layout = RowLayout(1, even_bounds(grid.shape[1], grid.region.comm.size))
         return redistribute(grid, layout, F.grid_sample)
-    dim = max(input.rows.dim - 1, 0)
-    same = grid.shape[dim] == input.rows.size
-    bounds = input.rows.bounds if same else even_bounds(grid.shape[dim], input.region.comm.size)
+    dim = max(input.row_layout.dim - 1, 0)
+    same = grid.shape[dim] == input.row_layout.size
+    bounds = input.row_layout.bounds if same else even_bounds(grid.shape[dim], input.region.comm.size)
     return shard_in(input.region, grid, RowLayout(dim, bounds))
 
 
 def _like(tensor: Tensor, lead: PatchTensor, func: Any) -> Tensor:
     if isinstance(tensor, PatchTensor):
-        return redistribute(tensor, lead.rows, func).local
-    return shard_in(lead.region, tensor, lead.rows).local
+        return redistribute(tensor, lead.row_layout, func).local
+    return shard_in(lead.region, tensor, lead.row_layout).local

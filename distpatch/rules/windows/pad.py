@@ -13,10 +13,10 @@ from torch import Tensor
 from distpatch.errors import LayoutError
 from distpatch.layout.rows import EMPTY, RowLayout
 from distpatch.layout.stencil import Interval, ceil_div
-from distpatch.lazy.deferred_ops import put_off_from
+from distpatch.lazy.deferred_ops import defer_stencil
 from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import fewest_calls
-from distpatch.rules.core.operands import crop, fetch, may_wait, on_some_rows, settled, wrap
+from distpatch.rules.core.operands import can_defer, crop, fetch, materialize_if_costly, on_some_rows, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import memory_format
@@ -27,35 +27,39 @@ def pad(
     func: Any, input: PatchTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> PatchTensor:
     pads = [*pad, *[0] * (2 * input.ndim - len(pad))]
-    at = 2 * (input.ndim - 1 - input.rows.dim)
+    at = 2 * (input.ndim - 1 - input.row_layout.dim)
     above, below = pads[at : at + 2]
     if mode == "circular" or (above <= 0 and below <= 0):
-        input, cut = crop(input, max(-above, 0), input.rows.size - max(-below, 0)), (0, 0)
+        input, cut = crop(input, max(-above, 0), input.row_layout.size - max(-below, 0)), (0, 0)
     else:  # in the end: a negative pad may cut into the padding of the other edge
         cut = max(-above, 0), max(-below, 0)
     above, below = max(above, 0), max(below, 0)
-    if not _have_edges(input.rows, above, below, mode):
+    if not _have_edges(input.row_layout, above, below, mode):
         input, above, below = _pad_rows(input, above, below, mode, func), 0, 0
-    bounds = (0, *(b + above for b in input.rows.bounds[1:-1]), input.rows.size + above + below)
-    rank, last = input.region.comm.rank, input.rows.world_size - 1
+    bounds = (0, *(b + above for b in input.row_layout.bounds[1:-1]), input.row_layout.size + above + below)
+    rank, last = input.region.comm.rank, input.row_layout.world_size - 1
     pads[at : at + 2] = above if rank == 0 else 0, below if rank == last else 0
     pads = pads[: len(pad)]
-    if mode in {"constant", "replicate"} and not any(cut) and min(pads) >= 0 and may_wait(input):
-        return wrap(_pad_later(settled(input).as_recipe, pads, mode, value), input, input.rows.with_bounds(bounds))
-    result = wrap(_pad_local(input.local, pads, mode, value, at), input, input.rows.with_bounds(bounds))
-    return crop(result, cut[0], result.rows.size - cut[1]) if any(cut) else result
+    if mode in {"constant", "replicate"} and not any(cut) and min(pads) >= 0 and can_defer(input):
+        return wrap(
+            _defer_pad(materialize_if_costly(input).as_recipe, pads, mode, value),
+            input,
+            input.row_layout.with_bounds(bounds),
+        )
+    result = wrap(_pad_local(input.local, pads, mode, value, at), input, input.row_layout.with_bounds(bounds))
+    return crop(result, cut[0], result.row_layout.size - cut[1]) if any(cut) else result
 
 
-def _pad_later(rows: Recipe, pads: Sequence[int], mode: str, value: float | None) -> Recipe:
+def _defer_pad(rows: Recipe, pads: Sequence[int], mode: str, value: float | None) -> Recipe:
     """When it is asked for: at the first and last rows of the result, rows of padding."""
     at = 2 * (rows.ndim - 1 - rows.dim)
     above, below = pads[at : at + 2] if len(pads) > at else (0, 0)
     shape = [n + sum(pads[2 * (rows.ndim - 1 - d) :][:2]) for d, n in enumerate(rows.shape)]
-    last = max(rows.rows - 1, 0)
+    last = max(rows.num_rows - 1, 0)
 
     def need(lo: int, hi: int) -> Interval:
         """One row at least: padding may be made of it."""
-        return min(max(lo - above, 0), last), min(max(hi - above, 1), rows.rows)
+        return min(max(lo - above, 0), last), min(max(hi - above, 1), rows.num_rows)
 
     def pad_part(part: Tensor, lo: int, hi: int) -> Tensor:
         start, stop = need(lo, hi)
@@ -65,7 +69,7 @@ def _pad_later(rows: Recipe, pads: Sequence[int], mode: str, value: float | None
         result = F.pad(part, own, mode, value)
         return result.narrow(rows.dim, lo - (start + above - own[at]), hi - lo) if above or below else result
 
-    return put_off_from("pad", rows, need, pad_part, shape)
+    return defer_stencil("pad", rows, need, pad_part, shape)
 
 
 def _have_edges(rows: RowLayout, above: int, below: int, mode: str) -> bool:
@@ -93,7 +97,7 @@ def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | Non
 
 def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, func: Any) -> PatchTensor:
     """The first rank pads above, the last below: no other row moves."""
-    dim, size, last = x.rows.dim, x.rows.size, x.rows.world_size - 1
+    dim, size, last = x.row_layout.dim, x.row_layout.size, x.row_layout.world_size - 1
     sources = _edge_rows(size, above, below, mode)
     needs = tuple(
         (sources[0] if rank == 0 else EMPTY, sources[1] if rank == last else EMPTY) for rank in range(last + 1)
@@ -103,7 +107,7 @@ def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, func: Any) -> P
         top = _edge(top, dim, above, mode)
     if x.region.comm.rank == last:
         bottom = _edge(bottom, dim, below, mode)
-    inner = tuple(b + above for b in x.rows.bounds[1:-1])
+    inner = tuple(b + above for b in x.row_layout.bounds[1:-1])
     layout = RowLayout(dim, (0, *inner, size + above + below))
     local = torch.cat([top, x.local, bottom], dim)
     return wrap(local.contiguous(memory_format=memory_format(x.local)), x, layout)

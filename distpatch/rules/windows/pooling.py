@@ -14,8 +14,8 @@ from distpatch.errors import LayoutError
 from distpatch.layout.stencil import TransposedStencil, WindowStencil, ceil_div
 from distpatch.layout.transfers import plan_stencil
 from distpatch.lazy.row_patches import convolve, fewest_calls
-from distpatch.rules.core.halo import over_rows, slab_of
-from distpatch.rules.core.operands import everything, on_some_rows, per_dim, redistribute, wrap
+from distpatch.rules.core.halo import run_stencil, slab_of
+from distpatch.rules.core.operands import gather_partial, on_some_rows, per_dim, redistribute, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.windows.filters import precise
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
@@ -43,7 +43,7 @@ def max_pool(
     return_indices: bool = False,
 ) -> Any:
     windows = _windows(func, input, kernel_size, stride, padding, dilation, ceil_mode)
-    spatial, dim = len(windows), input.rows.dim
+    spatial, dim = len(windows), input.row_layout.dim
     axis, plain = dim - input.ndim + spatial, getattr(F, f"max_pool{spatial}d")
     return_indices |= op_name(func).endswith("indices")
     strides = [window.stride for window in windows]
@@ -64,7 +64,7 @@ def max_pool(
         return map_tensors(lambda t: wrap(t, input), local)
     lowest = -math.inf if input.dtype.is_floating_point else torch.iinfo(input.dtype).min
     if return_indices:
-        return over_rows(pool_with_indices, input, windows[axis], func, lowest)
+        return run_stencil(pool_with_indices, input, windows[axis], func, lowest)
     slab, out, layout = slab_of(input, windows[axis], func, lowest)
     patch_rows = ceil_div(max(out[1] - out[0], 1), fewest_calls(input.local.numel()))
     return wrap(convolve(pool, slab, windows[axis], out, patch_rows, True), input, layout)
@@ -83,7 +83,7 @@ def avg_pool(
 ) -> Any:
     """Each mean is over a whole window, then corrected for the rows of it that should not count."""
     windows = _windows(func, input, kernel_size, stride, padding, 1, ceil_mode)
-    spatial, dim = len(windows), input.rows.dim
+    spatial, dim = len(windows), input.row_layout.dim
     axis = dim - input.ndim + spatial
     strides = [window.stride for window in windows]
     pads = [0 if d == axis else window.before for d, window in enumerate(windows)]
@@ -93,7 +93,7 @@ def avg_pool(
         return wrap(local, input)
     window = windows[axis]
     outside = window.before if count_include_pad else 0
-    first, end = -outside, input.rows.size + outside
+    first, end = -outside, input.row_layout.size + outside
 
     def pool(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
         if divisor_override is not None or (first <= start and start + rows.shape[dim] <= end):
@@ -104,7 +104,7 @@ def avg_pool(
         share = (window.kernel / counted.to(means.dtype)).view([-1] + [1] * (input.ndim - 1 - dim))
         return (means * share).to(rows.dtype)
 
-    return over_rows(pool, input, window, func)
+    return run_stencil(pool, input, window, func)
 
 
 @rule(*named("lp_pool1d", "lp_pool2d", "lp_pool3d"))
@@ -125,27 +125,27 @@ def max_unpool(
 ) -> Any:
     """Indices may point to any row, and reading them would wait for the device: every rank takes all the
     values, and keeps those of its rows. The output, which is larger, is not gathered."""
-    spatial, dim = spatial_dims(func), input.rows.dim
+    spatial, dim = spatial_dims(func), input.row_layout.dim
     axis = dim - input.ndim + spatial
     kernel, strides, pads = (per_dim(n, spatial) for n in (kernel_size, stride or kernel_size, padding))
     sizes = F._unpool_output_size(input, kernel, strides, pads, output_size)[-spatial:]  # type: ignore[attr-defined]
     if not isinstance(indices, PatchTensor):
-        indices = shard_in(input.region, indices, input.rows)
+        indices = shard_in(input.region, indices, input.row_layout)
     if axis < 0:
-        local = redistribute(indices, input.rows, func).local
+        local = redistribute(indices, input.row_layout, func).local
         return wrap(_scattered(input.local, local, sizes), input)
     stencil = TransposedStencil(kernel[axis], strides[axis], pads[axis])
-    extra = sizes[axis] - stencil.out_rows(input.rows.size)
+    extra = sizes[axis] - stencil.out_rows(input.row_layout.size)
     stencil = TransposedStencil(kernel[axis], strides[axis], pads[axis], 1, extra)
-    bounds, rank = plan_stencil(input.rows.bounds, stencil).out, input.region.comm.rank
+    bounds, rank = plan_stencil(input.row_layout.bounds, stencil).out, input.region.comm.rank
     lo, hi = bounds[rank], bounds[rank + 1]
-    values, index = everything(input, func), everything(indices, func)
+    values, index = gather_partial(input, func), gather_partial(indices, func)
     inner = math.prod(sizes[axis + 1 :])
     row = index // inner % sizes[axis]
     row = torch.where((row >= lo) & (row < hi), row - lo, hi - lo)  # one row more takes what is others'
     index = (index // (inner * sizes[axis]) * (hi - lo + 1) + row) * inner + index % inner
     local = _scattered(values, index, [hi - lo + 1 if d == axis else n for d, n in enumerate(sizes)])
-    return wrap(local.narrow(dim, 0, hi - lo), input, input.rows.with_bounds(bounds))
+    return wrap(local.narrow(dim, 0, hi - lo), input, input.row_layout.with_bounds(bounds))
 
 
 def _scattered(values: Tensor, index: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -160,7 +160,7 @@ def global_indices(indices: Tensor, rows: Tensor, dim: int, start: int, image: P
     """Flat indices into ``rows``, the image from row ``start`` on, as flat indices into the whole image."""
     inner = math.prod(rows.shape[dim + 1 :])
     row = indices // inner % rows.shape[dim] + start
-    return (indices // (inner * rows.shape[dim]) * image.rows.size + row) * inner + indices % inner
+    return (indices // (inner * rows.shape[dim]) * image.row_layout.size + row) * inner + indices % inner
 
 
 def _windows(

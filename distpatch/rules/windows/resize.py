@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.layout.stencil import FilterStencil, NearestStencil, ceil_div
-from distpatch.lazy.deferred_ops import put_off_from
+from distpatch.lazy.deferred_ops import defer_stencil
 from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import fewest_calls
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.halo import over_rows
-from distpatch.rules.core.operands import may_wait, needs_grad, on_some_rows, per_dim, settled, wrap
+from distpatch.rules.core.halo import run_stencil
+from distpatch.rules.core.operands import can_defer, materialize_if_costly, needs_grad, on_some_rows, per_dim, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.windows.filters import FILTERS, enlarged, filtered, precise
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -38,9 +38,9 @@ def interpolate(
     antialias: bool = False,
 ) -> Any:
     how = (mode, align_corners, recompute_scale_factor, antialias)
-    spatial, axis, shape = input.ndim - 2, input.rows.dim - 2, input.shape[2:]
+    spatial, axis, shape = input.ndim - 2, input.row_layout.dim - 2, input.shape[2:]
     if axis < 0:  # whole images, or whole channels
-        local = on_some_rows(lambda part: func(part, size, scale_factor, *how), input.local, input.rows.dim)
+        local = on_some_rows(lambda part: func(part, size, scale_factor, *how), input.local, input.row_layout.dim)
         return wrap(local, input)
     nearest, smooth = mode.startswith("nearest"), (mode, spatial, antialias) in FILTERS
     factors = None if scale_factor is None else per_dim(scale_factor, spatial)
@@ -94,40 +94,40 @@ class Resize:
 
 
 def _nearest(x: PatchTensor, resize: Resize) -> PatchTensor:
-    rows_in, rows_out, spatial = x.rows.size, resize.sizes[resize.axis], x.ndim - 2
+    rows_in, rows_out, spatial = x.row_layout.size, resize.sizes[resize.axis], x.ndim - 2
     exact = resize.mode == "nearest-exact"
     stencil = NearestStencil(rows_in, rows_out, resize.scale(rows_in), spatial == 2, exact)
 
     def pick(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
         out = torch.arange(lo, hi, device=rows.device, dtype=torch.float32) + 0.5 * exact
         source = (out * stencil.scale).long().clamp(max=rows_in - 1)
-        return rows.index_select(x.rows.dim, source - start)
+        return rows.index_select(x.row_layout.dim, source - start)
 
     times = stencil.repeats or 1
-    source = x if stencil.repeats else over_rows(pick, x, stencil, resize.func)
-    layout = source.rows.with_bounds(tuple(times * bound for bound in source.rows.bounds))
-    if may_wait(source):
-        return wrap(_nearest_later(settled(source).as_recipe, resize, times), x, layout)
-    rows, dim = source.local, x.rows.dim
+    source = x if stencil.repeats else run_stencil(pick, x, stencil, resize.func)
+    layout = source.row_layout.with_bounds(tuple(times * bound for bound in source.row_layout.bounds))
+    if can_defer(source):
+        return wrap(_defer_nearest(materialize_if_costly(source).as_recipe, resize, times), x, layout)
+    rows, dim = source.local, x.row_layout.dim
     calls = fewest_calls(rows.shape[:2].numel() * math.prod(resize.sizes) // rows_out * rows.shape[dim] * times)
     parts = rows.split(ceil_div(rows.shape[dim], calls), dim) if calls > 1 else (rows,)
     results = [on_some_rows(lambda part: resize(part, times), part, dim) for part in parts]
     return wrap(results[0] if len(results) == 1 else torch.cat(results, dim), x, layout)
 
 
-def _nearest_later(rows: Recipe, resize: Resize, times: int) -> Recipe:
+def _defer_nearest(rows: Recipe, resize: Resize, times: int) -> Recipe:
     shape = [*rows.shape[:2], *resize.sizes]
-    shape[rows.dim] = rows.rows * times
+    shape[rows.dim] = rows.num_rows * times
 
     def enlarge(part: Tensor, lo: int, hi: int) -> Tensor:
         return resize(part, times).narrow(rows.dim, lo % times, hi - lo)
 
-    return put_off_from(op_name(resize.func), rows, lambda lo, hi: (lo // times, ceil_div(hi, times)), enlarge, shape)
+    return defer_stencil(op_name(resize.func), rows, lambda lo, hi: (lo // times, ceil_div(hi, times)), enlarge, shape)
 
 
 def _smooth(x: PatchTensor, resize: Resize) -> PatchTensor:
     """Columns by torch, rows by their filter, in fp32 or better; first whichever leaves less for the other."""
-    rows_in, rows_out, spatial = x.rows.size, resize.sizes[resize.axis], x.ndim - 2
+    rows_in, rows_out, spatial = x.row_layout.size, resize.sizes[resize.axis], x.ndim - 2
     antialias, scale, times = resize.antialias, resize.scale(rows_in), rows_out // rows_in
     filter = FILTERS[resize.mode, spatial, antialias]
     reach = filter.reach * (max(scale, 1.0) if antialias else 1.0)
@@ -135,7 +135,7 @@ def _smooth(x: PatchTensor, resize: Resize) -> PatchTensor:
     stencil = FilterStencil(rows_in, rows_out, scale, reach, corners)
 
     def columns(x: PatchTensor) -> PatchTensor:
-        return wrap(on_some_rows(resize, x.local, x.rows.dim), x)
+        return wrap(on_some_rows(resize, x.local, x.row_layout.dim), x)
 
     def rows(x: PatchTensor) -> PatchTensor:
         return filtered(x, stencil, filter, antialias, resize.func)

@@ -15,9 +15,9 @@ from distpatch.layout.stencil import TransposedStencil
 from distpatch.layout.transfers import plan_stencil
 from distpatch.lazy.row_patches import Slab, choose_patch_rows, in_patches
 from distpatch.rules.core.halo import halo
-from distpatch.rules.core.operands import along_rows, in_compute_dtype, per_dim, spread, wrap
+from distpatch.rules.core.operands import along_rows, in_compute_dtype, per_dim, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule
-from distpatch.tensor.patch_tensor import PatchTensor, whole
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
 Sizes = int | Sequence[int]
@@ -38,15 +38,15 @@ def transposed_convolution(
 ) -> Any:
     how = (stride, padding, output_padding, groups, dilation)
     spatial = weight.ndim - 2
-    weight, bias = whole(weight), None if bias is None else whole(bias)
+    weight, bias = gather_replicated(weight), None if bias is None else gather_replicated(bias)
     if not isinstance(input, PatchTensor):
         return func(input, weight, bias, *how)
     if input.ndim == spatial + 1:  # unbatched
         return transposed_convolution(func, cast(PatchTensor, input.unsqueeze(0)), weight, bias, *how).squeeze(0)
     input = along_rows(input, func)
-    axis = input.rows.dim - 2
-    input, weight = in_compute_dtype(input), spread(weight, input)
-    bias = None if bias is None else spread(bias, input)
+    axis = input.row_layout.dim - 2
+    input, weight = in_compute_dtype(input), replicated_operand(weight, input)
+    bias = None if bias is None else replicated_operand(bias, input)
     if axis == -2:
         return wrap(func(input.local, weight, bias, *how), input)
     strides, pads, extras, dilations = (per_dim(n, spatial) for n in (stride, padding, output_padding, dilation))
@@ -60,7 +60,7 @@ def transposed_convolution(
             f"stride {stride}, padding {padding}, dilation {dilation} and output_padding {output_padding} "
             f"gives an output of {sizes}; output_padding must be smaller than the stride or the dilation"
         )
-    plan, region = plan_stencil(input.rows.bounds, windows[axis]), input.region
+    plan, region = plan_stencil(input.row_layout.bounds, windows[axis]), input.region
     lo, hi = out = plan.out[region.comm.rank], plan.out[region.comm.rank + 1]
 
     def write(rows: Tensor, cut: int, more: int) -> Tensor:
@@ -71,7 +71,7 @@ def transposed_convolution(
     channels = weight.shape[1] * groups
     out_numel = input.shape[0] * channels * math.prod(sizes) // sizes[axis] * (hi - lo)
     patch_rows = choose_patch_rows(
-        region.splits, hi - lo, input.known, weight, out_numel, region.min_numel, region.workspace_bytes
+        region.splits, hi - lo, input.local_or_recipe, weight, out_numel, region.min_numel, region.workspace_bytes
     )
     slab = halo(input, plan.needs, func)
     result = in_patches(lambda a, b: written(write, slab, windows[axis], a, b), out, patch_rows, slab.dim)

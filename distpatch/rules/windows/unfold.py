@@ -14,7 +14,7 @@ from distpatch.layout.rows import RowLayout, aligned_bounds, even_bounds
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.rules.core.aliasing import copied
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.halo import over_rows, slab_of
+from distpatch.rules.core.halo import run_stencil, slab_of
 from distpatch.rules.core.operands import on_some_rows, per_dim, redistribute, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.windows.transposed import written
@@ -38,10 +38,12 @@ def unfold(
         batch = cast(PatchTensor, input.unsqueeze(0))
         return unfold(func, batch, kernel_size, dilation, padding, stride).squeeze(0)
     kernel, dilations, pads, strides = (per_dim(n, 2) for n in (kernel_size, dilation, padding, stride))
-    if input.rows.dim < 2:  # whole images, or channels, which stay one after the other
-        local = on_some_rows(lambda rows: func(rows, kernel, dilations, pads, strides), input.local, input.rows.dim)
-        return _repeated(input, local, kernel[0] * kernel[1] if input.rows.dim == 1 else 1)
-    if input.rows.dim == 3:  # the windows of a column are not together in the output
+    if input.row_layout.dim < 2:  # whole images, or channels, which stay one after the other
+        local = on_some_rows(
+            lambda rows: func(rows, kernel, dilations, pads, strides), input.local, input.row_layout.dim
+        )
+        return _repeated(input, local, kernel[0] * kernel[1] if input.row_layout.dim == 1 else 1)
+    if input.row_layout.dim == 3:  # the windows of a column are not together in the output
         comm = input.region.comm
         input = redistribute(input, RowLayout(2, even_bounds(input.shape[2], comm.size)), func)
     windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
@@ -51,7 +53,7 @@ def unfold(
     def blocks(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
         return func(rows, kernel, dilations, (0, pads[1]), strides).unflatten(2, (hi - lo, columns))
 
-    return over_rows(blocks, input, windows[0], func).flatten(2)
+    return run_stencil(blocks, input, windows[0], func).flatten(2)
 
 
 @rule(F.fold)
@@ -71,18 +73,18 @@ def fold(
     size, kernel, dilations, pads, strides = (
         per_dim(n, 2) for n in (output_size, kernel_size, dilation, padding, stride)
     )
-    if input.rows.dim < 2:
-        pixels = kernel[0] * kernel[1] if input.rows.dim == 1 else 1
+    if input.row_layout.dim < 2:
+        pixels = kernel[0] * kernel[1] if input.row_layout.dim == 1 else 1
         x = _aligned(input, pixels, func)
         local = on_some_rows(
-            lambda rows: func(rows, size, kernel, dilations, pads, strides), x.local, x.rows.dim, pixels
+            lambda rows: func(rows, size, kernel, dilations, pads, strides), x.local, x.row_layout.dim, pixels
         )
         return _repeated(x, local, 1, pixels)
     windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
     blocks = [window.out_rows(n) for window, n in zip(windows, size, strict=True)]
     _check(func, input, blocks)
     x = cast(PatchTensor, input.unflatten(2, blocks))
-    if x.rows.dim != 2:  # a single row of windows, sharded by columns
+    if x.row_layout.dim != 2:  # a single row of windows, sharded by columns
         x = redistribute(x, RowLayout(2, even_bounds(blocks[0], x.region.comm.size)), func)
     stencil = TransposedStencil(kernel[0], strides[0], pads[0], dilations[0])
     extra = size[0] - stencil.out_rows(blocks[0])
@@ -99,11 +101,11 @@ def fold(
 @rule(torch.Tensor.unfold)
 def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, step: int) -> Tensor:
     at = nth(dimension, input.ndim)
-    if at != input.rows.dim:
+    if at != input.row_layout.dim:
         return wrap(input.local.unfold(at, size, step), input)
     stencil = WindowStencil(size, step)
-    _check(func, input, [stencil.out_rows(input.rows.size)])
-    windows = over_rows(lambda rows, start, lo, hi: rows.unfold(at, size, step), input, stencil, func, view=True)
+    _check(func, input, [stencil.out_rows(input.row_layout.size)])
+    windows = run_stencil(lambda rows, start, lo, hi: rows.unfold(at, size, step), input, stencil, func, view=True)
     return copied(windows, input, func)
 
 
@@ -112,7 +114,7 @@ def pixel_shuffle(func: Any, input: PatchTensor, upscale_factor: int) -> PatchTe
     """(*, C * r * r, H, W) to (*, C, H * r, W * r); r * r channels that become one go to one rank."""
     times, unit = _shuffled(input, upscale_factor)
     x = _aligned(input, unit, func)
-    local = on_some_rows(lambda rows: func(rows, upscale_factor), x.local, x.rows.dim, unit)
+    local = on_some_rows(lambda rows: func(rows, upscale_factor), x.local, x.row_layout.dim, unit)
     return _repeated(x, local, times, unit)
 
 
@@ -121,36 +123,36 @@ def pixel_unshuffle(func: Any, input: PatchTensor, downscale_factor: int) -> Pat
     """The inverse; r rows that become one go to one rank."""
     unit, times = _shuffled(input, downscale_factor)
     x = _aligned(input, unit, func)
-    local = on_some_rows(lambda rows: func(rows, downscale_factor), x.local, x.rows.dim, unit)
+    local = on_some_rows(lambda rows: func(rows, downscale_factor), x.local, x.row_layout.dim, unit)
     return _repeated(x, local, times, unit)
 
 
 @rule(*named("channel_shuffle", "native_channel_shuffle"))
 def channel_shuffle(func: Any, input: PatchTensor, groups: int) -> Any:
-    if input.rows.dim == 1:
+    if input.row_layout.dim == 1:
         return fallback(func, input, groups)
-    return wrap(on_some_rows(lambda rows: func(rows, groups), input.local, input.rows.dim), input)
+    return wrap(on_some_rows(lambda rows: func(rows, groups), input.local, input.row_layout.dim), input)
 
 
 def _shuffled(x: PatchTensor, factor: int) -> tuple[int, int]:
     """How many rows become how many in a pixel shuffle: (out, in)."""
     kinds = {x.ndim - 3: (1, factor * factor), x.ndim - 2: (factor, 1), x.ndim - 1: (factor, 1)}
-    return kinds.get(x.rows.dim, (1, 1))
+    return kinds.get(x.row_layout.dim, (1, 1))
 
 
 def _aligned(x: PatchTensor, unit: int, func: Any) -> PatchTensor:
     """The tensor, so distributed that ``unit`` rows which become one are on one rank."""
-    if x.rows.size % unit:
+    if x.row_layout.size % unit:
         raise LayoutError(
-            f"{op_name(func)} makes one of each {unit} along dim {x.rows.dim}, but the input's shape is "
+            f"{op_name(func)} makes one of each {unit} along dim {x.row_layout.dim}, but the input's shape is "
             f"{tuple(x.shape)}"
         )
-    return redistribute(x, x.rows.with_bounds(aligned_bounds(x.rows.bounds, unit)), func)
+    return redistribute(x, x.row_layout.with_bounds(aligned_bounds(x.row_layout.bounds, unit)), func)
 
 
 def _repeated(x: PatchTensor, local: Tensor, times: int, unit: int = 1) -> PatchTensor:
     """Every ``unit`` rows of ``x`` have become ``times``."""
-    return wrap(local, x, x.rows.with_bounds(tuple(bound // unit * times for bound in x.rows.bounds)))
+    return wrap(local, x, x.row_layout.with_bounds(tuple(bound // unit * times for bound in x.row_layout.bounds)))
 
 
 def _check(func: Any, x: PatchTensor, sizes: Sequence[int]) -> None:

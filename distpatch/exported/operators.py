@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch._ops import OpOverload, OpOverloadPacket
 
-from distpatch.rules.aten import norms
-from distpatch.rules.aten.forms import FORMS
+from distpatch.exported import norms
+from distpatch.exported.forms import FORMS
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.tree import map_tensors
 
