@@ -42,7 +42,8 @@ ANY_ORDER.update(
         *"new_ones new_empty new_full new_tensor scaled_dot_product_attention __hash__ __len__ __repr__".split(),
         *"element_size get_device ndimension is_signed result_type glu normalize".split(),
         *"group_norm batch_norm instance_norm".split(),
-    )
+    ),
+    [torch.linalg.matmul],
 )
 
 
