@@ -65,9 +65,9 @@ def process_group(
 
 
 def _meet(patience: timedelta) -> tuple[c10d.Store, int, int]:
-    """The key-value store of all ranks, this rank and how many there are, when all have come to it.
+    """The key-value store of all ranks, this rank and the world size, once all ranks have arrived.
 
-    ``init_process_group`` would wait for all, too, but cannot say for whom.
+    ``init_process_group`` would wait for all ranks, too, but cannot say which one is missing.
     """
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Results written to disk from the ranks that hold them: no rank ever has the whole picture or clip.
+"""Results written to disk by the ranks that hold them: no rank ever has the whole picture or clip.
 
-``.npy`` and TIFF files are mapped into memory, and every rank writes its own rows (one file system is seen by
-all). PNG and video are sequential: rank 0 writes them, and is sent a few rows, or one frame, at a time.
+``.npy`` and TIFF files are mapped into memory, and every rank writes its own rows (all ranks must see one file
+system). PNG and video are sequential: rank 0 writes them, and is sent a few rows, or one frame, at a time.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _stream(
 ) -> None:
     """``encode`` on rank 0 of the pieces (C, H, W) as arrays (H, W, C), one at a time.
 
-    If it fails the rest still arrives, so that no rank waits for ever, and is dropped.
+    After a failure the remaining pieces are still received, and dropped, so that no rank blocks.
     """
     comm, leads = _writers(x)
     arrays = (_at_rank0(piece) for piece in pieces)
@@ -213,7 +213,7 @@ def _at_rank0(piece: Tensor) -> Any:
 
 
 def _together(comm: Communicator, action: Callable[[], None] | None, x: Tensor, path: Any) -> None:
-    """Run this rank's part, then meet the others: what failed on one of them is raised on all."""
+    """Run this rank's part, then synchronise: an error of one rank is raised on all."""
     failure: Exception | None = None
     try:
         if action is not None:

@@ -63,7 +63,7 @@ def examine(here: Session) -> distpatch.SelfTest:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that can matter, where it is there."""
+    """Versions of everything installed that can matter."""
     found = {"distpatch": distpatch.__version__, "python": platform.python_version(), "system": platform.platform()}
     for name in LIBRARIES:
         try:
@@ -82,13 +82,13 @@ def _backend(here: Session) -> str:
 
 
 def _places(here: Session) -> list[str]:
-    """Each rank's host and device, as far as the ranks answer within a moment."""
+    """Each rank's host and device, of the ranks that answer within seconds."""
     place = f"{socket.gethostname()} {here.where()['device']} {here.device}"
     return _store_and_wait(here, place, list(range(here.group.size())))
 
 
 def _store_and_wait(here: Session, note: str, ranks: list[int]) -> list[str]:
-    """Leave a note in the group's store, and read those of other ranks, as they come within a moment."""
+    """Write this rank's note to the group's store, and read those of the other ranks, for some seconds."""
     store = here.group.get_group_store()
     call = store.add(f"distpatch/doctor/calls/{here.group.rank()}", 1)
     store.set(f"distpatch/doctor/{call}/{here.group.rank()}", note)

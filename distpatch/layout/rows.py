@@ -1,4 +1,4 @@
-"""Who owns which rows, and who sends which rows to whom: frozen data, no communication."""
+"""Who owns which rows: frozen data, no communication."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EMPTY: Interval = (0, 0)
 
 
 class Stencil(Protocol):
-    """What a rule has to know of an operation along the sharded dim (see layout/stencil.py)."""
+    """What a rule has to know of an operation along the sharded dim (stencil.py)."""
 
     def out_rows(self, rows_in: int) -> int: ...
     def need(self, lo: int, hi: int) -> Interval: ...
@@ -78,7 +78,7 @@ def _layout(dim: int, bounds: Bounds) -> RowLayout:
 
 
 class OutOfOrder(Exception):
-    """A rule asked where the rows of a ``BlockLayout`` stand. It is called again with the rows in order."""
+    """A rule asked a ``BlockLayout`` for the bounds of its rows; it is called again with the rows in order."""
 
 
 class BlockLayout(RowLayout):

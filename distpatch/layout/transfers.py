@@ -15,8 +15,7 @@ from distpatch.layout.stencil import Interval, ceil_div
 class StencilPlan:
     """What one operation asks of every rank.
 
-    ``out``: bounds of the output; ``needs[rank]``: the two intervals of rows missing above and below
-    the rank's own.
+    ``out``: bounds of the output; ``needs[rank]``: the intervals of halo rows above and below the rank's own.
     """
 
     out: Bounds
@@ -44,7 +43,7 @@ def plan_stencil(bounds: Bounds, stencil: Stencil) -> StencilPlan:
 
 
 def padded(needs: Sequence[Sequence[Interval]]) -> Needs:
-    """The same number of intervals for every rank, as an exchange wants it."""
+    """The same number of intervals for every rank, as an exchange requires; empty ones are added."""
     count = max(1, *(len(intervals) for intervals in needs))
     return tuple((*intervals, *[EMPTY] * (count - len(intervals))) for intervals in needs)
 
@@ -71,10 +70,9 @@ def needs_in_order(inner: Bounds, blocks: int, bounds: Bounds) -> Needs:
 
 @dataclass(frozen=True)
 class EdgePlan:
-    """An exchange of which only the rows that move are there: they are numbered anew.
+    """An exchange of halo rows alone, renumbered as if they were the whole tensor.
 
-    ``strips[rank]``: the local rows that the rank gives away, in ascending order; ``bounds`` and ``needs``: as if
-    these were all.
+    ``strips[rank]``: the local rows that the rank sends, in ascending order; ``bounds`` and ``needs``: over these.
     """
 
     strips: tuple[tuple[Interval, ...], ...]
@@ -84,7 +82,7 @@ class EdgePlan:
 
 @lru_cache(maxsize=4096)
 def plan_edges(bounds: Bounds, needs: Needs) -> EdgePlan:
-    """The exchange of ``needs``, none of which is of the rank's own rows, without the rows that stay."""
+    """The exchange of ``needs``, none of which is of the rank's own rows, renumbered without the rows that stay."""
     moving: list[list[int]] = []
     for lo, hi in sorted({interval for intervals in needs for interval in intervals if interval != EMPTY}):
         if moving and lo <= moving[-1][1]:

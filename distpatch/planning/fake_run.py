@@ -119,9 +119,9 @@ SHORT_WAY = {torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
 
 
 class Faking(FakeTensorMode):
-    """Fake tensors, of which views are made in a short way: a third of a plan is that, and torch takes long for each.
+    """Fake tensors with a short path for views: a third of a plan's operations are views, and torch's own path is slow.
 
-    And it gives a view other strides, in dims of size 1, than real tensors get.
+    They keep the strides of real views in dims of size 1, which torch's fake tensors do not.
     """
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -237,7 +237,7 @@ class Subject:
 
 
 def _representatives(heights: Sequence[int], ranks: Sequence[int] | None) -> dict[int, int]:
-    """Ranks to run, each with how many it stands for: its kind is its height, and whether it is at an edge."""
+    """Ranks to run, each with how many it stands for: ranks of one height are alike unless at an edge."""
     size = len(heights)
     kinds = [(rank == 0, rank == size - 1, height) for rank, height in enumerate(heights)]
     if ranks is None and size <= FEW_RANKS:
@@ -275,6 +275,6 @@ def _values_named(model: str) -> Iterator[None]:
 
 
 def _size_bytes(tensors: Iterator[Tensor]) -> int:
-    """Bytes of memory, each once, however many tensors see it."""
+    """Bytes of memory; a storage that several tensors share counts once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""What a plan found for one rank."""
+"""One rank's part of a plan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OpPlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank would do. ``stands_for``: how many ranks do the same; ``rows``: of its share of the image."""
+    """What one rank would do. ``stands_for``: how many ranks do the same; ``rows``: its share of the image's rows."""
 
     rank: int
     rows: int
@@ -54,12 +54,12 @@ class RankPlan:
 
     @property
     def rounds(self) -> int:
-        """Exchanges and collectives that it waits for, one after the other."""
+        """Exchanges and collectives that the rank waits for, one after the other."""
         return self.trace.rounds
 
     @cached_property
     def launches(self) -> int:
-        """Kernels, see ``meter.launches_of``."""
+        """Kernels, as ``launches_of`` in profiling/op_costs.py counts them."""
         return launches_of(self.kernels)
 
     @cached_property
@@ -73,12 +73,12 @@ class RankPlan:
 
     @cached_property
     def replicated_flops(self) -> int:
-        """Those that every rank computes in full, on replicated or gathered tensors."""
+        """FLOPs that every rank computes in full, on replicated or gathered tensors."""
         return sum(times * kernel.flops for kernel, times in self.kernels.items() if kernel.replicated)
 
     @cached_property
     def moved_bytes(self) -> int:
-        """Read and written by operations."""
+        """Bytes that operations read and write."""
         return sum(times * kernel.moved_bytes for kernel, times in self.kernels.items())
 
     def compute_seconds(self, device: Device | None) -> float | None:

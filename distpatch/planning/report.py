@@ -1,4 +1,4 @@
-"""What a plan found: frozen data, as a table, as JSON, and whether it fits."""
+"""The report of a plan: frozen data, as a table, as JSON, and whether it fits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def busiest(self) -> RankPlan:
-        """The rank that takes longest; where time is not known, that computes most."""
+        """The rank that takes longest; where time is not known, the one that computes most."""
         return max(self.ranks, key=lambda rank: (self.seconds_of(rank) or 0.0, rank.flops, rank.sent_bytes))
 
     @property
@@ -61,32 +61,32 @@ class Plan:
 
     @property
     def sent_bytes(self) -> int:
-        """Of the rank that sends most."""
+        """Bytes sent by the rank that sends most."""
         return max(rank.sent_bytes for rank in self.ranks)
 
     @property
     def messages(self) -> int:
-        """Of the rank that sends most of them."""
+        """Messages sent by the rank that sends most of them."""
         return max(rank.messages for rank in self.ranks)
 
     @property
     def rounds(self) -> int:
-        """Exchanges and collectives that a rank waits for, one after the other: of the rank with most."""
+        """Exchanges and collectives that a rank waits for, one after the other; the most of any rank."""
         return max(rank.rounds for rank in self.ranks)
 
     @property
     def launches(self) -> int:
-        """Kernels (operators of torch that compute or copy): of the rank that launches most."""
+        """Kernels (operators of torch that compute or copy); the most of any rank."""
         return max(rank.launches for rank in self.ranks)
 
     @property
     def flops(self) -> int:
-        """Of all ranks together."""
+        """Floating-point operations of all ranks together."""
         return sum(rank.stands_for * rank.flops for rank in self.ranks)
 
     @property
     def imbalance(self) -> float:
-        """FLOPs of the rank that has most, over the mean; 1.0 is even."""
+        """FLOPs of the busiest rank over the mean of all ranks; 1.0 is even."""
         mean = self.flops / self.world_size
         return max(rank.flops for rank in self.ranks) / mean if mean else 1.0
 
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of the rank that takes longest: computing, then sending, no overlap. None without a device or link."""
+        """Time of the slowest rank: computing, then sending, without overlap. None without a device or link."""
         return self.seconds_of(self.busiest)
 
     def compute_seconds_of(self, rank: RankPlan) -> float | None:

@@ -100,10 +100,10 @@ _thread = _Thread()
 
 
 def representative_chunks(items: Sequence[T], last_too: bool = False) -> Iterator[T]:
-    """Pieces that are computed one after the other and are alike but for the first and, unless ``last_too``, the last.
+    """Iterate over chunks; in a planned run, over one representative of each kind, weighted by how many it stands for.
 
-    Where a run is planned, one stands for all others of its kind: nothing is asked of fake tensors but their sizes.
-    Else these are all of them.
+    Chunks are alike but for the first and, unless ``last_too``, the last. Fake tensors are asked for nothing but
+    their sizes, so one chunk tells what the others of its kind would cost. In a real run these are all chunks.
     """
     chosen = (0, -1) if last_too else (0, 1, -1)
     if not _thread.brief or len(items) <= len(chosen):
@@ -120,7 +120,7 @@ def representative_chunks(items: Sequence[T], last_too: bool = False) -> Iterato
 
 @contextmanager
 def representative_only() -> Iterator[None]:
-    """Let ``representative_chunks`` leave out pieces, in this thread."""
+    """A planned run in this thread: ``representative_chunks`` leaves out chunks that are alike."""
     before, _thread.brief = _thread.brief, True
     try:
         yield
@@ -129,13 +129,13 @@ def representative_only() -> Iterator[None]:
 
 
 def gathered() -> None:
-    """The function that is running gathers its arguments: what it computes from now on, every rank computes."""
+    """The running function gathers its arguments: from now on its work counts as replicated on every rank."""
     for meter in _thread.meters:
         meter.replicated = True
 
 
 def attributed_to(op: str, compute: Callable[..., T], *args: Any) -> T:
-    """``compute(*args)``, put down to the torch function that asked for it, which returned before it was computed."""
+    """``compute(*args)``, its cost attributed to ``op``: the deferred function, which returned before its work ran."""
     meters = _thread.meters
     if not meters:
         return compute(*args)

@@ -66,7 +66,7 @@ class Fallback:
 
 @dataclass
 class Fused:
-    """Steps that were computed together, patch by patch; ``spared_bytes``: of what never existed as a whole."""
+    """Deferred steps computed together, patch by patch; ``spared_bytes``: of intermediates never materialised."""
 
     steps: str
     count: int = 0
@@ -114,7 +114,7 @@ class Trace:
 
     @property
     def launches(self) -> int | None:
-        """Kernels launched (``meter.launches_of``); None where they were not measured."""
+        """Kernels launched (``launches_of``); None where they were not measured."""
         return None if self.meter is None else self.meter.launches
 
     def count(self, kind: str) -> int:

@@ -48,12 +48,12 @@ _thread = _Thread()
 
 
 def planned_kind() -> str | None:
-    """The kind of device that this thread plans for; None where it computes."""
+    """The kind of device that this thread plans for; None in a real run."""
     return _thread.planned
 
 
 def kind_of(device: torch.device) -> str:
-    """The kind of device for which to choose: this one's ("cpu", "cuda", ...), or the one that is planned for."""
+    """The kind of device to choose sizes for: the tensor's ("cpu", "cuda", ...), or the one that is planned for."""
     return _thread.planned or device.type
 
 
@@ -63,7 +63,7 @@ def sizes_of(device: torch.device) -> Sizes:
 
 @contextmanager
 def planned_as(kind: str) -> Iterator[None]:
-    """Choose, in this thread, as for another kind of device than that of the tensors."""
+    """In this thread, choose sizes as for another kind of device than the tensors'."""
     before, _thread.planned = _thread.planned, kind
     try:
         yield

@@ -1,4 +1,4 @@
-"""One container: what it holds, and how another one is made that holds something else."""
+"""One container: its children, and a new one of the same kind with other children."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GENERATED: tuple[type, ...] = (
 
 
 def children_of(node: Any) -> list[Any]:
-    """What a container holds, in an order that every rank has."""
+    """The children of a container, in an order that all ranks share."""
     base = base_of(node)
     if base is None:
         held: list[Any] = []
@@ -57,12 +57,12 @@ def children_of(node: Any) -> list[Any]:
 
 
 def is_fixed(node: Any) -> bool:
-    """Whether nobody can write to it."""
+    """Whether the container is immutable."""
     return isinstance(node, (tuple, frozenset, types.MappingProxyType, *_VIEWS, functools.partial))
 
 
 def remade(node: Any, build: Callable[[Any], Any]) -> Any:
-    """Of what nobody can write to, the same with new children."""
+    """An immutable container of the same kind with new children."""
     kind = type(node)
     if isinstance(node, tuple):
         items = [build(item) for item in tuple.__iter__(node)]
@@ -81,7 +81,7 @@ def remade(node: Any, build: Callable[[Any], Any]) -> Any:
 
 
 def shallow(node: Any) -> Any:
-    """Another object of the same class that holds the same, without a word to its constructor."""
+    """A shallow copy, without calling the constructor."""
     kind, base = type(node), base_of(node)
     if kind is base and kind is not defaultdict:
         return kind(node) if kind is not deque else deque(node, node.maxlen)
@@ -109,7 +109,7 @@ _BASES = (OrderedDict, defaultdict, dict, list, tuple, set, frozenset, deque)
 
 
 def base_of(node: Any) -> Any:
-    """The container of the standard library that it is."""
+    """The container class of the standard library that it derives from."""
     kind = type(node)
     return kind if kind in _BASES else next((base for base in _BASES if isinstance(node, base)), None)
 
@@ -126,7 +126,7 @@ def _slots(kind: Any) -> tuple[Any, ...]:
 
 
 def attributes_of(node: Any) -> list[tuple[Any, str, Any]]:
-    """What its dict (None) and its slots (their descriptors) hold."""
+    """An object's ``__dict__`` (or None) and its slot descriptors."""
     held = [(None, name, value) for name, value in vars(node).items()] if type(node).__dictoffset__ else []
     kind: Any = type(node)
     for slot in _slots(kind):
@@ -139,7 +139,7 @@ def attributes_of(node: Any) -> list[tuple[Any, str, Any]]:
 
 @functools.lru_cache(maxsize=4096)
 def is_sealed(kind: Any, modules: bool) -> bool:
-    """Whether nothing inside objects of this class is looked at."""
+    """Whether objects of this class are never looked into."""
     if kind in ATOMS:
         return True
     if modules and issubclass(kind, (nn.Module, types.FunctionType, types.MethodType)):
@@ -151,9 +151,9 @@ def is_sealed(kind: Any, modules: bool) -> bool:
 
 
 def in_order(items: Any) -> list[Any]:
-    """The items of a set, whose own order is another one on every rank.
+    """The items of a set in an order that all ranks share.
 
-    Raises ``LayoutError`` where sharded tensors cannot be told apart, which are gathered one after the other.
+    Raises ``LayoutError`` where sharded tensors of one set cannot be told apart: gathers must run in the same order.
     """
     listed = list(type(items).__iter__(items))
     if len(listed) < 2 or all(type(item) in ATOMS for item in listed):
@@ -200,7 +200,7 @@ def _set_cell(cell: Any, build: Callable[[Any], Any]) -> None:
 
 
 def refill(node: Any, new: Any, build: Callable[[Any], Any]) -> None:
-    """Put ``build`` of each child of ``node`` where that stands in ``new``, another one of its kind or itself."""
+    """Write ``build(child)`` for each child of ``node`` into ``new``, at the same place."""
     base = base_of(node)
     if base in {list, deque}:
         for i, item in enumerate(list(base.__iter__(node))):
@@ -225,7 +225,7 @@ def refill(node: Any, new: Any, build: Callable[[Any], Any]) -> None:
 
 
 def copy_back(node: Any, new: Any, back: Callable[[Any], Any]) -> None:
-    """Let ``node`` hold what its copy holds by now, each item as ``back`` gives it."""
+    """Write what the copy holds by now back to ``node``, each item mapped by ``back``."""
     base = base_of(node)
     if base in {list, deque, set}:
         items = list(map(back, base.__iter__(new)))
@@ -251,7 +251,7 @@ def copy_back(node: Any, new: Any, back: Callable[[Any], Any]) -> None:
 
 
 def _set_attribute(node: Any, slot: Any, name: str, value: Any) -> None:
-    """Without a word to what forbids or watches it."""
+    """Set an attribute past any ``__setattr__`` that forbids or observes it."""
     if slot is None:
         node.__dict__[name] = value
     else:

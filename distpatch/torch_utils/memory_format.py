@@ -1,4 +1,4 @@
-"""How the dims of a tensor stand in memory: told alike by all ranks, and as one device would have it."""
+"""The order of a tensor's dims in memory: the same on all ranks, and the same as on one device."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def _format(shape: Sequence[int], strides: Sequence[int]) -> torch.memory_format
 
 
 def memory_order(tensor: Tensor) -> Order:
-    """The dims as they stand in memory, innermost first."""
+    """The dims in the order of their strides, innermost first."""
     return order_by(tensor.shape, tensor.stride())
 
 
 def order_by(shape: Sequence[int], strides: Sequence[int]) -> Order:
-    """The same, of a tensor of this shape and these strides."""
+    """``memory_order`` of a tensor of this shape and these strides."""
     format = _format(shape, strides)
     if format is not torch.contiguous_format:
         return order_in(format, len(shape))
@@ -56,14 +56,14 @@ def order_by(shape: Sequence[int], strides: Sequence[int]) -> Order:
 
 
 def order_in(format: torch.memory_format, ndim: int) -> Order:
-    """The order of the dims of a dense tensor in this format."""
+    """The order of the dims of a dense tensor in this memory format."""
     if format is torch.contiguous_format:
         return tuple(reversed(range(ndim)))
     return (1, *range(ndim - 1, 1, -1), 0)
 
 
 def dense_strides(shape: Sequence[int], order: Order) -> Strides:
-    """The strides of a dense tensor whose dims stand in this order."""
+    """The strides of a dense tensor whose dims are in this order in memory."""
     strides, step = [0] * len(shape), 1
     for d in order:
         strides[d], step = step, step * max(shape[d], 1)
@@ -71,19 +71,19 @@ def dense_strides(shape: Sequence[int], order: Order) -> Strides:
 
 
 def format_of(order: Order) -> torch.memory_format:
-    """The memory format of a dense tensor whose dims stand in this order; contiguous, where it has none."""
+    """The memory format of a dense tensor whose dims are in this order; contiguous, where it has none."""
     if len(order) in {4, 5} and order == order_in(torch.channels_last, len(order)):
         return torch.channels_last if len(order) == 4 else torch.channels_last_3d
     return torch.contiguous_format
 
 
 def same_order(one: Order, other: Order, shape: Sequence[int]) -> bool:
-    """Whether elements of a tensor of this shape stand alike; dims of size 1 may stand anywhere."""
+    """Whether both orders mean the same memory for this shape: dims of size 1 may be anywhere."""
     return one == other or [d for d in one if shape[d] > 1] == [d for d in other if shape[d] > 1]
 
 
 def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """The same tensor, dense, its dims in memory in this order, innermost first."""
+    """A dense copy of the tensor whose dims are in this order in memory, innermost first."""
     # No view: autograd lets nobody write to one that was made in a function of its own.
     dense = torch.empty_permuted(tensor.shape, tuple(order)[::-1], dtype=tensor.dtype, device=tensor.device)
     return dense.copy_(tensor)
@@ -99,7 +99,7 @@ A_NUMBER = object()  # an argument that is a tensor of no dims
 
 
 class _Unknown(Exception):
-    """An argument of which nothing is known that could be remembered."""
+    """An argument that cannot be part of a cache key."""
 
 
 def strides_on_one_device(
@@ -124,7 +124,7 @@ def strides_on_one_device(
 
 @lru_cache(maxsize=1024)
 def _is_of_torch(func: Any) -> bool:
-    """Whether it can be called once more, to see what it does: a user's function might do something else."""
+    """Whether the function may be called a second time on tensors without data: a user's own may have side effects."""
     owner = getattr(func, "__self__", None)
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         return False
@@ -138,7 +138,7 @@ def _modes() -> tuple[Any, ...]:
 
 
 def _asked(value: Any, kind_of: KindOf) -> Any:
-    """The arguments as something to be remembered."""
+    """The arguments as a cache key."""
     if isinstance(value, Tensor):
         kind = kind_of(value)
         if kind is None:
@@ -160,7 +160,7 @@ def _asked(value: Any, kind_of: KindOf) -> Any:
 
 
 def _answered(asked: Any, on_meta: bool) -> Any:
-    """The arguments again, tensors without data."""
+    """The arguments rebuilt from the cache key, as tensors without data."""
     kind, value = asked
     if kind is Tensor:
         shape, strides, dtype, device, grad = value

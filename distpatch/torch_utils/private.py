@@ -1,4 +1,4 @@
-"""The names of torch that are private, or that its releases (2.11 to 2.14) have not alike."""
+"""The names of torch that are private, or that differ between its releases (2.11 to 2.14)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # the F
 class FakeMode(FakeTensorMode):
     """Tensors without data, of devices that this machine has.
 
-    So it needs no stand-in for a GPU that is missing, which torch 2.11 keeps in the memory of the thread that asked
-    for it: a segmentation fault in the next one, where that thread has ended.
+    They need no stand-in for a missing GPU, which torch 2.11 keeps in the memory of the thread that asked for it: after
+    that thread has ended, the next use is a segmentation fault.
     """
 
     avoid_device_init = False  # type: ignore[assignment]
@@ -59,9 +59,9 @@ def keep_in_order(operator: Any) -> None:
 
 @functools.cache
 def inlined(func: Any) -> Any:
-    """A function that torch has in Python, as this release has it, without its question for a rule.
+    """The Python body of one of torch's own functions, without its ``has_torch_function`` check.
 
-    Its steps have rules of their own.
+    So the functions that it calls are dispatched, each by its own rule.
     """
     asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     namespace = {**func.__globals__, **dict.fromkeys(asks, lambda *_: False)}

@@ -91,12 +91,12 @@ def tensors_in(tree: Any, *, modules: bool = False) -> Iterator[Tensor]:
 
 
 def streams_in(tree: Any) -> bool:
-    """Whether a generator or a builtin iterator is anywhere in a structure."""
+    """Whether a structure holds a generator or a builtin iterator."""
     return any(not isinstance(leaf, Tensor) for leaf in _Graph(tree, False, False).leaves)
 
 
 def give_back(made: Made) -> None:
-    """Let containers that ``map_tensors`` has copied hold what was written to their copies since."""
+    """Write what was written to the copies made by ``map_tensors`` back to the containers they were made of."""
     old = {id(new): before for before, new in made}
 
     def back(item: Any) -> Any:
@@ -108,7 +108,7 @@ def give_back(made: Made) -> None:
 
 
 class _Graph:
-    """What holds what: every container once, every leaf (tensor or iterator) as often as it is held."""
+    """The object graph of a structure: every container once, every leaf (tensor or iterator) at each of its places."""
 
     def __init__(self, root: Any, in_place: bool, modules: bool) -> None:
         self.root, self.in_place = root, in_place
@@ -169,7 +169,7 @@ class _Graph:
 
 
 def _map_leaf(fn: Callable[[Tensor], Any], leaf: Any) -> Any:
-    """A leaf of a pytree, in a form that Dynamo can trace: no object is compared or copied, but made anew."""
+    """A leaf of a pytree, in a form that Dynamo can trace: rebuilt, without comparing or copying objects."""
     if isinstance(leaf, Tensor):
         return fn(leaf)
     if _opaque(leaf):
