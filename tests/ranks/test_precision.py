@@ -67,3 +67,44 @@ def test_no_more_error_than_one_device(name: str, ratio: int, dtype: torch.dtype
                 unit = torch.finfo(one.dtype).eps / 2 * right.abs().max().item()
                 error, allowed = ((t.double() - right).abs().max().item() for t in (ours, one))
                 assert error <= max(allowed, unit), f"{shape} on {world} ranks: {error:.3g}, one device {allowed:.3g}"
+
+
+AT_LARGE_MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "group_norm": lambda x: F.group_norm(x, 16),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "instance_norm": F.instance_norm,
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-2:]),
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[-2:]),
+    "var": lambda x: torch.var(x, dim=(2, 3)),
+    "std": torch.std,
+    "var_mean": lambda x: torch.stack(torch.var_mean(x, dim=(0, 2, 3))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mean", [100, 1000])
+def test_no_less_exact_than_torch_at_large_means(mean: int, dtype: torch.dtype) -> None:
+    """Values of mean 100 and 1000 and deviation 1: no more error than torch's own on one device."""
+    inputs = [
+        (mean + random_tensor(shape, dtype=torch.float32)).to(dtype) for shape in ((4, 32, 24, 16), (1, 32, 96, 64))
+    ]
+
+    def body(rank: int) -> list[Tensor]:
+        outs = []
+        for x in inputs:
+            for fn in AT_LARGE_MEANS.values():
+                for grad in (False, True):
+                    leaf = distpatch.shard(x.clone().requires_grad_(grad), dist.group.WORLD, dim=2)
+                    outs.append(distpatch.gather(fn(leaf)).detach())
+        return outs
+
+    for outs in run_ranks(3, body):
+        results = iter(outs)
+        for x in inputs:
+            for name, fn in AT_LARGE_MEANS.items():
+                right = fn(x.double())
+                own = (fn(x).double() - right).abs()
+                for _ in range(2):
+                    error = (next(results).double() - right).abs()
+                    assert error.mean() <= 1.1 * own.mean() + 1e-8, (name, x.shape, error.mean(), own.mean())
+                    assert error.max() <= 1.5 * own.max() + 1e-8, (name, x.shape, error.max(), own.max())

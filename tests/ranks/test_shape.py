@@ -1,18 +1,25 @@
-"""Shape changes: views, permutations, slices, concatenation, on the sharded dim and beside it."""
+"""Views, permutations, reshapes and slices: dims split, merged, moved, of the sharded dim and of others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import einops
 import pytest
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from tests.support.oracle import H, case
 
 X = (2, 4, H, 6)
-EVEN = (10, 4)  # heights of several pairs of rows
+PAIRS = (10, 4)  # heights of several pairs of rows
+ONE = (1, 4, H, 6)
+IMAGE = (1, H, 6, 4)  # channels last, as windows are cut
+IMAGES = (2, H, 6, 4)
+EVEN = (10, 4, 2)
+FOURS = (8, 4)
 
 
 def interleave(x: Tensor) -> Tensor:
@@ -27,7 +34,7 @@ def spread_out(x: Tensor) -> Tensor:
     return x.view(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, h * 2, w * 2)
 
 
-CASES = {
+SHAPES = {
     "permute": case(lambda x: x.permute(2, 0, 3, 1), X),
     "permute, tuple": case(lambda x: torch.permute(x, (0, 2, 3, 1)), X),
     "transpose": case(lambda x: x.transpose(1, -2).transpose(0, 1), X),
@@ -45,15 +52,15 @@ CASES = {
     "view": case(lambda x: x.view(2, 2, 2, -1, 3, 2), X, p2p=0),
     "view of tokens": case(lambda x: x.reshape(2, 4, -1), X, p2p=0),
     "view of tokens as pixels": case(lambda x: x.reshape(2, -1, 3, 4), (2, H, 4), heights=(9, 3)),
-    "rows in pairs": case(lambda x: x.view(2, 4, -1, 2, 6), X, heights=EVEN),
-    "pairs of rows, merged": case(lambda x: x.reshape(2, 4, -1, 12), X, heights=EVEN),
-    "rows of other width": case(lambda x: x.reshape(2, 4, -1, 4), X, heights=EVEN),
-    "space to depth": case(interleave, X, heights=EVEN),
+    "rows in pairs": case(lambda x: x.view(2, 4, -1, 2, 6), X, heights=PAIRS),
+    "pairs of rows, merged": case(lambda x: x.reshape(2, 4, -1, 12), X, heights=PAIRS),
+    "rows of other width": case(lambda x: x.reshape(2, 4, -1, 4), X, heights=PAIRS),
+    "space to depth": case(interleave, X, heights=PAIRS),
     "space to depth, one block": case(interleave, X, heights=(2,)),  # 1 × 2 could be 2 × 1
     "depth to space": case(spread_out, X),
     "rearrange": case(lambda x: rearrange(x, "b (n c) h w -> (b n) h w c", n=2), X),
     "rearrange, pixels as tokens": case(lambda x: rearrange(x, "b c h w -> b (h w) c"), X),
-    "rearrange, patches": case(lambda x: rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=2, q=3), X, heights=EVEN),
+    "rearrange, patches": case(lambda x: rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=2, q=3), X, heights=PAIRS),
     "view_as": case(lambda x, y: x.flatten(2).view_as(y), X, X),
     "expand": case(lambda x: x.expand(2, 3, -1, 5), (2, 1, H, 1)),
     "expand to more dims": case(lambda x: x.expand(2, 4, *x.shape), (3, H, 5)),
@@ -88,7 +95,7 @@ CASES = {
     "no rows": case(lambda x: x[:, :, 3:3], X),
     "every second row": case(lambda x: x[:, :, ::2], X),
     "every third row from the second": case(lambda x: x[..., 1::3, :], X),
-    "rows and columns interleaved": case(lambda x: x[..., 1::2, ::2] + x[..., ::2, ::2], X, heights=EVEN),
+    "rows and columns interleaved": case(lambda x: x[..., 1::2, ::2] + x[..., ::2, ::2], X, heights=PAIRS),
     "ellipsis and None": case(lambda x: x[None, ..., None, 0], X),
     "a pixel": case(lambda x: x[0, :, 0, 1:3], X),
     "difference of rows": case(lambda x: x[:, :, 1:] - x[:, :, :-1], X, heights=(7, 3)),
@@ -101,6 +108,167 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 def test_shape(case: Callable[[], None]) -> None:
+    case()
+
+
+def windows(x: Tensor, size: int) -> Tensor:
+    """Swin: (B, H, W, C) to (B * windows, size, size, C)."""
+    b, h, w, c = x.shape
+    x = x.view(b, h // size, size, w // size, size, c)
+    return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, size, size, c)
+
+
+def unwindowed(x: Tensor, size: int, h: int, w: int) -> Tensor:
+    b = int(x.shape[0] / (h * w / size / size))
+    x = x.view(b, h // size, w // size, size, size, -1)
+    return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(b, h, w, -1)
+
+
+def swin(x: Tensor, w: Tensor, mask: Tensor | None = None, shift: int = 0) -> Tensor:
+    """Attention in (shifted) windows of 2 × 2, and the image again."""
+    _, h, width, c = x.shape
+    shortcut = x
+    x = torch.roll(x, (-shift, -shift), (1, 2)) if shift else x
+    x = windows(x, 2).view(-1, 4, c)
+    n = x.shape[0]
+    q, k, v = F.linear(x, w).reshape(n, 4, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-2, -1)
+    if mask is not None:
+        count = mask.shape[0]
+        scores = scores.view(n // count, count, 2, 4, 4) + mask.unsqueeze(1).unsqueeze(0)
+        scores = scores.view(-1, 2, 4, 4)
+    x = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, 4, c)
+    x = unwindowed(x.view(-1, 2, 2, c), 2, h, width)
+    return shortcut + (torch.roll(x, (shift, shift), (1, 2)) if shift else x)
+
+
+def window_mask(rows: int) -> Tensor:
+    return torch.randn(rows // 2 * 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def group_norm_by_hand(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    groups = x.view(b, 2, -1)
+    centred = groups - groups.mean(2, keepdim=True)
+    return (centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()).view(b, c, h, w)
+
+
+def quantize(x: Tensor, book: Tensor) -> Tensor:
+    """A VQ layer: the nearest code of each pixel, straight through."""
+    z = x.permute(0, 2, 3, 1).contiguous()
+    flat = z.view(-1, 4)
+    distance = flat.square().sum(1, keepdim=True) + book.square().sum(1) - 2 * F.linear(flat, book)
+    chosen = F.embedding(distance.argmin(1), book).view(z.shape)
+    return (z + (chosen - z).detach() + 0.1 * chosen).permute(0, 3, 1, 2)
+
+
+RESHAPES = {
+    # Dims in another order.
+    "permute": case(lambda x: x.permute(3, 2, 0, 1), X),
+    "transpose by name": case(lambda x: torch.transpose(x, dim0=1, dim1=-2), X),
+    "swapaxes": case(lambda x: x.swapaxes(0, 2).swapdims(1, 3), X),
+    "moveaxis": case(lambda x: torch.moveaxis(x, (0, 2), (-1, 0)), X),
+    "T of tokens": case(lambda x: x[0, 0].T + x[0, 1].t(), X),
+    "adjoint": case(lambda x: x.adjoint() + x.mH, X),
+    "unsqueeze everywhere": case(lambda x: (x.unsqueeze(2), x.unsqueeze(3), x.unsqueeze(-1)), X),
+    "squeeze of several": case(lambda x: torch.squeeze(x, (0, -1)), (1, 2, H, 1)),
+    "squeeze all": case(lambda x: x.squeeze(), (1, 2, H, 1)),
+    "at least": case(lambda x: (torch.atleast_1d(x), *torch.atleast_3d([x, x[0, 0]]), torch.atleast_3d(x[0, :, :, 0].T)), X),
+    "broadcast_tensors": case(lambda x, y: torch.broadcast_tensors(x, y), X, (6,)),
+    "complex and back": case(lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (3, 2))) * 1j), X),
+    "real, imag": case(lambda x: torch.complex(x, x * 2).imag + torch.real(torch.complex(x, x)), X),
+    "view as bytes": case(lambda x: (x > 0).view(torch.uint8), X),
+    # Splits and merges that keep the rows where they are.
+    "flatten of the last": case(lambda x: x.flatten(2).unflatten(-1, (-1, 3)), X, p2p=0),
+    "unflatten channels": case(lambda x: x.unflatten(1, (2, -1)), X, p2p=0),
+    "reshape to the same": case(lambda x: x.reshape(x.shape) * x.view(*x.shape) + x.view_as(x), X, p2p=0),
+    "reshape by name": case(lambda x: torch.reshape(x, shape=(2, 2, 2, -1, 6)), X, p2p=0),
+    "reshape, ones": case(lambda x: x.reshape(1, 2, 4, 1, -1, 1, 6).reshape(2, 4, -1, 6), X, p2p=0),
+    "ravel": case(lambda x: x[:1, :1].ravel(), X, p2p=0),
+    "empty": case(lambda x: x[:, :, :0].reshape(2, 4, -1, 3) * 2, X),
+    "rows of two": case(lambda x: x.reshape(2, 4, -1, 2, 6).transpose(2, 3), X, heights=EVEN),
+    "rows of half": case(lambda x: x.reshape(2, 4, -1, 3), X, p2p=0),
+    "space to depth": case(lambda x: einops.rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2), X, heights=EVEN),
+    "depth to space": case(lambda x: einops.rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=2, q=2), X),
+    "patches": case(lambda x: einops.rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2), X, heights=EVEN),
+    "patches back": case(
+        lambda x: einops.rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", w=3, p=2, q=2), (2, H, 8), heights=(6, 12, 3)
+    ),
+    "frames": case(lambda x: einops.rearrange(x, "(b t) c h w -> b c t h w", t=2).flatten(1, 2), X),
+    "heads": case(lambda x: einops.rearrange(x, "b n (h d) -> (b h) n d", h=2) * 2, (2, H, 4)),
+    # A dim merged in front of the rows.
+    "tokens of the batch": case(lambda x: x.flatten(2).transpose(1, 2).reshape(-1, 4), X, p2p=0),
+    "tokens of the batch, linear": case(
+        lambda x, w: F.linear(x.permute(0, 2, 3, 1).reshape(-1, 4), w).relu().view(2, -1, 6, 3), X, (3, 4), p2p=0
+    ),
+    "channels and rows": case(lambda x: x.flatten(1, 2), X, p2p=0),
+    "all in one": case(lambda x: x.flatten().exp() + 1, X, p2p=0),
+    "all in one, and back": case(lambda x: (x.view(-1) * 2).view(x.shape) + x, X, p2p=0),
+    "mean of a sample": case(lambda x: x.reshape(2, -1).mean(1), X, p2p=0),
+    "norm of a sample": case(lambda x: x.flatten(1).square().sum(1, keepdim=True).sqrt(), X, p2p=0),
+    "group norm by hand": case(group_norm_by_hand, X, p2p=0),
+    "var of a group": case(lambda x: x.view(2, 2, -1).var(2), X),
+    "merged, added to a plain tensor": case(lambda x, y: x.flatten(1, 2) + y, X, lambda n: torch.ones(4 * n, 1).double()),
+    "merged, added to rows": case(lambda x, y: x.flatten(0, 1) + y.flatten(0, 1), X, X, sharded=2),
+    "merged, sliced": case(lambda x: x.flatten(1, 2)[:, 1:-1], X),
+    "merged, one chosen": case(lambda x: x.flatten(1, 2)[:, 3], X),
+    "merged, cumsum": case(lambda x: x.flatten(1, 2).cumsum(1), X),
+    "merged, softmax": case(lambda x: x.flatten(1, 2).softmax(1), X),
+    "merged, argmax": case(lambda x: x.flatten(1, 2).argmax(1), X),
+    "merged, convolved": case(lambda x, w: F.conv1d(x.flatten(1, 2).transpose(1, 2), w, padding=1), X, (3, 6, 3)),
+    "merged, sorted": case(lambda x: x.flatten(1, 2).sort(2).values, X),
+    "merged, in place": case(lambda x: (x * 1).flatten(1, 2).mul_(2).sub_(1), X),
+    "merged, flipped": case(lambda x: x.flatten(1, 2).flip(1), X),
+    "merged, joined": case(lambda x: torch.cat([x.flatten(1, 2), x.flatten(1, 2) * 2], 1), X),
+    "merged, joined beside": case(lambda x: torch.cat([x.flatten(1, 2), x.flatten(1, 2) * 2], 2), X, heights=(7, 2), p2p=0),
+    "merged, split in another way": case(lambda x: x.flatten(0, 2).view(4, -1, 3), X),
+    "merged, cut across": case(lambda x: x.reshape(3, -1), (2, 4, H, 6), heights=(7,), fallback="reshape"),
+    "merged, indexed": case(lambda x: x.flatten(1, 2)[:, :, [0, 2]], X),
+    "merged twice": case(lambda x: x.flatten(1, 2).flatten(0, 1).view(2, 4, -1, 6), X, p2p=0),
+    "merged, dropped out": case(lambda x: F.dropout(x.flatten(1, 2), 0.5, training=False), X, p2p=0),
+    "merged, layer norm": case(lambda x: F.layer_norm(x.flatten(1, 2), (6,)), X, p2p=0),
+    "merged, many blocks": case(lambda x: x.flatten()[1:], (100, 40, H, 1), heights=(3,), worlds=(3,), fallback="reshape"),
+    "quantized": case(quantize, X, (5, 4)),
+    "quantized, one image": case(quantize, ONE, (5, 4)),
+    # Windows.
+    "windows": case(lambda x: windows(x, 2), IMAGE, dim=1, heights=EVEN),
+    "windows and back": case(lambda x: unwindowed(windows(x, 2) * 2, 2, x.shape[1], 6), IMAGE, dim=1, heights=EVEN),
+    "windows of a batch": case(lambda x: windows(x, 2), IMAGES, dim=1, heights=EVEN),
+    "windows of a batch and back": case(
+        lambda x: unwindowed(windows(x, 2) * 2, 2, x.shape[1], 6), IMAGES, dim=1, heights=EVEN
+    ),
+    "windows by columns": case(lambda x: windows(x, 2), (2, 6, H, 4), dim=2, heights=EVEN),
+    "swin": case(swin, IMAGE, (12, 4), dim=1, heights=EVEN),
+    "swin, shifted": case(lambda x, w: swin(x, w, shift=1), IMAGE, (12, 4), dim=1, heights=EVEN),
+    "swin, masked": case(swin, IMAGE, (12, 4), window_mask, dim=1, heights=EVEN),
+    "swin of a batch": case(swin, IMAGES, (12, 4), dim=1, heights=EVEN),
+    "swin of a batch, shifted, masked": case(
+        lambda x, w, m: swin(x, w, m, 1), IMAGES, (12, 4), window_mask, dim=1, heights=EVEN
+    ),
+    "swin, padded": case(
+        lambda x, w: swin(F.pad(x, (0, 0, 0, 0, 0, x.shape[1] % 2)), w)[:, : x.shape[1]], IMAGES, (12, 4), dim=1
+    ),
+    # einops.
+    "einops reduce": case(lambda x: einops.reduce(x, "b c h w -> b c", "mean") + einops.reduce(x, "b c h w -> b c", "max"), X),
+    "einops pooling": case(lambda x: einops.reduce(x, "b c (h p) (w q) -> b c h w", "sum", p=2, q=3), X, heights=EVEN),
+    "einops repeat": case(lambda x: einops.repeat(x, "b c h w -> b c (h p) (w q)", p=2, q=2), X),
+    "einops repeat, tiled": case(lambda x: einops.repeat(x, "b c h w -> b c (p h) w", p=2), X),
+    "einops repeat, new": case(lambda x: einops.repeat(x, "b c h w -> b k c h w", k=3), X),
+    "einops to one": case(lambda x: einops.rearrange(x, "b c h w -> (h w b) c"), X),
+    "einops pack": case(lambda x: einops.pack([x, x[:, :, :, 0]], "b c h *")[0], X),
+    "einops asnumpy shape": case(lambda x: x * sum(einops.parse_shape(x, "b c h w").values()), X),
+    "expand rows": case(lambda x: x[:, :, :1].expand(2, 4, 5, 6) * 2, X),
+    "expand rows of a mean": case(lambda x: x.mean(2, keepdim=True).expand_as(x) - x, X),
+    "width": case(lambda x: x.flatten(1, 2).transpose(1, 2).unflatten(1, (-1, 1)), (2, 4, 6, H), dim=-1),
+    "width, patches": case(
+        lambda x: einops.rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2), (1, 4, 6, H), dim=-1, heights=EVEN
+    ),
+    "depth": case(lambda x: x.flatten(2).unflatten(2, (-1, 3, 2)), (2, 4, H, 3, 2), dim=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RESHAPES.values(), ids=RESHAPES)
+def test_reshape(case: Callable[[], None]) -> None:
     case()

@@ -1,4 +1,4 @@
-"""Stencils against what torch really reads, found by impulses."""
+"""Stencils against what torch really reads and picks, found by impulses and gradients."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from distpatch.layout.stencil import NearestStencil, WindowStencil
+from distpatch.layout.stencil import AreaStencil, FilterStencil, NearestStencil, TransposedStencil, WindowStencil
 from distpatch.layout.transfers import plan_stencil
+from distpatch.rules.windows.filters import FILTERS
+from distpatch.torch_utils import private
 
 windows = st.builds(
     WindowStencil,
@@ -103,3 +106,87 @@ def test_rows_do_not_drift(kernel: int, dilation: int) -> None:
         inner = [bound + above for bound in bounds[1:-1]]
         bounds = plan_stencil((0, *inner, bounds[-1] + window.span - 1), window).out
     assert bounds == (0, 8, 16, 24)
+
+
+def dependencies(out: Tensor, x: Tensor, row: int) -> list[int]:
+    """The input rows that output row ``row`` changes with."""
+    (grad,) = torch.autograd.grad(out[..., row].sum(), x, retain_graph=True)
+    return grad.flatten().nonzero().flatten().tolist()
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3), st.integers(0, 3), st.integers(1, 12)
+)  # fmt: skip
+def test_transposed_window_reads_what_a_transposed_convolution_reads(
+    kernel: int, stride: int, before: int, dilation: int, extra: int, rows: int
+) -> None:
+    stencil = TransposedStencil(kernel, stride, before, dilation, extra)
+    assume(extra < max(stride, dilation) and stencil.out_rows(rows) >= 1)
+    x = torch.ones(1, 1, rows, requires_grad=True)
+    out = F.conv_transpose1d(x, torch.ones(1, 1, kernel), None, stride, before, extra, 1, dilation)
+    assert stencil.out_rows(rows) == out.shape[-1]
+    for row in range(out.shape[-1]):
+        lo, hi = stencil.need(row, row + 1)
+        read = dependencies(out, x, row)
+        assert set(read) <= set(range(lo, hi))
+        assert dilation > 1 or read == list(range(max(lo, 0), min(hi, rows)))
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 3), st.integers(1, 20))
+def test_ceil_mode_counts_as_torch_does(kernel: int, stride: int, padding: int, rows: int) -> None:
+    stencil = WindowStencil(kernel, stride, padding, padding, ceil_mode=True)
+    assume(2 * padding <= kernel and stencil.out_rows(rows) >= 1)
+    pooled = F.avg_pool1d(torch.ones(1, 1, rows), kernel, stride, padding, ceil_mode=True)
+    assert stencil.out_rows(rows) == pooled.shape[-1]
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_nearest_exact(rows: int, size: int, by_factor: bool) -> None:
+    scale = 1 / (size / rows) if by_factor else rows / size
+    stencil = NearestStencil(rows, size, scale, exact=True)
+    image = torch.arange(float(rows)).view(1, 1, rows, 1)
+    how = {"scale_factor": (size / rows, 1.0)} if by_factor else {"size": (size, 1)}
+    assume(not by_factor or int(rows * (size / rows)) == size)
+    picked = F.interpolate(image, mode="nearest-exact", **how).flatten()
+    assert [stencil.source(row) for row in range(size)] == picked.tolist()
+    if stencil.repeats is not None:
+        assert torch.equal(picked, image.flatten().repeat_interleave(stencil.repeats))
+
+
+def test_rows_out_of_step_are_not_repeats() -> None:
+    assert NearestStencil(3, 9, 1 / 3).repeats == 3
+    assert NearestStencil(100, 4100, 1 / 41).repeats is None
+    assert NearestStencil(4, 6, 4 / 6).repeats is None
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.sampled_from([kind for kind in FILTERS if kind[0] != "lanczos" or private.RELEASE >= (2, 13)]),
+    st.booleans(),
+)
+def test_filter_reads_no_more_than_its_stencil_says(
+    rows: int, size: int, kind: tuple[str, int, bool], corners: bool
+) -> None:
+    mode, spatial, antialias = kind
+    assume(not (corners and antialias))
+    scale = ((rows - 1) / (size - 1) if size > 1 else 0.0) if corners else rows / size
+    reach = FILTERS[kind].reach * (max(scale, 1.0) if antialias else 1.0)
+    stencil = FilterStencil(rows, size, scale, reach, corners)
+    x = torch.arange(1.0, 1.0 + rows).view(1, 1, rows, *[1] * (spatial - 1)).requires_grad_()
+    target = (size, *[1] * (spatial - 1))
+    out = F.interpolate(x, target, mode=mode, align_corners=corners, antialias=antialias).view(1, 1, size)
+    for row in range(size):
+        lo, hi = stencil.need(row, row + 1)
+        assert 0 <= lo < hi <= rows
+        assert set(dependencies(out, x, row)) <= set(range(lo, hi))
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_adaptive_reads_its_part(rows: int, size: int) -> None:
+    stencil = AreaStencil(rows, size)
+    x = torch.ones(1, 1, rows, requires_grad=True)
+    out = F.adaptive_avg_pool1d(x, size)
+    parts = [stencil.need(row, row + 1) for row in range(size)]
+    assert [dependencies(out, x, row) for row in range(size)] == [list(range(*part)) for part in parts]
+    assert stencil.widest - 1 <= max(hi - lo for lo, hi in parts) <= stencil.widest

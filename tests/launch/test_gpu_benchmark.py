@@ -85,7 +85,7 @@ def test_what_fails_is_passed_by(tmp_path: Path) -> None:
     assert section.row("late", lambda: {}) is None
     rows = written(tmp_path / "rows")
     assert [row["status"] for row in rows] == [OK, NO_MEMORY, FAILED, PEER_FAILED, NOT_RUN, NOT_RUN]
-    assert rows[2]["why"].startswith("AssertionError: differs by 3 (test_gpu_kit.py:")
+    assert rows[2]["why"].startswith("AssertionError: differs by 3 (test_gpu_benchmark.py:")
     about = {"device": "a CPU", "size": "tiny", "seconds": 1.0, "minutes": 8, "command": "kit"}
     report = {**about, "sections": {"some": {"title": "of the test", "seconds": 1.0, "rows": rows}}}
     assert [row["row"] for _, row in with_status(report, FAILED)] == ["wrong"]

@@ -14,8 +14,23 @@ from tests.support.oracle import H, case
 X = (2, H, 6)
 FEW: dict[str, Any] = {"worlds": (3, 2), "heights": (7, 2)}
 EINSUM = torch.einsum
-
 CASES = {
+    "linear of tokens": case(F.linear, X, (5, 6), (5,), p2p=0),
+    "linear without bias": case(F.linear, X, (5, 6)),
+    "linear over the rows, alone": case(lambda x, w: F.linear(x, w), (2, 6, H), (5, H), dim=-1),
+    "rows @ plain": case(torch.matmul, X, (6, 5), p2p=0),
+    "rows @ plain batch": case(lambda a, b: a @ b, X, (2, 6, 5)),
+    "rows @ plain of more dims": case(torch.matmul, X, (3, 2, 6, 4)),
+    "plain @ columns": case(lambda x, a: a @ x, (2, 6, H), (5, 6), dim=-1, p2p=0),
+    "plain @ rows, batched": case(lambda x, a: a @ x, (2, H, 6), (5, H)),
+    "contraction": case(lambda a, b: a.transpose(-1, -2) @ b, X, X, sharded=2),
+    "contraction of other layouts": case(lambda a, b: a.mT.matmul(b), X, (2, H, 3), sharded=2),
+    "bmm": case(torch.bmm, (3, H, 6), (3, 6, 4)),
+    "mm of rows": case(torch.mm, (H, 6), (6, 4)),
+    "both left": case(lambda a, b: a @ b.transpose(-1, -2), X, X, sharded=2),
+    "batch dim": case(torch.matmul, (H, 3, 4), (H, 4, 2), sharded=2, dim=0),
+    "vector": case(torch.matmul, X, (6,)),
+    "einsum": case(lambda x, w: torch.einsum("bnc,dc->bnd", x, w), X, (5, 6)),
     # Rows of the left, of the right, and both.
     "matrix @ vector": case(torch.matmul, X, (6,)),
     "rows @ vector": case(torch.mv, (H, 6), (6,)),
