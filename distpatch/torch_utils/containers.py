@@ -160,7 +160,7 @@ def in_order(items: Any) -> list[Any]:
         return listed
     named = sorted(((_name(item), item) for item in listed), key=lambda pair: pair[0])
     for (one, item), (other, _) in itertools.pairwise(named):
-        if one == other and any(hasattr(t, "rows") for t in _tensors_under(item)):
+        if one == other and any(hasattr(t, "row_layout") for t in _tensors_under(item)):
             raise LayoutError(
                 f"a set holds several sharded tensors alike ({one}), in an order of each rank's own: use a list"
             )
