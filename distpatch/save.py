@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distpatch.comm.communicator import ALONE, Communicator
 from distpatch.errors import DistPatchError, LayoutError
-from distpatch.rules.shapes.block_layout import in_order
+from distpatch.rules.core.operands import in_order
 from distpatch.tensor.patch_tensor import PatchTensor, on_rank0
 
 Range = tuple[float, float]

@@ -62,6 +62,10 @@ def shard_rows(full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
 
 
 def narrow_rows(full: Tensor, layout: RowLayout, rank: int) -> Tensor:
+    """This rank's rows of a whole tensor, a view; of a ``BlockLayout`` a copy."""
+    if isinstance(layout, BlockLayout):
+        blocks = full.unflatten(layout.dim, (layout.blocks, -1))
+        return narrow_rows(blocks, layout.opened, rank).flatten(layout.dim, layout.dim + 1)
     lo, hi = layout.interval(rank)
     return full.narrow(layout.dim, lo, hi - lo)
 

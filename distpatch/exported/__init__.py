@@ -5,11 +5,9 @@ Importing this package fills the table to its end.
 
 from distpatch import rules as rules
 from distpatch.exported import forms, norms, operators, torchscript
-from distpatch.rules.core import empty_tensors
 from distpatch.rules.elementwise import in_place
 
 __all__ = ["forms", "norms", "operators", "torchscript"]
 
 forms.fill_in()
 in_place.fill_in()
-empty_tensors.wrap_rules()

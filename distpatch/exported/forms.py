@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.registry import named, nth
 from distpatch.tensor.patch_tensor import gather_replicated
-from distpatch.tensor.rule_table import RULES
+from distpatch.tensor.rule_table import RULES, RuleEntry
 
 Form = Callable[..., Any]
 FORMS: dict[str, Form] = {}
@@ -284,5 +285,5 @@ def fill_in() -> None:
     """The same rules for what torch offers publicly under these names, and has none."""
     for name, function in FORMS.items():
         for public in named(name):
-            if public not in RULES and hasattr(torch, name):
-                RULES[public] = _public(function)
+            if not RULES.has_rule(public) and hasattr(torch, name):
+                RULES[public] = replace(RULES.get(public, RuleEntry()), rule=_public(function), any_order=True)

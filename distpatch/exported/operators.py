@@ -57,7 +57,7 @@ def _public(packet: OpOverloadPacket) -> Callable[..., Any] | None:
     if family in _FAMILIES:
         places.append((_FAMILIES[family], rest))
     found = [vars(place).get(at) or getattr(place, at, None) for place, at in places]
-    known = next((function for function in found if callable(function) and function in RULES), None)
+    known = next((function for function in found if callable(function) and RULES.has_rule(function)), None)
     viewed = getattr(torch.ops.aten, name.removesuffix("_copy"), None)
     if known is None and name.endswith("_copy") and viewed is not None:
         return lambda *args, **kwargs: map_tensors(torch.clone, viewed(*args, **kwargs))

@@ -77,16 +77,12 @@ def _layout(dim: int, bounds: Bounds) -> RowLayout:
     return RowLayout(dim, bounds)
 
 
-class OutOfOrder(Exception):
-    """A rule asked a ``BlockLayout`` for the bounds of its rows; it is called again with the rows in order."""
-
-
 class BlockLayout(RowLayout):
     """What a dim merged in front of the rows makes of a layout: blocks of rows, and each rank has some of each.
 
     Of every one of the ``blocks``, rank r owns the rows ``inner[r]:inner[r + 1]``; locally they stand one
-    after the other. A rule that treats all rows alike needs no more than ``dim`` and ``size``; one that asks
-    for ``bounds`` gets ``OutOfOrder``.
+    after the other. A rule that treats all rows alike needs no more than ``dim``, ``size`` and ``heights``; it has
+    no ``bounds``.
     """
 
     inner: Bounds
@@ -98,7 +94,7 @@ class BlockLayout(RowLayout):
 
     @property
     def bounds(self) -> Bounds:  # type: ignore[override]
-        raise OutOfOrder
+        raise AssertionError(f"the rows of {self} are not in order: its rule must not be marked any_order")
 
     @property
     def size(self) -> int:

@@ -16,7 +16,7 @@ from distpatch.errors import DistPatchError, LayoutError
 from distpatch.lazy.buffer_reuse import deferred_rows
 from distpatch.model.arguments import is_image, problem_of, signature_of
 from distpatch.model.compile_ops import enter
-from distpatch.rules.shapes.block_layout import in_order
+from distpatch.rules.core.operands import in_order
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, handed_back, on_rank0
 from distpatch.tensor.region import Region
 from distpatch.tensor.user_classes import kind_of

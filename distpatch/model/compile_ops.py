@@ -20,7 +20,7 @@ from distpatch.comm.communicator import communicator_of
 from distpatch.layout.rows import RowLayout, even_bounds
 from distpatch.tensor.patch_tensor import PatchTensor, check_dim, shard_in
 from distpatch.tensor.region import Region
-from distpatch.tensor.rule_table import RULES
+from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.private import keep_in_order
 
 
@@ -84,4 +84,4 @@ def _on_sharded(function: Any) -> Any:
 
 
 for _op, _function in ((torch.ops.distpatch.enter, _enter), (torch.ops.distpatch.gather, _gather)):
-    RULES[_op] = RULES[_op.default] = _on_sharded(_function)
+    RULES[_op] = RULES[_op.default] = RuleEntry(_on_sharded(_function))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dis
-import inspect
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from types import CodeType, FunctionType, MappingProxyType
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import get_overridable_functions, resolve_name
 
-from distpatch.rules.core.fallback import fallback, record
+from distpatch.rules.core.fallback import fallback
 from distpatch.rules.tensor_api.metadata import refused
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
@@ -28,7 +28,6 @@ KINDS = MappingProxyType(
         "refused": "an error that names the function and says what to do",
     }
 )
-_GATHERING = (fallback, record)
 
 
 def functions() -> dict[Any, str]:
@@ -42,12 +41,17 @@ def functions() -> dict[Any, str]:
 
 def kind(func: Any) -> str:
     """One of ``KINDS``; of a function that nobody registered too."""
-    if func not in RULES:
+    if not RULES.has_rule(func):
         return "refused" if getattr(func, "__name__", "") == "__set__" else "fallback"
-    rule = inspect.unwrap(RULES[func])
+    rule = _rule(func)
     if rule is refused or not _returns(rule.__code__):
         return "refused"
     return "partial" if _gathers(rule) else "sharded"
+
+
+def _rule(func: Any) -> Any:
+    rule = RULES[func].rule
+    return rule.func if isinstance(rule, functools.partial) else rule
 
 
 def _returns(code: CodeType) -> bool:
@@ -56,11 +60,14 @@ def _returns(code: CodeType) -> bool:
 
 
 def _gathers(rule: Any) -> bool:
-    """Whether a rule, or a function of this package that it calls, can call the fallback."""
+    """Whether a rule, or a function of this package that it calls, may say that it does not apply."""
     reached, waiting = {rule}, [rule]
     while waiting:
-        for called in _called(waiting.pop()):
-            if called in _GATHERING:
+        codes = _codes(waiting[-1])
+        if any("NotImplemented" in code.co_names for code in codes):
+            return True
+        for called in _called(waiting.pop(), codes):
+            if called is fallback:
                 return True
             if called not in reached and called.__module__.startswith("distpatch.rules"):
                 reached.add(called)
@@ -68,11 +75,16 @@ def _gathers(rule: Any) -> bool:
     return False
 
 
-def _called(function: FunctionType) -> Iterator[FunctionType]:
-    """The Python functions that a function's code names: globals, and what its closure holds."""
+def _codes(function: FunctionType) -> list[CodeType]:
+    """Its code, and that of the functions in it."""
     codes = [function.__code__]
     for code in codes:
         codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    return codes
+
+
+def _called(function: FunctionType, codes: list[CodeType]) -> Iterator[FunctionType]:
+    """The Python functions that a function's code names: globals, and what its closure holds."""
     held = [function.__globals__.get(name) for code in codes for name in code.co_names]
     held += [cell.cell_contents for cell in function.__closure__ or ()]
     yield from (value for value in held if isinstance(value, FunctionType))
@@ -85,7 +97,7 @@ def table() -> str:
     for func, path in functions().items():
         place, name = _split(path)
         what = kind(func)
-        file = RULES[func].__module__.rpartition(".")[2] if func in RULES else ""
+        file = _rule(func).__module__.rpartition(".")[2] if RULES.has_rule(func) else ""
         rows[name, what, file].add(place)
         counts[what] += 1
     release = ".".join(torch.__version__.split(".")[:2])

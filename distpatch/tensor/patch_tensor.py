@@ -15,6 +15,7 @@ from distpatch.comm.communicator import Communicator, Group, communicator
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.layout.rows import EMPTY, BlockLayout, RowLayout, even_bounds
+from distpatch.layout.stencil import Interval
 from distpatch.lazy import buffer_reuse
 from distpatch.lazy.recipe import Recipe
 from distpatch.tensor.region import Region
@@ -23,8 +24,6 @@ from distpatch.tensor.user_classes import kind_of, plain
 from distpatch.torch_utils import memory_format
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
-
-RULES.kinds = {}
 
 
 class _Rows:
@@ -89,6 +88,15 @@ class PatchTensor(torch.Tensor):
     ndim = property(lambda self: len(self._shape))  # type: ignore[assignment]
     group = property(lambda self: self.region.comm.group)
 
+    rank = property(lambda self: self.region.comm.rank)
+    world_size = property(lambda self: self.region.comm.size)
+    comm = property(lambda self: self.region.comm)
+
+    @property
+    def own_interval(self) -> Interval:
+        """The global rows that this rank owns."""
+        return self.row_layout.interval(self.region.comm.rank)
+
     @property
     def local_or_recipe(self) -> Tensor | Recipe:
         """This rank's rows, or what is known of them before they are computed."""
@@ -99,6 +107,10 @@ class PatchTensor(torch.Tensor):
     def is_deferred(self) -> bool:
         """Whether the rows are not computed yet."""
         return "local" not in self.__dict__ and self.__dict__["recipe"].value is None
+
+    def materialize(self) -> Tensor:
+        """The rows, computed now where they were not yet."""
+        return self.local
 
     @property
     def as_recipe(self) -> Recipe:
@@ -111,27 +123,7 @@ class PatchTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if buffer_reuse.anything_deferred():
-            RULES.before_writing(func, args, kwargs or {})
-        if kwargs:
-            args, kwargs = RULES.normal(func, args, kwargs)
-            if "out" in kwargs:
-                return RULES.into(func, args, kwargs)
-            result = RULES[func](func, *args, **kwargs)
-        else:
-            result = RULES[func](func, *args)
-        kind = type(result)
-        if kind is PatchTensor or kind is PatchCopy:
-            if result.row_layout.is_tiny or func in RULES.of_many_kernels:
-                return RULES.as_on_one_device(func, args, kwargs or {}, result)
-        elif (
-            issubclass(kind, (tuple, list))
-            and result
-            and type(result[0]) is PatchTensor
-            and result[0].row_layout.is_tiny
-        ):
-            return RULES.as_on_one_device(func, args, kwargs or {}, result)
-        return result
+        return RULES.dispatcher.on_rows(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -210,9 +202,7 @@ class BlockTensor(PatchTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if buffer_reuse.anything_deferred():
-            RULES.before_writing(func, args, kwargs or {})
-        return RULES.on_blocks(func, args, kwargs or {})
+        return RULES.dispatcher.on_blocks(func, args, kwargs or {})
 
 
 class LeftTensor(PatchTensor):
@@ -221,7 +211,7 @@ class LeftTensor(PatchTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in LEFT:
-            return RULES[func](func, *args, **kwargs or {})
+            return RULES[func].rule(func, *args, **kwargs or {})
         x = next(t for t in tensors_in((args, kwargs)) if isinstance(t, LeftTensor))
         raise DistPatchError(
             f"{op_name(func)} met a tensor of shape {tuple(x.shape)} (sharded; rank {x.region.comm.rank}). "
@@ -248,7 +238,7 @@ class PatchCopy(PatchTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return RULES.through(func, args, kwargs or {})
+        return RULES.dispatcher.on_copies(func, args, kwargs or {})
 
 
 class RowCopy(torch.Tensor):
@@ -259,7 +249,7 @@ class RowCopy(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return RULES.through(func, args, kwargs or {})
+        return RULES.dispatcher.on_copies(func, args, kwargs or {})
 
 
 def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None) -> PatchTensor:

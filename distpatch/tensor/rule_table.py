@@ -1,41 +1,74 @@
-"""The table of rules: what is called in place of a torch function that meets a PatchTensor."""
+"""The table of rules: what is called in place of a torch function that meets a PatchTensor, and what is known of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 Rule = Callable[..., Any]
 
 
-class RuleTable(dict[Any, Rule]):
-    """Rules by torch function. A function without a rule gets ``fallback`` (rules/core/fallback.py).
+def no_rule(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of a function without a rule: it is gathered, as where a rule does not apply."""
+    return NotImplemented
 
-    ``kinds``: of a type of functions, such as the operators of ``torch.ops`` (exported/operators.py), what tells of
-    each which function made of others that have rules stands for it, if one does.
-    ``before_writing`` sees to it that what waits for rows is computed before they change, ``through`` to a call
-    on a copy of rows (aliasing.py), ``on_blocks`` to one on a ``BlockTensor`` (block_layout.py), ``into`` to
-    one with ``out=`` (in_place.py); ``normal`` gives arguments the names that a rule has (argument_names.py).
-    ``as_on_one_device`` sees to it that results stand in memory as on one device (memory_order.py), where rows do not
-    tell, and for functions ``of_many_kernels``: which computes a result depends on its size.
+
+@dataclass(frozen=True, slots=True)
+class RuleEntry:
+    """What is known of a torch function. ``rule`` gets the function and its arguments, and may return NotImplemented.
+
+    ``any_order``: the rule treats all rows alike, in whichever order a rank holds them (``BlockLayout``); or what
+    tells so of a call.
+    ``view``: the result is, or may be, a view of the first argument. ``moves_dims``: in place it changes no value,
+    but which dim is which. ``keeps_statistics``: it writes to its arguments behind the first, of which neither its
+    name nor its schema says anything. ``takes_out``: the rule writes to ``out=`` itself.
+    ``asks_if_empty``: of a tensor without elements torch itself says what becomes of it. ``of_many_kernels``: which one
+    computes the result, and so how it stands in memory, depends on its size. ``keeps_format``: the result is
+    channels-last where the input is, and else contiguous; or what tells so of a call. ``promotes_numbers``: to torch a
+    number beside a tensor is a tensor of no dims.
     """
 
-    as_on_one_device: Rule
-    fallback: Rule
-    before_writing: Rule
-    on_blocks: Rule
-    through: Rule
-    into: Rule
-    normal: Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-    kinds: dict[type, Callable[[Any], Callable[..., Any] | None]]
+    rule: Rule = no_rule
+    any_order: bool | Callable[..., bool] = False
+    view: bool = False
+    moves_dims: bool = False
+    keeps_statistics: bool = False
+    takes_out: bool = False
+    asks_if_empty: bool = False
+    of_many_kernels: bool = False
+    keeps_format: bool | Callable[..., bool] = False
+    promotes_numbers: bool = False
+
+
+class Dispatcher(Protocol):
+    """Who calls the rules (rules/core/dispatch.py): for sharded tensors, for those in blocks, and for copies."""
+
+    def on_rows(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any: ...
+    def on_blocks(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def on_copies(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+class RuleTable(dict[Any, RuleEntry]):
+    """The entry of each torch function; one of which nothing is known has an empty entry.
+
+    ``kinds``: of a type of functions, such as the operators of ``torch.ops`` (exported/operators.py), what tells of
+    each which function made of others that have rules is called instead, if one is.
+    """
+
+    dispatcher: Dispatcher
 
     def __init__(self) -> None:
         super().__init__()
-        self.of_many_kernels: set[Any] = set()
+        self.kinds: dict[type, Callable[[Any], Callable[..., Any] | None]] = {}
 
-    def __missing__(self, func: Any) -> Rule:
+    def __missing__(self, func: Any) -> RuleEntry:
         stand_in = self.stand_in(func)
-        return self.fallback if stand_in is None else lambda _func, *args, **kwargs: stand_in(*args, **kwargs)
+        return _UNKNOWN if stand_in is None else RuleEntry(lambda _func, *args, **kwargs: stand_in(*args, **kwargs))
+
+    def has_rule(self, func: Any) -> bool:
+        entry = self.get(func)
+        return entry is not None and entry.rule is not no_rule
 
     def stand_in(self, func: Any) -> Callable[..., Any] | None:
         """What to call in place of a function that has no rule of its own, or None."""
@@ -43,4 +76,5 @@ class RuleTable(dict[Any, Rule]):
         return None if kind is None or func in self else kind(func)
 
 
+_UNKNOWN = RuleEntry()
 RULES = RuleTable()

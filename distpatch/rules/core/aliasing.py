@@ -18,46 +18,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.lazy import buffer_reuse
 from distpatch.lazy.recipe import detached_recipe
-from distpatch.rules.core.registry import named
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy
-from distpatch.tensor.rule_table import RULES
+from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
-
-ALIASING = frozenset(
-    named(
-        *"view view_as reshape reshape_as flatten ravel unflatten permute transpose t adjoint swapaxes".split(),
-        *"swapdims movedim moveaxis unsqueeze squeeze expand expand_as broadcast_to narrow select chunk".split(),
-        *"split tensor_split split_with_sizes unsafe_chunk unsafe_split hsplit vsplit dsplit unbind".split(),
-        *"diagonal unfold view_as_real view_as_complex real imag detach __getitem__ as_strided _unsafe_view".split(),
-        *"atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid conj resolve_conj positive".split(),
-    )
-).union([torch.linalg.diagonal], (getattr(torch.Tensor, name).__get__ for name in "T mT H mH real imag data".split()))
 
 _IN_PLACE_OPERATORS = {
     f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul div".split()
 } | {"__setitem__", "__set__", "__delitem__", "__setstate__"}
-
-
-# Their running statistics are written to, of which neither the name nor the schema says anything.
-_KEEP_STATISTICS = frozenset(
-    named(
-        *"native_batch_norm _native_batch_norm_legit cudnn_batch_norm".split(),
-        *"miopen_batch_norm batch_norm_gather_stats batch_norm_gather_stats_with_counts".split(),
-        *"batch_norm_update_stats fused_moving_avg_obs_fake_quant".split(),
-    )
-)
-
-
-# In place they change no value, but which dim is which.
-MOVES_DIMS = frozenset(named("unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"))
+_NOTHING = RuleEntry()
 
 
 def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call writes to (``add_``, ``+=``, ``inplace=True``, ``out=``, an operator's schema), or None."""
     if kwargs.get("out") is not None:
         return kwargs["out"]
-    if func in _KEEP_STATISTICS:
+    if _known(func).keeps_statistics:
         return [*args[1:], *(value for key, value in kwargs.items() if key != "input")]
     schema = _schema(func)
     if schema is not None:
@@ -77,6 +53,10 @@ def _schema(func: Any) -> Any:
         schemas = [getattr(func, name)._schema for name in func.overloads()]
         return next((schema for schema in schemas if schema.is_mutable), schemas[0])
     return getattr(func, "_schema", None)
+
+
+def _known(func: Any) -> RuleEntry:
+    return RULES.get(func) or _NOTHING
 
 
 def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[PatchTensor]:
@@ -205,7 +185,7 @@ def _is_aliasing(func: Any) -> bool:
     """Whether what it returns is, or may be, a view of its argument."""
     schema = getattr(func, "_schema", None)
     if schema is None:
-        return func in ALIASING
+        return _known(func).view
     return any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
 
 
@@ -216,16 +196,15 @@ def is_basic(item: Any) -> bool:
 
 def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call on copies: as on the tensors that they are; what it writes to them goes to their origins too."""
-    if (stand_in := RULES.stand_in(func)) is not None:  # what it calls comes here by itself
-        return stand_in(*args, **kwargs)
     copies = [t for t in tensors_in((args, kwargs)) if isinstance(t, (PatchCopy, RowCopy))]
     if not copies:  # torch asked the rows of a sharded argument, which it goes through
         return PatchTensor.__torch_function__(func, (), args, kwargs)
-    written = set() if func in MOVES_DIMS else {id(t) for t in tensors_in(mutates(func, args, kwargs))}
+    moves_dims = _known(func).moves_dims
+    written = set() if moves_dims else {id(t) for t in tensors_in(mutates(func, args, kwargs))}
     for copy in copies:
         copy.origin.check(func, writing=id(copy) in written)
     result = func(*map_tensors(_plain, args), **map_tensors(_plain, kwargs))
-    if func in MOVES_DIMS:
+    if moves_dims:
         return _follow(copies[0], func, args, kwargs)
     for copy in copies:
         if id(copy) in written:
@@ -263,7 +242,3 @@ def _follow(copy: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.plain if isinstance(tensor, (PatchCopy, RowCopy)) else tensor
-
-
-RULES.before_writing = before_writing
-RULES.through = through

@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
-from distpatch.tensor.rule_table import RULES, Rule
+from distpatch.tensor.rule_table import RULES, Rule, RuleEntry, no_rule
 from distpatch.torch_utils.op_names import op_name
 
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names of these too
 
 
-def normal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def normal(
+    entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call as its rule takes it: names that the rule does not have become places, as torch's signature has them."""
-    rule = RULES.get(func)
-    if rule is None:
+    if func not in RULES or entry.rule is no_rule:
         return args, kwargs
     if not _NUMPY_NAMES.keys().isdisjoint(kwargs):
         kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}
-    taken, needed = _names(rule)
+    taken, needed = _names(entry.rule)
     if taken >= kwargs.keys() - {"out"} and kwargs.keys() >= set(needed[len(args) :]):
         return args, kwargs
     for names in _signatures(func):
@@ -67,6 +68,3 @@ def _signatures(func: Any) -> list[tuple[str, ...]]:
     schemas = torch._C._jit_get_schemas_for_operator(f"aten::{op_name(func)}")
     named = [[a.name for a in schema.arguments if not a.kwarg_only] for schema in schemas]
     return [tuple("input" if name == "self" else name for name in names) for names in named]
-
-
-RULES.normal = normal

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import traceback
-import warnings
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +12,12 @@ from torch import Tensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.layout.rows import BlockLayout
 from distpatch.rules.core.aliasing import mutates, protect, written_tensors
+from distpatch.rules.core.gather_records import record, shapes_of
 from distpatch.rules.core.operands import reshard
+from distpatch.rules.core.registry import describe, named
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
-from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
-
-_HOME = Path(__file__).parents[1]
 
 
 def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,36 +74,11 @@ def _gathered(copies: dict[int, tuple[PatchTensor, Tensor]], written: set[int], 
 def _write_back(func: Any, x: PatchTensor, copy: Tensor, sharded: Sequence[PatchTensor]) -> None:
     if copy.shape != x.shape:
         raise UnsupportedOpError(
-            f"{op_name(func)} would give a sharded tensor the shape {tuple(copy.shape)} ({_shapes(sharded)}; rank "
+            f"{op_name(func)} would give a sharded tensor the shape {tuple(copy.shape)} ({shapes_of(sharded)}; rank "
             f"{x.region.comm.rank}), and has no sharded rule. Use its out-of-place form, or register a rule "
             "(distpatch.register_rule)."
         )
     x.copy_(copy)
-
-
-def record(name: str, sharded: Sequence[PatchTensor]) -> None:
-    """Count that these tensors are gathered, and say so or refuse, as the region wants it."""
-    lead, region = sharded[0], sharded[0].region
-    shapes = _shapes(sharded)
-    if region.fallback == "error":
-        raise UnsupportedOpError(
-            f"{name} has no sharded rule ({shapes}; rank {region.comm.rank}) and fallback='error' "
-            "forbids to gather its arguments. Use fallback='warn' or 'allow', or register a rule "
-            "(distpatch.register_rule)."
-        )
-    size_bytes = sum(t.numel() * t.element_size() for t in sharded)
-    lead.region.comm.recorder.fallback(name, shapes, _call_site(), size_bytes)
-    if region.fallback == "warn" and name not in region.warned:
-        region.warned.add(name)
-        warnings.warn(
-            f"distpatch has no sharded rule for {name}: its arguments ({shapes}) are gathered on every "
-            "rank. The result is right, but costs the memory of one device. See distpatch.trace().",
-            stacklevel=4,
-        )
-
-
-def _shapes(sharded: Sequence[PatchTensor]) -> str:
-    return ", ".join(f"{tuple(t.shape)} sharded along dim {t.row_layout.dim}" for t in sharded)
 
 
 def _shard_again(tensor: Tensor, lead: PatchTensor) -> Tensor:
@@ -120,13 +91,11 @@ def _shard_again(tensor: Tensor, lead: PatchTensor) -> Tensor:
     return shard_in(lead.region, tensor, rows)
 
 
-def _call_site() -> str:
-    """The innermost line outside distpatch and torch."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if _HOME not in path.parents and "torch" not in path.parts:
-            return f"{path.name}:{frame.lineno}"
-    return "?"
-
-
-RULES.fallback = fallback
+# Views without a rule, and norms that write to their statistics.
+describe(*named("diagonal", "meshgrid"), torch.linalg.diagonal, view=True)
+describe(
+    *named("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"),
+    *named("batch_norm_gather_stats", "batch_norm_gather_stats_with_counts", "batch_norm_update_stats"),
+    *named("fused_moving_avg_obs_fake_quant"),
+    keeps_statistics=True,
+)

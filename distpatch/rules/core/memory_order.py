@@ -17,9 +17,8 @@ from torch import Tensor
 
 from distpatch.rules.core.aliasing import strides_of
 from distpatch.rules.core.operands import dim_order, needs_grad
-from distpatch.rules.core.registry import named
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy
-from distpatch.tensor.rule_table import RULES
+from distpatch.tensor.rule_table import RuleEntry
 from distpatch.torch_utils.memory_format import (
     A_NUMBER,
     Kind,
@@ -33,27 +32,15 @@ from distpatch.torch_utils.memory_format import (
     strides_on_one_device,
 )
 
-# Their results are channels-last where the input is, and else contiguous: not what torch says of tensors without data.
-_BY_FORMAT = frozenset((F.batch_norm, F.pad, *named("group_norm", "roll", "channel_shuffle")))
 
-# A number beside a tensor is itself a tensor to torch, of no dims; on the meta device it is not (seen in 2.13).
-_WITH_NUMBERS = frozenset(
-    named(
-        *"add sub subtract rsub mul multiply div divide true_divide eq ne lt le gt ge".split(),
-        *"__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__".split(),
-        *"__eq__ __ne__ __lt__ __le__ __gt__ __ge__".split(),
-    )
-)
-
-
-def as_on_one_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+def as_on_one_device(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """The results of a call, each put or noted in the order in which one device has it."""
     results = result if isinstance(result, (tuple, list)) else (result,)
     if torch.compiler.is_compiling() or not all(isinstance(t, PatchTensor) for t in results):
         return result
     if 0 in results[0].shape or (not results[0].row_layout.is_tiny and _are_in_order(func, args)):
         return result
-    for x, strides in zip(results, _strides(func, args, kwargs, results[0]) or ()):
+    for x, strides in zip(results, _strides(entry, func, args, kwargs, results[0]) or ()):
         if x.ndim == len(strides) and not any(x is arg for arg in args):
             for each in (x, x.plain) if isinstance(x, PatchCopy) else (x,):
                 _settle(each, strides)
@@ -76,19 +63,16 @@ def _are_in_order(func: Any, args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _strides(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: PatchTensor) -> Sequence[Strides] | None:
-    x = args[0] if args else None
-    if func in _BY_FORMAT and isinstance(x, PatchTensor) and _is_by_format(func, args, kwargs):
+def _strides(
+    entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: PatchTensor
+) -> Sequence[Strides] | None:
+    x, keeps_format = args[0] if args else None, entry.keeps_format  # not what torch says of tensors without data
+    if isinstance(x, PatchTensor) and (keeps_format(*args, **kwargs) if callable(keeps_format) else keeps_format):
         return [dense_strides(result.shape, order_in(format_of(dim_order(x)), result.ndim))]
-    if func in _WITH_NUMBERS:
+    if entry.promotes_numbers:  # on the meta device they are not tensors (seen in 2.13)
         args = tuple(A_NUMBER if isinstance(arg, (int, float)) else arg for arg in args)
-    by_device = func in RULES.of_many_kernels or any(isinstance(arg, torch.device) for arg in (*args, *kwargs.values()))
+    by_device = entry.of_many_kernels or any(isinstance(arg, torch.device) for arg in (*args, *kwargs.values()))
     return strides_on_one_device(func, args, kwargs, _kind_of, by_device)
-
-
-def _is_by_format(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
-    return func is not F.pad or mode in {"reflect", "replicate"}
 
 
 def _settle(x: PatchTensor, strides: Strides) -> None:
@@ -112,9 +96,3 @@ def _kind_of(tensor: Tensor) -> Kind | None:
         return None
     strides = tuple(strides_of(tensor)) if isinstance(tensor, PatchTensor) else tensor.stride()
     return tensor.shape, strides, local.dtype, local.device, isinstance(local, Tensor) and needs_grad(local)
-
-
-_CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
-RULES.of_many_kernels |= set(named(*_CONVOLUTIONS, "interpolate", "instance_norm", "softmax", "log_softmax"))
-RULES.of_many_kernels.add(F.scaled_dot_product_attention)
-RULES.as_on_one_device = as_on_one_device

@@ -14,11 +14,13 @@ from distpatch.comm import collectives
 from distpatch.comm.dtensors import is_dtensor, refusal
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import LayoutError, UnsupportedOpError
-from distpatch.layout.rows import BlockLayout, Needs, RowLayout, even_bounds
+from distpatch.layout.rows import EMPTY, BlockLayout, Needs, RowLayout, even_bounds
+from distpatch.layout.transfers import needs_in_order
 from distpatch.lazy import recipe as lazy
 from distpatch.lazy.recipe import Recipe
+from distpatch.rules.core.gather_records import record
 from distpatch.rules.core.registry import none_of, nth
-from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
+from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils import memory_format
 from distpatch.torch_utils.memory_format import Order
 from distpatch.torch_utils.op_names import op_name
@@ -53,6 +55,7 @@ def autocast(x: PatchTensor, probe: Callable[[Tensor], Tensor]) -> PatchTensor:
     return wrap(x.local.to(probe(x.local.new_zeros(1)).dtype), x)
 
 
+MOST_PIECES = 1024  # more intervals of rows a rank than this are not worth an exchange of their own
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -120,6 +123,7 @@ def sum_ranks(partial: Tensor, like: PatchTensor, func: Any) -> Tensor:
 
 def fetch(x: PatchTensor, needs: Needs, func: Any, channels_last: bool = False) -> list[Tensor]:
     """The intervals of global rows that each rank needs; gradients return and are added."""
+    x = in_order(x)
     rows, name = x.row_layout, x.region.comm.name
     return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), channels_last)
 
@@ -131,6 +135,23 @@ def unmerge_blocks(x: PatchTensor) -> PatchTensor:
         return x
     sizes = (layout.blocks, x.local.shape[layout.dim] // layout.blocks)
     return wrap(x.local.unflatten(layout.dim, sizes), x, layout.opened)
+
+
+def in_order(tensor: Any) -> Any:
+    """A ``BlockTensor`` with its rows in order, shared evenly; any other tensor as it is."""
+    if isinstance(tensor, PatchCopy):
+        tensor = tensor.plain
+    if not isinstance(tensor, BlockTensor):
+        return tensor
+    layout, comm = tensor.row_layout, tensor.region.comm
+    bounds = even_bounds(layout.size, comm.size)
+    needs = needs_in_order(layout.inner, layout.blocks, bounds)
+    if len(needs[0]) > MOST_PIECES:
+        record("reshape", [tensor])
+        return reshard(tensor, gather_replicated(tensor), layout.dim)
+    held = tuple(b * layout.blocks for b in layout.inner)
+    pieces = fetch_rows(tensor.local, layout.dim, held, needs, comm.name, "reshape", False)
+    return PatchTensor(torch.cat(pieces, layout.dim), RowLayout(layout.dim, bounds), tensor.region)
 
 
 def gather_partial(x: PatchTensor, func: Any) -> Tensor:
@@ -183,10 +204,28 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     """The same tensor in other rows, or sharded along another dim; one exchange either way."""
     if layout == x.row_layout:
         return x
+    x = in_order(x)
     if layout.dim != x.row_layout.dim:
-        return _turn(x, layout, func)
+        opened = RowLayout(layout.dim, even_bounds(layout.size, layout.world_size))
+        return (
+            _turn(x, layout, func) if type(layout) is RowLayout else redistribute(_turn(x, opened, func), layout, func)
+        )
+    if isinstance(layout, BlockLayout):
+        return in_memory_of(_in_blocks(x, layout, func), x, layout)
     needs = tuple((layout.interval(rank),) for rank in range(layout.world_size))
     return in_memory_of(fetch(x, needs, func)[0], x, layout)
+
+
+def _in_blocks(x: PatchTensor, layout: BlockLayout, func: Any) -> Tensor:
+    """This rank's rows of each block."""
+    rows = layout.inner[-1]
+    if layout.blocks > MOST_PIECES:
+        return collectives.narrow_rows(gather_partial(x, func), layout, x.rank)
+    needs = tuple(
+        tuple((block * rows + lo, block * rows + hi) if lo < hi else EMPTY for block in range(layout.blocks))
+        for lo, hi in pairwise(layout.inner)
+    )
+    return torch.cat(fetch(x, needs, func), layout.dim)
 
 
 def in_memory_of(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
@@ -251,8 +290,8 @@ def local_rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Ten
     if isinstance(tensor, PatchTensor):
         check_group(tensor, lead, func)
         return redistribute(tensor, lead.row_layout.with_dim(tensor.ndim + dim), func).local
-    lo, hi = lead.row_layout.interval(lead.region.comm.rank)
-    return replicated_operand(tensor, lead).narrow(dim, lo, hi - lo)
+    layout = lead.row_layout.with_dim(tensor.ndim + dim)
+    return collectives.narrow_rows(replicated_operand(tensor, lead), layout, lead.region.comm.rank)
 
 
 def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:

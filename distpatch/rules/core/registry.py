@@ -2,7 +2,7 @@
 
 A rule is called in place of a torch function that meets a PatchTensor: ``rule(func, *args, **kwargs)``
 with the arguments of the call. It reads like this: find the output layout, fetch the rows, call plain
-torch on ``.local``, wrap.
+torch on ``.local``, wrap. Where it does not apply it returns ``NotImplemented``, and the arguments are gathered.
 """
 
 from __future__ import annotations
@@ -15,39 +15,47 @@ import torch
 import torch.nn.functional as F
 
 from distpatch.tensor.patch_tensor import PatchTensor
-from distpatch.tensor.rule_table import RULES, Rule
+from distpatch.tensor.rule_table import RULES, Rule, RuleEntry
 from distpatch.torch_utils.tree import map_tensors
 
 R = TypeVar("R", bound=Rule)
 
-# Functions whose rules, where they do not ask for bounds, treat all rows alike. Element-wise ones too.
-ANY_ORDER: set[Any] = set()
 
-
-def rule(*funcs: Any) -> Callable[[R], R]:
-    """Register the decorated rule for these torch functions."""
+def rule(*funcs: Any, **properties: Any) -> Callable[[R], R]:
+    """Register the decorated rule for these torch functions, with what else is known of them (``RuleEntry``)."""
 
     def register(handler: R) -> R:
         for func in funcs:
-            assert func not in RULES, f"two rules for {func}"
-            RULES[func] = handler
+            assert func not in RULES, f"two entries for {func}"
+            RULES[func] = RuleEntry(handler, **properties)
         return handler
 
     return register
 
 
+def describe(*funcs: Any, **properties: Any) -> None:
+    """What is known of torch functions that have no rule."""
+    for func in funcs:
+        assert func not in RULES, f"two entries for {func}"
+        RULES[func] = RuleEntry(**properties)
+
+
 def register_rule(func: Any) -> Callable[[R], R]:
     """Give a function of your own (or of torch) a sharded rule: ``@distpatch.register_rule(func)``.
 
-    The rule takes the function's own arguments and is called where one of them is a PatchTensor. The
-    function must be overridable by ``__torch_function__``: any torch function, an operator of
-    ``torch.library`` (all its overloads), an ``autograd.Function``, or your own through
-    ``torch.overrides.handle_torch_function``. For element-wise ones see ``register_pointwise``.
+    The rule takes the function's own arguments and is called where one of them is a PatchTensor. It may return
+    ``NotImplemented``: then the arguments are gathered, as without a rule. The function must be overridable by
+    ``__torch_function__``: any torch function, an operator of ``torch.library`` (all its overloads), an
+    ``autograd.Function``, or your own through ``torch.overrides.handle_torch_function``. For element-wise ones see
+    ``register_pointwise``.
     """
 
     def register(handler: R) -> R:
         for key in keys(func):
-            RULES[key] = lambda _func, *args, **kwargs: handler(*args, **kwargs)
+            known = RULES.get(key, RuleEntry())
+            RULES[key] = RuleEntry(
+                lambda _func, *args, **kwargs: handler(*args, **kwargs), view=known.view, moves_dims=known.moves_dims
+            )
         return handler
 
     return register

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from distpatch.comm.collectives import narrow_rows
 from distpatch.layout.rows import RowLayout, even_bounds
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import dim_order, local_rows_of, sizes_of, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.elementwise.pointwise import pointwise
@@ -23,30 +22,29 @@ from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
 
 
-@rule(*named("zeros_like", "ones_like", "empty_like", "full_like"))
+@rule(*named("zeros_like", "ones_like", "empty_like", "full_like"), any_order=True)
 def like(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
     return wrap(func(input.local, *args, **kwargs), input)
 
 
-@rule(*named("new_tensor", "new_empty_strided"), torch.Tensor.new)
+@rule(*named("new_tensor", "new_empty_strided"), torch.Tensor.new, any_order=True)
 def new(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Tensor:
     result: Tensor = func(input.local, *args, **kwargs)
     return result
 
 
-@rule(*named("new_zeros", "new_ones", "new_empty", "new_full"))
+@rule(*named("new_zeros", "new_ones", "new_empty", "new_full"), any_order=True)
 def new_of_size(func: Any, input: PatchTensor, *size: Any, **kwargs: Any) -> Tensor:
     """A size that the caller computes is global; an image is sharded as the input is, all else replicated."""
     fill = {"fill_value": size[1]} if op_name(func) == "new_full" and len(size) > 1 else {}
     shape = list(sizes_of(size[:1] if fill else size, kwargs, "size"))
-    dim, comm = input.row_layout.dim, input.region.comm
+    dim = input.row_layout.dim
     kwargs = {**fill, **{name: value for name, value in kwargs.items() if name != "size"}}
     if len(shape) != input.ndim or input.ndim < 4 or shape[dim] <= 1:
         return cast(Tensor, func(input.local, shape, **kwargs))
-    bounds = input.row_layout.bounds if shape[dim] == input.row_layout.size else even_bounds(shape[dim], comm.size)
-    layout = RowLayout(dim, bounds)
-    lo, hi = layout.interval(comm.rank)
-    shape[dim] = hi - lo
+    same = shape[dim] == input.row_layout.size
+    layout = input.row_layout if same else RowLayout(dim, even_bounds(shape[dim], input.world_size))
+    shape[dim] = layout.heights[input.rank]
     return wrap(func(input.local, shape, **kwargs), input, layout)
 
 
@@ -84,7 +82,7 @@ def draw_(func: Any, *args: Any, **kwargs: Any) -> PatchTensor:
 def bernoulli(func: Any, input: PatchTensor, p: Any = None, **kwargs: Any) -> Any:
     """One draw for an element, whatever its probability."""
     if not isinstance(input, PatchTensor):
-        return fallback(func, input, p, **kwargs)
+        return NotImplemented
     if isinstance(p, Tensor):
         p = _placed(local_rows_of(p.expand(input.shape), input, input.row_layout.dim - input.ndim, func), input)
     drawn = func(_placed(input.local, input), *(() if p is None else (p,)), **kwargs)
@@ -100,7 +98,7 @@ def normal(func: Any, mean: Any, std: Any = 1.0, *, generator: Any = None, out: 
     shape = torch.broadcast_shapes(*(t.shape for t in (mean, std) if isinstance(t, Tensor)))
     lead = next(t for t in (mean, std) if isinstance(t, PatchTensor))
     if lead.shape != shape or out is not None:
-        return fallback(func, mean, std, generator=generator, **({} if out is None else {"out": out}))
+        return NotImplemented
     drawn = torch.empty(shape, dtype=lead.dtype, device=lead.device).normal_(generator=generator)
     with torch.no_grad():
         return wrap(_own(drawn, lead), lead) * std + mean
@@ -116,7 +114,7 @@ def _placed(local: Tensor, x: PatchTensor) -> Tensor:
     return full
 
 
-@rule(*named("dropout", "dropout_"))
+@rule(*named("dropout", "dropout_"), any_order=True)
 def dropout(
     func: Any, input: PatchTensor, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any
 ) -> Any:
@@ -169,7 +167,7 @@ def alpha_dropout(
 def rrelu(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     """In training a number is drawn for each negative element only: it takes all of them to know which."""
     training = kwargs.get("training", args[2] if len(args) > 2 else False)
-    return (fallback if training else pointwise)(func, input, *args, **kwargs)
+    return NotImplemented if training else pointwise(func, input, *args, **kwargs)
 
 
 @rule(F.gumbel_softmax)

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.aliasing import mutates, written_tensors
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.fresh_buffers import shard_like
 from distpatch.rules.core.operands import can_defer, local_operand, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule, written
 from distpatch.rules.elementwise.deferred_pointwise import defer_pointwise
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
-from distpatch.tensor.rule_table import RULES
+from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
@@ -121,16 +120,36 @@ _NAMES = """
     shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w fake_quantize_per_tensor_affine
 """.split()
 
-_GETTERS = [getattr(torch.Tensor, name).__get__ for name in ("real", "imag")]
+_VIEWS = {"detach", "real", "imag", "conj", "resolve_conj", "positive"}
+_PROMOTE_NUMBERS = set(
+    """
+    add sub subtract rsub mul multiply div divide true_divide eq ne lt le gt ge __add__ __radd__ __sub__ __rsub__
+    __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+    """.split()
+)
 
-for _func in [*named(*_NAMES, *(f"{name}_" for name in _NAMES if not name.startswith("__"))), *_GETTERS]:
-    RULES.setdefault(_func, pointwise)
+
+def _register() -> None:
+    """Some functions have several names (``__rdiv__``), and ``detach_`` has a rule of its own."""
+    for name in _NAMES:
+        facts = {"view": name in _VIEWS, "promotes_numbers": name in _PROMOTE_NUMBERS}
+        getters = [getattr(torch.Tensor, name).__get__] if name in {"real", "imag"} else []
+        in_place = [] if name.startswith("__") else named(f"{name}_")
+        for func in (*getters, *named(name)):
+            if func not in RULES:
+                RULES[func] = RuleEntry(pointwise, any_order=True, takes_out=True, **facts)
+        for func in in_place:
+            if func not in RULES:
+                RULES[func] = RuleEntry(pointwise, any_order=True, takes_out=True)
+
+
+_register()
 
 
 @rule(*named("where"))
 def where(func: Any, condition: Tensor, *others: Any, **kwargs: Any) -> Any:
     """With a condition alone, the places where it is true."""
-    return (pointwise if others or kwargs else fallback)(func, condition, *others, **kwargs)
+    return pointwise(func, condition, *others, **kwargs) if others or kwargs else NotImplemented
 
 
 @rule(*named("isin", "bucketize"))

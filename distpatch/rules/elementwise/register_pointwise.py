@@ -15,7 +15,7 @@ from distpatch.rules.core.aliasing import mutates
 from distpatch.rules.core.registry import keys
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.tensor.patch_tensor import PatchTensor
-from distpatch.tensor.rule_table import RULES
+from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
@@ -40,7 +40,7 @@ def register_pointwise(func: T) -> T:
         return result
 
     for key in keys(func):
-        RULES[key] = rule
+        RULES[key] = RuleEntry(rule, any_order=True)
     return cast(T, _asking(func)) if inspect.isfunction(func) else func
 
 

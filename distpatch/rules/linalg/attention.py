@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.comm.collectives import join_gradients
-from distpatch.layout.rows import BlockLayout, RowLayout
+from distpatch.comm.collectives import join_gradients, narrow_rows
 from distpatch.layout.stencil import ceil_div
 from distpatch.lazy.row_patches import in_patches
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import (
     autocast,
     check_group,
     gather_partial,
+    in_order,
+    local_rows_of,
     needs_grad,
     on_some_rows,
     precise,
@@ -39,7 +39,7 @@ GATHER_BYTES = 256 << 20
 SCORE_BYTES = 512 << 20
 
 
-@rule(F.scaled_dot_product_attention)
+@rule(F.scaled_dot_product_attention, any_order=True, of_many_kernels=True)
 def attention(
     func: Any,
     query: Tensor,
@@ -56,9 +56,10 @@ def attention(
     if not any(isinstance(t, PatchTensor) for t in (query, key, value)):  # a sharded mask alone
         return func(query, key, value, gather_replicated(attn_mask), dropout_p, is_causal, **options)  # type: ignore[arg-type]
     if dropout_p > 0:
-        return fallback(func, query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return NotImplemented
     if is_causal and attn_mask is not None:
         raise RuntimeError("scaled_dot_product_attention: attn_mask should not be set when is_causal=True")
+    query = in_order(query) if is_causal else query
     if isinstance(query, PatchTensor) and query.row_layout.dim == query.ndim - 2:
         queries: Any = query
         for _ in range(max(key.ndim, value.ndim) - query.ndim):  # the result has as many batch dims as the keys
@@ -236,22 +237,11 @@ def _all_keys(key: Tensor, value: Tensor, lead: PatchTensor, func: Any) -> tuple
 
 def _mask_rows(mask: Tensor, query: PatchTensor, func: Any) -> Tensor:
     """The mask's rows of this rank's queries; its other dim, the keys, is needed whole."""
-    blocks = query.row_layout if isinstance(query.row_layout, BlockLayout) else None
-    if (
-        isinstance(mask, PatchTensor)
-        and mask.row_layout.dim == mask.ndim - 2
-        and mask.row_layout.size > 1
-        and not blocks
-    ):
-        return redistribute(mask, RowLayout(mask.row_layout.dim, query.row_layout.bounds), func).local
+    if isinstance(mask, PatchTensor) and mask.row_layout.dim == mask.ndim - 2 and mask.row_layout.size > 1:
+        return local_rows_of(mask, query, -2, func)
     mask = gather_partial(mask, func) if isinstance(mask, PatchTensor) else replicated_operand(mask, query)
-    if mask.shape[-2] == 1:
-        return mask
-    if blocks:
-        lo, hi = blocks.opened.interval(query.region.comm.rank)
-        return mask.unflatten(-2, (blocks.blocks, -1)).narrow(-2, lo, hi - lo).flatten(-3, -2)
-    lo, hi = query.row_layout.interval(query.region.comm.rank)
-    return mask.narrow(-2, lo, hi - lo)
+    layout = query.row_layout.with_dim(mask.ndim - 2)
+    return mask if mask.shape[-2] == 1 else narrow_rows(mask, layout, query.rank)
 
 
 def _as_tall(mask: Tensor, rows: int) -> Tensor:

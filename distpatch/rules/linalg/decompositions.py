@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.collectives import join_gradients
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import local_operand, wrap
 from distpatch.rules.core.registry import named, of_linalg, rule
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -25,7 +24,7 @@ _OF_TWO_MATRICES = "cholesky_solve lstsq solve solve_ex solve_triangular triangu
 def of_one_matrix(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """``x``: (..., M, N). Results have the batch dims of ``x`` in front."""
     if not isinstance(x, PatchTensor) or x.row_layout.dim >= x.ndim - 2 or _more_tensors(args, kwargs):
-        return fallback(func, x, *args, **kwargs)
+        return NotImplemented
     return map_tensors(lambda t: wrap(t, x), func(x.local, *args, **kwargs))
 
 
@@ -33,7 +32,7 @@ def of_one_matrix(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 def of_two_matrices(func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     """``a`` and ``b``: (..., M, N), whose batch dims are broadcast; for ``solve`` also vectors, (..., M)."""
     if func in (torch.linalg.solve, torch.linalg.solve_ex) and _are_vectors(a, b) and kwargs.get("left", True):
-        columns = of_two_matrices(func, a, b.unsqueeze(-1), *args, **kwargs)
+        columns = func(a, b.unsqueeze(-1), *args, **kwargs)
         return (
             columns.squeeze(-1)
             if isinstance(columns, Tensor)
@@ -41,10 +40,10 @@ def of_two_matrices(func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any
         )
     lead = max((t for t in (a, b) if _has_sharded_batch(t)), key=lambda t: (t.row_layout.size, t.ndim), default=None)
     if lead is None or lead.ndim < max(a.ndim, b.ndim) or _more_tensors(args, kwargs):
-        return fallback(func, a, b, *args, **kwargs)
+        return NotImplemented
     dim = lead.row_layout.dim - lead.ndim
     if any(t.ndim >= -dim and t.shape[dim] not in {1, lead.row_layout.size} for t in (a, b)):
-        return fallback(func, a, b, *args, **kwargs)
+        return NotImplemented
     operands = join_gradients([t.local if t is lead else local_operand(t, lead, dim, func) for t in (a, b)])
     return map_tensors(lambda t: wrap(t, lead), func(*operands, *args, **kwargs))
 

@@ -16,9 +16,8 @@ from torch.nn.attention import flex_attention as module
 from torch.overrides import handle_torch_function, has_torch_function
 
 from distpatch.layout.rows import BlockLayout
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import gather_partial, replicated_operand, wrap
-from distpatch.rules.core.registry import ANY_ORDER, rule
+from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor
 
 _plain: Callable[..., Any] = module.flex_attention
@@ -33,10 +32,9 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwar
 
 
 module.flex_attention = flex_attention
-ANY_ORDER.add(flex_attention)
 
 
-@rule(flex_attention)
+@rule(flex_attention, any_order=True)
 def attention(
     func: Any,
     query: Tensor,
@@ -52,9 +50,8 @@ def attention(
     return_aux: Any = None,
 ) -> Any:
     more = {"return_lse": return_lse, "kernel_options": kernel_options, "return_aux": return_aux}
-    rows = getattr(query, "rows", None)
-    if not isinstance(query, PatchTensor) or rows is None or rows.dim != 2 or return_lse or return_aux is not None:
-        return fallback(func, query, key, value, score_mod, block_mask, scale, enable_gqa, **more)
+    if not isinstance(query, PatchTensor) or query.row_layout.dim != 2 or return_lse or return_aux is not None:
+        return NotImplemented
     number = _numbers(query)
     idle = number.numel() == 0  # it computes a blank query, and keeps none
     number = number.new_zeros(1) if idle else number

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import join_gradients
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import normalize_dims, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.linalg.einsum import Labels, contract
@@ -27,11 +26,11 @@ def longest(*labels: Labels) -> list[Any]:
     return max(([d for d in own if isinstance(d, int)] for own in labels), key=len)
 
 
-@rule(torch.linalg.matmul, *named("matmul", "bmm", "mm", "mv", "dot", "__matmul__"))
+@rule(torch.linalg.matmul, *named("matmul", "bmm", "mm", "mv", "dot", "__matmul__"), any_order=True)
 def matmul(func: Any, left: Tensor, right: Tensor) -> Any:
     """(..., N, K) @ (..., K, M); either may be a vector (K)."""
     if left.ndim == 0 or right.ndim == 0:
-        return fallback(func, left, right)
+        return NotImplemented
     if (
         isinstance(left, PatchTensor)
         and left.row_layout.dim == left.ndim - 2
@@ -50,7 +49,7 @@ def rmatmul(func: Any, self: Tensor, other: Tensor) -> Any:
     return matmul(torch.matmul, other, self)
 
 
-@rule(F.linear)
+@rule(F.linear, any_order=True)
 def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if isinstance(input, PatchTensor) and not isinstance(weight, PatchTensor) and input.row_layout.dim < input.ndim - 1:
         parameters = [replicated_operand(t, input) for t in (weight, bias) if t is not None]
@@ -102,7 +101,7 @@ def outer(func: Any, input: Tensor, vec2: Tensor) -> Any:
 @rule(torch.tensordot)
 def tensordot(func: Any, a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Any:
     if isinstance(dims, Tensor) or out is not None:
-        return fallback(func, a, b, dims, out)
+        return NotImplemented
     pairs = (range(a.ndim - dims, a.ndim), range(dims)) if isinstance(dims, int) else dims
     of_a, of_b = ((d,) if isinstance(d, int) else tuple(d) for d in pairs)
     left: list[Any] = [f"n{d}" for d in range(a.ndim)]
@@ -120,13 +119,13 @@ def einsum(func: Any, equation: str, *operands: Any) -> Any:
         operands = tuple(operands[0])
     parsed = _parse(equation, [tensor.ndim for tensor in operands])
     if parsed is None:
-        return fallback(func, equation, *operands)
+        return NotImplemented
     labels, out = parsed
     for tensor, own in zip(operands, labels):
         if isinstance(tensor, PatchTensor) and any(
             list(other).count(own[tensor.row_layout.dim]) > 1 for other in labels
         ):  # a diagonal over the rows
-            return fallback(func, equation, *operands)
+            return NotImplemented
     return contract(func, partial(func, equation), operands, labels, out)
 
 
@@ -149,8 +148,8 @@ def _parse(equation: str, ndims: list[int]) -> tuple[list[Labels], Labels] | Non
 
 def _letters(term: str, ndim: int) -> Labels:
     before, dots, after = term.partition("...")
-    replicated_operand = ndim - len(before) - len(after) if dots else 0
-    return [*before, *range(-replicated_operand, 0), *after]
+    count = ndim - len(before) - len(after) if dots else 0
+    return [*before, *range(-count, 0), *after]
 
 
 @rule(F.cosine_similarity)
@@ -185,6 +184,6 @@ def cdist(func: Any, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any =
     """Distances of points, (..., N, K) and (..., M, K): of this rank's points from all the others."""
     modes = () if compute_mode is None else (compute_mode,)
     if all(t.row_layout.dim == t.ndim - 1 for t in (x1, x2) if isinstance(t, PatchTensor)):
-        return fallback(func, x1, x2, p, *modes)
+        return NotImplemented
     labels = [batched(x1, "n", "k"), batched(x2, "m", "k")]
     return contract(func, lambda a, b: func(a, b, p, *modes), [x1, x2], labels, [*longest(*labels), "n", "m"])

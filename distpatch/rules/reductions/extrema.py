@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.collectives import share_out, stack_ranks
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import (
     kept,
     needs_grad,
@@ -37,7 +36,7 @@ def _some_rows(x: PatchTensor, largest: bool) -> Tensor:
     return never_empty(x, worst)
 
 
-@rule(*named("amax", "amin"))
+@rule(*named("amax", "amin"), any_order=True, asks_if_empty=True)
 def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False) -> Any:
     """The gradient is shared equally by all elements, of all ranks, that have the value."""
     dims = normalize_dims(dim, input.ndim)
@@ -54,13 +53,13 @@ def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = Fal
     return value if keepdim else value.squeeze(dims)
 
 
-@rule(*named("aminmax"))
+@rule(*named("aminmax"), asks_if_empty=True)
 def both_extremes(func: Any, input: PatchTensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
     ends = extreme(torch.amin, input, dim, keepdim), extreme(torch.amax, input, dim, keepdim)
     return torch.return_types.aminmax(ends)
 
 
-@rule(*named("max", "min"))
+@rule(*named("max", "min"), asks_if_empty=True)
 def max_or_min(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     """Of all elements; of two tensors, element by element; or along a dim, with the place of the first."""
     if not args and not kwargs:
@@ -83,7 +82,7 @@ def _along(func: Any, input: PatchTensor, dim: int, keepdim: bool = False) -> An
     return getattr(torch.return_types, op_name(func))((value, index))
 
 
-@rule(*named("argmax", "argmin"))
+@rule(*named("argmax", "argmin"), asks_if_empty=True)
 def place(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool = False) -> Any:
     if dim is None:
         index = _first(input, op_name(func) == "argmax", None)[1]
@@ -116,7 +115,8 @@ def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tens
     return best, torch.where((values == best) | values.isnan(), indices, last).amin(0)
 
 
-@rule(*named("sort", "argsort", "median", "nanmedian", "mode", "cummax", "cummin"))
+@rule(*named("sort", "median", "nanmedian", "mode"), asks_if_empty=True)
+@rule(*named("argsort", "cummax", "cummin"))
 def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     """Along one dim: local unless it is the sharded one. Without a dim, medians are of all elements."""
     whole_by_default = op_name(func).endswith("median")
@@ -124,7 +124,7 @@ def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     return _beside_rows(func, input, dim, args, kwargs, removes=op_name(func) in {"median", "nanmedian", "mode"})
 
 
-@rule(*named("topk", "kthvalue"))
+@rule(*named("topk", "kthvalue"), asks_if_empty=True)
 def ranked(func: Any, input: PatchTensor, k: int, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("dim", args[0] if args else -1)
     return _beside_rows(func, input, dim, (k, *args), kwargs, removes=op_name(func) == "kthvalue")
@@ -132,7 +132,7 @@ def ranked(func: Any, input: PatchTensor, k: int, *args: Any, **kwargs: Any) -> 
 
 def _beside_rows(func: Any, input: PatchTensor, dim: int | None, args: Any, kwargs: Any, removes: bool) -> Any:
     if dim is None or nth(dim, input.ndim) == input.row_layout.dim:
-        return fallback(func, input, *args, **kwargs)
+        return NotImplemented
     keepdim = kwargs.get("keepdim", next((a for a in args if type(a) is bool), False)) or not removes
     dim, row = nth(dim, input.ndim), input.row_layout.dim
     gone = 0 if keepdim else dim < row

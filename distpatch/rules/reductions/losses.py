@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import local_rows_of, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.rules.elementwise.pointwise import pointwise
@@ -37,7 +36,7 @@ def of_elements(func: Any, *args: Any, **kwargs: Any) -> Tensor:
     lead = next((t for t in (input, target) if isinstance(t, PatchTensor)), None)
     averages = given.get("weight") is not None and not func.__name__.startswith("binary")
     if lead is None or averages or not given.pop("size_average", None) is given.pop("reduce", None) is None:
-        return fallback(func, *args, **kwargs)
+        return NotImplemented
     if input.shape == target.shape:  # nothing is broadcast, on an idle rank neither
         dim = lead.row_layout.dim - lead.ndim
         input, target = (wrap(local_rows_of(t, lead, dim, func), lead) for t in (input, target))
@@ -45,7 +44,7 @@ def of_elements(func: Any, *args: Any, **kwargs: Any) -> Tensor:
     return _reduced(loss, reduction, len(input) if reduction == "batchmean" else loss.numel())
 
 
-@rule(F.cross_entropy)
+@rule(F.cross_entropy, asks_if_empty=True)
 def cross_entropy(
     func: Any,
     input: Tensor,
@@ -59,7 +58,7 @@ def cross_entropy(
 ) -> Tensor:
     """``input``: (N, C, ...) or (C,); ``target``: classes, or as many probabilities."""
     if size_average is not None or reduce is not None or (label_smoothing and weight is not None):
-        return fallback(func, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        return NotImplemented
     dim = min(input.ndim - 1, 1)
     logs, classes = torch.log_softmax(input, dim), input.shape[dim]
     if not target.is_floating_point():
@@ -76,7 +75,7 @@ def cross_entropy(
     return _reduced(loss, reduction, loss.numel())
 
 
-@rule(F.nll_loss)
+@rule(F.nll_loss, asks_if_empty=True)
 def nll_loss(
     func: Any,
     input: Tensor,
@@ -88,7 +87,7 @@ def nll_loss(
     reduction: str = "mean",
 ) -> Tensor:
     if size_average is not None or reduce is not None:
-        return fallback(func, input, target, weight, size_average, ignore_index, reduce, reduction)
+        return NotImplemented
     loss, weights = _of_classes(input, target, weight, ignore_index, min(input.ndim - 1, 1))
     return _reduced(loss, reduction, weights.sum())
 

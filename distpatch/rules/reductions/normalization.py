@@ -12,7 +12,6 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.lazy.recipe import Recipe
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import (
     along_rows,
     autocast,
@@ -32,7 +31,7 @@ from distpatch.torch_utils.tree import map_tensors
 _RUNNING = ("running_mean", "running_var")
 
 
-def norm_rule(*funcs: Any) -> Callable[[R], R]:
+def norm_rule(*funcs: Any, **properties: Any) -> Callable[[R], R]:
     """A rule for a sharded input. Sharded parameters are gathered; running statistics stay, as they are written to."""
 
     def register(handler: R) -> R:
@@ -47,7 +46,7 @@ def norm_rule(*funcs: Any) -> Callable[[R], R]:
                 kwargs = {key: t if key in names else map_tensors(gather_replicated, t) for key, t in kwargs.items()}
             return (handler if sharded else _plain)(func, input, *args, **kwargs)
 
-        rule(*funcs)(checked)
+        rule(*funcs, any_order=True, asks_if_empty=True, **properties)(checked)
         return handler
 
     return register
@@ -104,7 +103,7 @@ def _normalized(
     return wrap(out, input), mean, var
 
 
-@norm_rule(*named("group_norm"))
+@norm_rule(*named("group_norm"), keeps_format=True)
 def group_norm(
     func: Any,
     input: PatchTensor,
@@ -118,12 +117,12 @@ def group_norm(
     if input.row_layout.dim == 0:  # torch's own, which does not ask how many samples a rank has
         return _local(torch.group_norm, input, num_groups, weight, bias, eps, *cudnn)
     if input.row_layout.dim == 1 or input.shape[1] % num_groups:
-        return fallback(func, input, num_groups, weight, bias, eps, *cudnn)
+        return NotImplemented
     input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
     return _normalized(input, weight, bias, _norm(func, input, num_groups, eps))[0]
 
 
-@norm_rule(F.batch_norm)
+@norm_rule(F.batch_norm, keeps_format=True)
 def batch_norm(
     func: Any,
     input: PatchTensor,
@@ -139,7 +138,7 @@ def batch_norm(
     if input.row_layout.dim == 1:
         if training:
             _refuse_sharded(func, (running_mean, running_var))
-        return fallback(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return NotImplemented
     if not training:
         return _fixed(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
     F._verify_batch_size(list(input.shape))  # type: ignore[attr-defined]
@@ -150,7 +149,7 @@ def batch_norm(
     return wrap(out.squeeze(-1) if input.ndim == 2 else out, input)
 
 
-@norm_rule(F.instance_norm)
+@norm_rule(F.instance_norm, of_many_kernels=True)
 def instance_norm(
     func: Any,
     input: PatchTensor,
@@ -167,7 +166,7 @@ def instance_norm(
     if input.row_layout.dim == 1 or (input.row_layout.dim == 0 and running_mean is not None and use_input_stats):
         if use_input_stats:
             _refuse_sharded(func, (running_mean, running_var))
-        return fallback(func, input, *stats)
+        return NotImplemented
     if not use_input_stats or input.row_layout.dim == 0:
         return _fixed(func, input, *stats)
     F._verify_spatial_size(list(input.shape))  # type: ignore[attr-defined]
@@ -187,7 +186,8 @@ def _keep_running(
             running.copy_(running.to(now.dtype).lerp(now, momentum))
 
 
-@rule(torch.batch_norm, torch.instance_norm)
+@rule(torch.batch_norm, any_order=True, asks_if_empty=True)
+@rule(torch.instance_norm, any_order=True, asks_if_empty=True, of_many_kernels=True)
 def builtin_norm(func: Any, input: PatchTensor, weight: Any, bias: Any, mean: Any, var: Any, *args: Any) -> Any:
     """torch's own have other orders of arguments than those of ``nn.functional``."""
     return getattr(F, op_name(func))(input, mean, var, weight, bias, *args[:3])
@@ -207,7 +207,7 @@ def layer_norm(
     if input.row_layout.dim < first:
         return _local(func, input, normalized_shape, weight, bias, eps, *cudnn)
     if input.shape[first:] != tuple(normalized_shape):
-        return fallback(func, input, normalized_shape, weight, bias, eps, *cudnn)
+        return NotImplemented
     input = autocast(input, lambda t: func(t, (1,)))
     # One group of one channel, in whose place stand the samples.
     local = input.local.to(torch.promote_types(input.dtype, torch.float32))
@@ -228,7 +228,7 @@ def rms_norm(
     if input.row_layout.dim < first:
         return _local(func, input, normalized_shape, weight, eps)
     if input.shape[first:] != tuple(normalized_shape):
-        return fallback(func, input, normalized_shape, weight, eps)
+        return NotImplemented
     input = autocast(input, lambda t: func(t, (1,)))
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     mean_square = x.square().mean(tuple(range(first, x.ndim)), keepdim=True)
@@ -241,5 +241,5 @@ def local_response_norm(func: Any, input: PatchTensor, *args: Any, **kwargs: Any
     """Over neighbouring channels of a pixel."""
     input = along_rows(input, func)
     if input.row_layout.dim == 1:
-        return fallback(func, input, *args, **kwargs)
+        return NotImplemented
     return _local(func, input, *args, **kwargs)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.collectives import stack_ranks
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import (
     autocast,
     kept,
@@ -30,7 +29,7 @@ from distpatch.torch_utils.tree import map_tensors
 Dims = int | Sequence[int] | None
 
 
-@rule(*named("sum", "mean", "nansum", "nanmean"))
+@rule(*named("sum", "mean", "nansum", "nanmean"), any_order=True)
 def total(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if isinstance(dim, torch.dtype):
         dim, dtype = None, dim
@@ -52,7 +51,7 @@ def total(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False
     return result.to(local.dtype) if local.dtype.is_floating_point else result
 
 
-@rule(*named("any", "all"))
+@rule(*named("any", "all"), any_order=True)
 def truth(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False) -> Any:
     dims = normalize_dims(dim, input.ndim)
     if input.row_layout.dim not in dims:
@@ -63,7 +62,7 @@ def truth(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False
     return result.to(torch.uint8) if input.dtype == torch.uint8 else result
 
 
-@rule(*named("count_nonzero"))
+@rule(*named("count_nonzero"), any_order=True)
 def count_nonzero(func: Any, input: PatchTensor, dim: Dims = None) -> Any:
     dims = normalize_dims(dim, input.ndim)
     counts = func(input.local, dims)
@@ -100,7 +99,7 @@ def variance(
         result = on_some_rows(lambda rows: func(rows, dims, correction=correction, keepdim=True), input.local, row)
         return kept(input, result if keepdim else map_tensors(lambda t: t.squeeze(dims), result), dims, keepdim)
     if not input.dtype.is_floating_point:
-        return fallback(func, input, dims, correction=correction, keepdim=keepdim)
+        return NotImplemented
     a_row = math.prod(input.shape[d] for d in dims) // max(input.row_layout.size, 1)
     _, mean, m2 = moments(input.local, dims, row, exact=True)
     count, mean, m2 = merge_ranks(input.row_layout, a_row, mean, m2, input.region.comm.name, name)
@@ -121,7 +120,7 @@ def _rounding(count: int, mean: Tensor, dtype: torch.dtype) -> Tensor:
     return count * 1024 * eps * (eps * mean).square()
 
 
-@rule(torch.logsumexp, torch.special.logsumexp, torch.Tensor.logsumexp)
+@rule(*named("logsumexp"), asks_if_empty=True)
 def logsumexp(func: Any, input: PatchTensor, dim: Dims, keepdim: bool = False) -> Any:
     dims = normalize_dims(dim, input.ndim)
     if input.row_layout.dim not in dims:
@@ -132,7 +131,7 @@ def logsumexp(func: Any, input: PatchTensor, dim: Dims, keepdim: bool = False) -
     return result if keepdim else result.squeeze(dims)
 
 
-@rule(torch.linalg.vector_norm)
+@rule(torch.linalg.vector_norm, asks_if_empty=True)
 def vector_norm(
     func: Any, x: PatchTensor, ord: Any = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
@@ -172,7 +171,7 @@ def _with_gradient(x: PatchTensor, norm: Tensor, ord: float, dims: Sequence[int]
     return torch.where(none, norm, torch.where(none, 1.0, total).pow(1 / ord) * scale)
 
 
-@rule(torch.norm, torch.Tensor.norm)
+@rule(*named("norm"), asks_if_empty=True)
 def norm(
     func: Any,
     input: PatchTensor,
@@ -183,11 +182,11 @@ def norm(
     dtype: Any = None,
 ) -> Any:
     if p == "nuc" or out is not None:
-        return fallback(func, input, p, dim, keepdim, dtype=dtype)
+        return NotImplemented
     return torch.linalg.vector_norm(input, 2 if p in {"fro", None} else p, dim, keepdim, dtype=dtype)
 
 
-@rule(torch.linalg.norm, torch.linalg.matrix_norm)
+@rule(torch.linalg.norm, torch.linalg.matrix_norm, asks_if_empty=True)
 def linalg_norm(
     func: Any,
     A: PatchTensor,
@@ -206,7 +205,7 @@ def linalg_norm(
     if not is_matrix or ord == "fro":
         return torch.linalg.vector_norm(A, 2 if ord in {None, "fro"} else ord, dim, keepdim, dtype=dtype)
     if ord not in {1, -1, math.inf, -math.inf}:
-        return fallback(func, A, ord, dim, keepdim, dtype=dtype)
+        return NotImplemented
     row, column = normalize_dims(dim, A.ndim)
     added, compared = (row, column) if abs(ord) == 1 else (column, row)
     sums = torch.linalg.vector_norm(A, 1, added, True, dtype=dtype)

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import replicated_operand, stack_ranks
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import autocast, normalize_dims, precise, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
 
 
-@rule(*named("softmax", "log_softmax", "softmin"))
+@rule(*named("softmax", "log_softmax"), any_order=True, asks_if_empty=True, of_many_kernels=True)
+@rule(*named("softmin"), any_order=True)
 def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
     """Of exponents shifted by the largest of all ranks, divided by their sum over all ranks."""
     if isinstance(_stacklevel, torch.dtype):  # in the place of dtype, except in nn.functional
@@ -55,22 +55,21 @@ def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) ->
     add, total = merges[name]
     kind = dtype or (input.dtype if input.dtype.is_floating_point or input.dtype.is_complex else torch.int64)
     local = input.local.to(precise(kind))
-    comm, _ = input.region.comm, input.row_layout.bounds  # rows in order, or called again
-    totals = replicated_operand(stack_ranks(total(local, at), comm.name, name), comm.name)
-    before = total(totals[: comm.rank], 0).unsqueeze(at)
+    totals = replicated_operand(stack_ranks(total(local, at), input.comm.name, name), input.comm.name)
+    before = total(totals[: input.rank], 0).unsqueeze(at)
     return wrap(add(func(local, at), before).to(kind), input)
 
 
-@rule(F.normalize)
+@rule(F.normalize, any_order=True)
 def normalize(func: Any, input: PatchTensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
     if out is not None:
-        return fallback(func, input, p, dim, eps, out)
+        return NotImplemented
     if input.row_layout.dim not in normalize_dims(dim, input.ndim):
         return wrap(func(input.local, p, dim, eps), input)
     return input / torch.linalg.vector_norm(input, p, dim, True).clamp_min(eps)
 
 
-@rule(*named("glu"))
+@rule(*named("glu"), any_order=True)
 def glu(func: Any, input: PatchTensor, dim: int = -1) -> Any:
     if nth(dim, input.ndim) != input.row_layout.dim:
         return wrap(func(input.local, dim), input)

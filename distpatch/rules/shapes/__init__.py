@@ -1,6 +1,5 @@
 """Dims and rows in another arrangement: views, reshapes, indexing, concatenation, FFT."""
 
-from distpatch.rules.shapes import block_layout as block_layout
 from distpatch.rules.shapes import concatenation as concatenation
 from distpatch.rules.shapes import fft as fft
 from distpatch.rules.shapes import gather_scatter as gather_scatter

@@ -18,7 +18,6 @@ from torch import Tensor
 from distpatch.layout.rows import Bounds, RowLayout, even_bounds
 from distpatch.layout.transfers import padded
 from distpatch.lazy.deferred_ops import defer
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import (
     can_defer,
     check_group,
@@ -83,11 +82,9 @@ def _shares(segments: tuple[Segment, ...], bounds: Bounds) -> list[list[Segment]
     return shares
 
 
-@rule(*named("cat", "concat", "concatenate"))
-def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, *, out: Any = None) -> Tensor:
+@rule(*named("cat", "concat", "concatenate"), any_order=True)
+def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Along another dim locally, after the first sharded tensor's layout; along the rows by moving them."""
-    if out is not None:
-        return fallback(func, tensors, dim, out=out)
     if all(t.shape == (0,) for t in tensors):
         return tensors[0]
     tensors = [t for t in tensors if t.shape != (0,)]
@@ -122,10 +119,8 @@ def _defer_cat(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int)
     return wrap(defer(op_name(func), recipes[0], recipes, lambda parts, mine: func(parts, at), shape=shape), lead)
 
 
-@rule(*named("stack"))
-def stack(func: Any, tensors: Sequence[Tensor], dim: int = 0, *, out: Any = None) -> Tensor:
-    if out is not None:
-        return fallback(func, tensors, dim, out=out)
+@rule(*named("stack"), any_order=True)
+def stack(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
     at = dim % (lead.ndim + 1)
     moved = lead.row_layout.with_dim(lead.row_layout.dim + (at <= lead.row_layout.dim))
@@ -145,15 +140,15 @@ def _rows_like(tensor: Tensor, lead: PatchTensor, func: Any) -> Tensor:
 
 
 @rule(*named("hstack", "vstack", "row_stack", "dstack", "column_stack"))
-def stack_along(func: Any, tensors: Sequence[Tensor], *, out: Any = None) -> Any:
+def stack_along(func: Any, tensors: Sequence[Tensor]) -> Any:
     """Concatenation along the first, second or third dim of tensors that have it."""
     at = {"h": 1, "v": 0, "r": 0, "d": 2, "c": 1}[op_name(func)[0]]
-    if out is not None or any(t.ndim <= max(at, 1) for t in tensors):
-        return fallback(func, tensors, **({} if out is None else {"out": out}))
+    if any(t.ndim <= max(at, 1) for t in tensors):
+        return NotImplemented
     return torch.cat(tuple(tensors), at)
 
 
-@rule(*named("repeat", "tile"))
+@rule(*named("repeat", "tile"), any_order=True)
 def repeat(func: Any, input: PatchTensor, *repeats: Any, **kwargs: Any) -> Any:
     times = sizes_of(repeats, kwargs, "repeats", "dims")
     times = (1,) * (input.ndim - len(times)) + times
@@ -169,26 +164,26 @@ def repeat_interleave(
 ) -> Any:
     """Each row so many times; a different number for every row takes the fallback."""
     if repeats is None:  # the input says how often its places are repeated
-        return fallback(func, input, output_size=output_size)
+        return NotImplemented
     if not isinstance(input, PatchTensor) or dim is None:
-        return fallback(func, input, repeats, dim, output_size=output_size)
+        return NotImplemented
     at = nth(dim, input.ndim)
     if at != input.row_layout.dim:
         if isinstance(repeats, PatchTensor):
-            return fallback(func, input, repeats, dim, output_size=output_size)
+            return NotImplemented
         repeats = replicated_operand(repeats, input) if isinstance(repeats, Tensor) else repeats
         return wrap(func(input.local, repeats, at, output_size=output_size), input)
     if not isinstance(repeats, int):
-        return fallback(func, input, repeats, dim, output_size=output_size)
+        return NotImplemented
     bounds = tuple(b * repeats for b in input.row_layout.bounds)
     return wrap(func(input.local, repeats, at), input, RowLayout(at, bounds))
 
 
-@rule(*named("roll"))
+@rule(*named("roll"), keeps_format=True)
 def roll(func: Any, input: PatchTensor, shifts: Any, dims: Any = (), **kwargs: Any) -> Any:
     steps = tuple(shifts) if isinstance(shifts, (tuple, list)) else (shifts,)
     if dims is None or (isinstance(dims, (tuple, list)) and not dims):
-        return fallback(func, input, shifts, dims)
+        return NotImplemented
     along = normalize_dims(dims, input.ndim)
     others = [(step, d) for step, d in zip(steps, along, strict=True) if d != input.row_layout.dim]
     if others:

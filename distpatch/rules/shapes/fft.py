@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout, even_bounds
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import normalize_dims, on_some_rows, redistribute, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -19,7 +18,7 @@ _KINDS = "fft ifft rfft irfft hfft ihfft".split()
 
 
 @rule(*(getattr(torch.fft, kind + many) for kind in _KINDS for many in ("", "2", "n")))
-def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, out: Any = None, **kwargs: Any) -> Tensor:
+def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     """Over the sharded dim: two exchanges of all elements, each between all ranks."""
     name = "s" if op_name(func)[-1] in "2n" else "n"
     default = {"2": (-2, -1), "n": None}.get(op_name(func)[-1], -1)
@@ -28,8 +27,8 @@ def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, out: An
         given["dim"] = tuple(range(-len(given[name]), 0))
     dims = normalize_dims(given["dim"], input.ndim)
     beside = [d for d in range(input.ndim) if d not in dims]
-    if out is not None or not beside:
-        return fallback(func, input, **given, **({} if out is None else {"out": out}))
+    if not beside:
+        return NotImplemented
 
     def transformed(x: PatchTensor) -> PatchTensor:
         return wrap(on_some_rows(lambda rows: func(rows, **given), x.local, x.row_layout.dim), x)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout, even_bounds
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.fresh_buffers import shard_like
 from distpatch.rules.core.operands import (
     fetch,
@@ -28,23 +27,23 @@ from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
 
-@rule(*named("index_select"))
-def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor, *, out: Any = None) -> Any:
-    if isinstance(index, PatchTensor) or not isinstance(input, PatchTensor) or out is not None:
-        return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
+@rule(*named("index_select"), asks_if_empty=True)
+def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor) -> Any:
+    if isinstance(index, PatchTensor) or not isinstance(input, PatchTensor):
+        return NotImplemented
     if nth(dim, input.ndim) == input.row_layout.dim:
         return rows_by_number(input, index.flatten(), func)
     return wrap(func(input.local, dim, index), input)
 
 
 @rule(*named("gather"))
-def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False, out: Any = None) -> Any:
+def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     """The index may have fewer rows than the input: it is then taken from the first of them."""
     at = nth(dim, input.ndim)
     row = next(t for t in (input, index) if isinstance(t, PatchTensor)).row_layout.dim
     if isinstance(index, PatchTensor) and index.row_layout.dim != row:
         index = redistribute(index, RowLayout(row, even_bounds(index.shape[row], index.region.comm.size)), func)
-    if at == row and out is None:
+    if at == row:
         if not isinstance(input, PatchTensor):
             assert isinstance(index, PatchTensor)
             return wrap(func(replicated_operand(input, index), at, index.local), index)
@@ -52,8 +51,8 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
             return picked(input, index, func)
         if input.row_layout.size:
             return _passed_by(func, input, index)
-    if at == row or out is not None or index.shape[row] > input.shape[row]:
-        return fallback(func, input, dim, index, **({} if out is None else {"out": out}))
+    if at == row or index.shape[row] > input.shape[row]:
+        return NotImplemented
     input = slice_dim(input, row, slice(0, index.shape[row]))
     lead = index if isinstance(index, PatchTensor) else input
     assert isinstance(lead, PatchTensor)
@@ -79,10 +78,10 @@ def _passed_by(func: Any, x: PatchTensor, index: PatchTensor) -> PatchTensor:
 
 
 @rule(*named("take_along_dim"))
-def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = None, *, out: Any = None) -> Any:
+def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = None) -> Any:
     """``gather`` after broadcasting all other dims."""
-    if dim is None or out is not None:
-        return fallback(func, input, indices, dim, **({} if out is None else {"out": out}))
+    if dim is None:
+        return NotImplemented
     at = nth(dim, input.ndim)
     indices = torch.where(indices < 0, indices + input.shape[at], indices)
     one, other = list(input.shape), list(indices.shape)
@@ -95,15 +94,13 @@ def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = 
 @rule(*named("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"))
 def scatter(func: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Rows stay where an index as tall as the input says what goes where in another dim."""
-    named_value = "value" in kwargs
-    value = kwargs.pop("value") if named_value else src
+    value = kwargs.pop("value", src)
     at = nth(dim, input.ndim)
     if not isinstance(input, PatchTensor):
         input = _sharded_as(func, input, at, index, value)
     row = input.row_layout.dim if isinstance(input, PatchTensor) else at
-    if at == row or index.shape[row] != input.shape[row] or kwargs.get("out") is not None:
-        kwargs.update({"value": value} if named_value else {})
-        return fallback(func, input, dim, index, *([] if named_value else [src]), *args, **kwargs)
+    if at == row or index.shape[row] != input.shape[row]:
+        return NotImplemented
     assert isinstance(input, PatchTensor)
     back = row - input.ndim
     if isinstance(value, Tensor) and value.ndim:
@@ -141,7 +138,7 @@ def index_write(
     if not isinstance(input, PatchTensor) and input.ndim:
         input = _sharded_as(func, input, nth(dim, input.ndim), source)
     if not isinstance(input, PatchTensor) or isinstance(index, PatchTensor) or kwargs:
-        return fallback(func, input, dim, index, source, **options, **kwargs)
+        return NotImplemented
     at, in_place = nth(dim, input.ndim), op_name(func).endswith("_")
     out_of_place = getattr(torch, op_name(func).rstrip("_"))
     if at != input.row_layout.dim:
@@ -167,7 +164,7 @@ def index_write(
 def into_a_part(func: Any, input: Tensor, src: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A copy of the input with one part of it replaced."""
     if not isinstance(input, PatchTensor) or op_name(func) == "diagonal_scatter":
-        return fallback(func, input, src, *args, **kwargs)
+        return NotImplemented
     result = input.clone()
     if op_name(func) == "select_scatter":
         dim, index = _bind(("dim", "index"), args, kwargs)
@@ -183,7 +180,7 @@ def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
     return [given.get(name) for name in names]
 
 
-@rule(F.embedding)
+@rule(F.embedding, any_order=True)
 def embedding(
     func: Any,
     input: Tensor,
@@ -196,7 +193,7 @@ def embedding(
 ) -> Any:
     """A replicated table at sharded numbers. What counts the numbers, or writes to the table, needs all."""
     if isinstance(weight, PatchTensor) or max_norm is not None or scale_grad_by_freq or sparse:
-        return fallback(func, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        return NotImplemented
     assert isinstance(input, PatchTensor)
     table = replicated_operand(weight, input)
     return wrap(on_some_rows(lambda rows: func(rows, table, padding_idx), input.local, input.row_layout.dim), input)

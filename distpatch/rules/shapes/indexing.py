@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.layout.rows import RowLayout, even_bounds
 from distpatch.rules.core.aliasing import is_basic
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.fresh_buffers import shard_along, shard_like
 from distpatch.rules.core.operands import local_operand, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule
@@ -28,7 +27,16 @@ WHOLE = slice(None)
 _SHORT = 32
 
 
-@rule(torch.Tensor.__getitem__)
+def _takes_all_rows(input: Tensor, index: Any) -> bool:
+    """Whether neither rows nor what is sharded say what is chosen."""
+    if not isinstance(input, PatchTensor):
+        return True
+    items = _expand_index(index, input)
+    row = _item_of(items, input.row_layout.dim)
+    return row is not None and _is_whole(items[row]) and not any(map(_is_unsupported_index, items))
+
+
+@rule(torch.Tensor.__getitem__, any_order=_takes_all_rows, view=True)
 def getitem(func: Any, input: Tensor, index: Any) -> Any:
     """Numbers and slices one dim after the other; lists and replicated tensors of numbers beside the rows."""
     if not isinstance(input, PatchTensor):
@@ -38,7 +46,7 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
         return _basic(input, items)
     row = _item_of(items, input.row_layout.dim)
     if row is None or any(map(_is_unsupported_index, items)):
-        return fallback(func, input, index)
+        return NotImplemented
     if _is_mask(items[row]):  # of rows: which they are has to be read anyway
         items[row] = _places(items[row], input.row_layout.size)
     if isinstance(items[row], slice):
@@ -188,7 +196,7 @@ def _numbered_rows(func: Any, x: PatchTensor, items: Items, row: int) -> Any:
     free = [d for d in range(-numbers.ndim, 0) if all(len(shape) < -d or shape[d] == 1 for shape in shapes)]
     along = [d for d in range(-numbers.ndim, 0) if numbers.shape[d] != 1] or free  # the dim that says which row
     if (len(along) != 1 and not along == free != []) or any(map(_is_mask, items)) or any(type(i) is int for i in items):
-        return fallback(func, x, tuple(items))
+        return NotImplemented
     back = along[0]
     x = rows_by_number(x, numbers.flatten(), func)
     lo, hi = x.row_layout.interval(x.region.comm.rank)
@@ -218,29 +226,27 @@ def _looked_up(func: Any, table: Tensor, index: Any) -> Any:
     at = next((at for at, item in enumerate(items) if isinstance(item, PatchTensor)), 0)
     lead = items[at]
     if _is_mask(lead) or not all(map(_is_whole, [*items[:at], *items[at + 1 :]])):
-        return fallback(func, table, index)
+        return NotImplemented
     items[at] = lead.local
     return wrap(replicated_operand(table, lead)[tuple(items)], lead, lead.row_layout.with_dim(at + lead.row_layout.dim))
 
 
 @rule(torch.Tensor.__setitem__)
-def setitem(func: Any, input: Tensor, index: Any, value: Any) -> None:
+def setitem(func: Any, input: Tensor, index: Any, value: Any) -> Any:
     """Written to the rows where they are: every rank keeps its own of the value; a replicated tensor takes all."""
     items = _expand_index(index, input)
     if not isinstance(input, PatchTensor):
         _shard_in_place(input, items, value)
     if not isinstance(input, PatchTensor):
         if any(isinstance(t, PatchTensor) for t in tensors_in(index)):
-            fallback(func, input, index, value)
-        else:
-            input[index] = gather_replicated(value)
-        return
+            return NotImplemented
+        input[index] = gather_replicated(value)
+        return None
     if all(map(is_basic, items)):
-        _set_basic(input, items, value)
-    elif _is_mask(items[0]) and all(map(_is_whole, items[1:])):
-        _set_masked(input, items[0].bool(), value)
-    else:
-        _set_chosen(func, input, items, value)
+        return _set_basic(input, items, value)
+    if _is_mask(items[0]) and all(map(_is_whole, items[1:])):
+        return _set_masked(input, items[0].bool(), value)
+    return _set_chosen(func, input, items, value)
 
 
 def _shard_in_place(target: Tensor, items: Items, value: Any) -> None:
@@ -285,12 +291,12 @@ def _set_basic(x: PatchTensor, items: Items, value: Any) -> None:
     target.copy_(value)
 
 
-def _set_chosen(func: Any, x: PatchTensor, items: Items, value: Any) -> None:
+def _set_chosen(func: Any, x: PatchTensor, items: Items, value: Any) -> Any:
     """``x[items] = value`` with lists or replicated tensors of numbers: beside the rows, or of rows alone."""
     row = _item_of(items, x.row_layout.dim)
     if row is None or any(map(_is_unsupported_index, items)):
-        fallback(func, x, tuple(items), value)
-    elif isinstance(items[row], slice):
+        return NotImplemented
+    if isinstance(items[row], slice):
         target = slice_dim(x, x.row_layout.dim, items[row])
         assert isinstance(target, PatchTensor)
         items[row] = WHOLE
@@ -305,13 +311,14 @@ def _set_chosen(func: Any, x: PatchTensor, items: Items, value: Any) -> None:
         value = value.to(x.dtype).expand(shape).flatten(row, row + numbers.ndim - 1)
         x.index_copy_(row, numbers.flatten() % x.row_layout.size, value)
     else:
-        fallback(func, x, tuple(items), value)
+        return NotImplemented
+    return None
 
 
 @rule(*named("index_put", "index_put_"))
 def index_put(func: Any, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
     if accumulate or not isinstance(input, PatchTensor) or any(isinstance(index, PatchTensor) for index in indices):
-        return fallback(func, input, indices, values, accumulate)
+        return NotImplemented
     target = input if func.__name__.endswith("_") else input.clone()
     target[tuple(WHOLE if index is None else index for index in indices)] = values
     return target
@@ -347,7 +354,7 @@ def masked_rows(x: PatchTensor, mask: Tensor, values: Tensor) -> Tensor:
 @rule(*named("masked_scatter", "masked_scatter_"))
 def masked_scatter(func: Any, input: PatchTensor, mask: Tensor, source: Tensor) -> Any:
     if not isinstance(input, PatchTensor) or torch.broadcast_shapes(input.shape, mask.shape) != input.shape:
-        return fallback(func, input, mask, source)
+        return NotImplemented
     local = masked_rows(input, gather_replicated(mask).expand(input.shape), gather_replicated(source).flatten())
     if not func.__name__.endswith("_"):
         return wrap(local, input)

@@ -14,12 +14,11 @@ from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
 from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import redistribute, reshard, shares_memory, sizes_of, unmerge_blocks, wrap
 from distpatch.rules.core.registry import named, nth, rule
-from distpatch.rules.shapes.block_layout import merged_place
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
 
-@rule(*named("reshape", "view", "_unsafe_view"))
+@rule(*named("reshape", "view", "_unsafe_view"), any_order=True, view=True, asks_if_empty=True)
 def reshape(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
     """Splits and merges dims; rows stay put where the sharded dim is outermost among those merged.
 
@@ -32,7 +31,7 @@ def reshape(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor
     x = unmerge_blocks(input)
     if input.numel() == 0:
         rows = x.row_layout.dim if x.row_layout.dim < len(shape) and shape[x.row_layout.dim] == x.row_layout.size else 0
-        return reshard(x, gather_replicated(x).reshape(shape), rows) if shape else fallback(func, input, shape)
+        return reshard(x, gather_replicated(x).reshape(shape), rows) if shape else NotImplemented
     place = _place(x.shape, shape, x.row_layout.dim)
     if place is None:
         return fallback(torch.reshape, input, shape)
@@ -74,10 +73,25 @@ def _place(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int] 
     in_front = math.prod(old[:dim])
     fits = [at for at in range(len(new)) if math.prod(new[:at]) == in_front]
     if not fits:
-        return merged_place(old, new, dim)
+        return _merged_place(old, new, dim)
     if old[dim] == 1:
         return min(fits, key=lambda at: abs(at - dim)), 1
     return next((at for at in fits if new[at] != 1), fits[-1]), 1
+
+
+def _merged_place(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int] | None:
+    """Where ``old[dim]`` ends up in ``new`` behind dims merged in front of it: (new dim, blocks)."""
+    in_front = size = 1
+    for n in old[:dim]:
+        in_front *= n
+    for at, n in enumerate(new):
+        blocks, rest = divmod(in_front, size)
+        if rest or blocks < 1:
+            return None
+        if n > 1 and n % blocks == 0 and blocks > 1:
+            return at, blocks
+        size *= n
+    return None
 
 
 def _of_view(result: PatchTensor, source: PatchTensor, func: Any) -> Tensor:
@@ -110,11 +124,11 @@ def _view_dtype(func: Any, input: PatchTensor, dtype: torch.dtype) -> Tensor:
     """The same bytes as other numbers; another size of number changes the last dim."""
     local = input.local.view(dtype)
     if input.row_layout.dim == input.ndim - 1 and local.element_size() != input.element_size():
-        return fallback(func, input, dtype)
+        return NotImplemented
     return wrap(local, input)
 
 
-@rule(*named("flatten"))
+@rule(*named("flatten"), any_order=True, view=True, asks_if_empty=True)
 def flatten(func: Any, input: PatchTensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     first, last = nth(start_dim, input.ndim), nth(end_dim, input.ndim)
     shape = (*input.shape[:first], math.prod(input.shape[first : last + 1]), *input.shape[last + 1 :])
@@ -124,18 +138,18 @@ def flatten(func: Any, input: PatchTensor, start_dim: int = 0, end_dim: int = -1
     return _placed(torch.reshape, input, input, shape, first, math.prod(input.shape[first:row]))
 
 
-@rule(*named("ravel"))
+@rule(*named("ravel"), any_order=True, view=True)
 def ravel(func: Any, input: PatchTensor) -> Tensor:
     return input.reshape(-1)
 
 
-@rule(*named("unflatten"))
+@rule(*named("unflatten"), any_order=True, view=True)
 def unflatten(func: Any, input: PatchTensor, dim: int, sizes: Sequence[int]) -> Tensor:
     at = nth(dim, input.ndim)
     sizes = _infer(tuple(sizes), input.shape[at])
     return input.reshape(*input.shape[:at], *sizes, *input.shape[at + 1 :])
 
 
-@rule(*named("view_as", "reshape_as"))
+@rule(*named("view_as", "reshape_as"), any_order=True, view=True)
 def reshape_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
     return input.reshape(other.shape)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from distpatch.layout.rows import RowLayout, even_bounds
 from distpatch.rules.core.aliasing import copied
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import normalize_dims, sizes_of, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.shapes.concatenation import assembled
@@ -23,13 +22,13 @@ def _moved(x: PatchTensor, local: Tensor, order: Sequence[int]) -> PatchTensor:
     return wrap(local, x, x.row_layout.with_dim(place(x.row_layout.dim)))
 
 
-@rule(*named("permute"))
+@rule(*named("permute"), any_order=True, view=True)
 def permute(func: Any, input: PatchTensor, *dims: Any, **kwargs: Any) -> PatchTensor:
     order = [nth(d, input.ndim) for d in sizes_of(dims, kwargs, "dims")]
     return _moved(input, input.local.permute(order), order)
 
 
-@rule(*named("transpose", "swapaxes", "swapdims"))
+@rule(*named("transpose", "swapaxes", "swapdims"), any_order=True, view=True)
 def transpose(func: Any, input: PatchTensor, *dims: int, **kwargs: int) -> PatchTensor:
     order = list(range(input.ndim))
     one, other = *dims, *kwargs.values()  # dim0 and dim1, or axis0 and axis1
@@ -37,7 +36,7 @@ def transpose(func: Any, input: PatchTensor, *dims: int, **kwargs: int) -> Patch
     return _moved(input, input.local.transpose(one, other), order)
 
 
-@rule(*named("movedim", "moveaxis"))
+@rule(*named("movedim", "moveaxis"), any_order=True, view=True)
 def movedim(func: Any, input: PatchTensor, source: Any, destination: Any) -> PatchTensor:
     sources = normalize_dims(source, input.ndim)
     targets = normalize_dims(destination, input.ndim)
@@ -47,7 +46,12 @@ def movedim(func: Any, input: PatchTensor, source: Any, destination: Any) -> Pat
     return _moved(input, input.local.permute(order), order)
 
 
-@rule(*named("t", "adjoint"), *(getattr(torch.Tensor, n).__get__ for n in ("T", "mT", "H", "mH")))
+@rule(
+    *named("t", "adjoint"),
+    *(getattr(torch.Tensor, n).__get__ for n in ("T", "mT", "H", "mH")),
+    any_order=True,
+    view=True,
+)
 def turn(func: Any, input: PatchTensor) -> PatchTensor:
     reverse = getattr(func, "__self__", None) is torch.Tensor.T  # of more than two dims, all in reverse
     order = list(range(input.ndim))
@@ -56,14 +60,14 @@ def turn(func: Any, input: PatchTensor) -> PatchTensor:
     return _moved(input, func(input.local), order)
 
 
-@rule(*named("unsqueeze"))
+@rule(*named("unsqueeze"), any_order=True, view=True)
 def unsqueeze(func: Any, input: PatchTensor, dim: int) -> PatchTensor:
     at = nth(dim, input.ndim + 1)
     rows = input.row_layout.with_dim(input.row_layout.dim + (at <= input.row_layout.dim))
     return wrap(input.local.unsqueeze(at), input, rows)
 
 
-@rule(*named("squeeze"))
+@rule(*named("squeeze"), any_order=True, view=True)
 def squeeze(func: Any, input: PatchTensor, dim: Any = None) -> Tensor:
     dims = (
         []
@@ -77,7 +81,7 @@ def squeeze(func: Any, input: PatchTensor, dim: Any = None) -> Tensor:
     return wrap(input.local.squeeze(tuple(dims)), input, input.row_layout.with_dim(kept))
 
 
-@rule(*named("expand", "broadcast_to"))
+@rule(*named("expand", "broadcast_to"), any_order=True, view=True)
 def expand(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
     sizes = list(sizes_of(shape, kwargs, "size"))
     dim = len(sizes) - input.ndim + input.row_layout.dim
@@ -93,12 +97,12 @@ def expand(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
     return wrap(row.local.expand(sizes), input, RowLayout(dim, bounds))
 
 
-@rule(*named("expand_as"))
+@rule(*named("expand_as"), any_order=True, view=True)
 def expand_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
     return input.expand(other.shape)
 
 
-@rule(*named("broadcast_tensors"))
+@rule(*named("broadcast_tensors"), view=True)
 def broadcast_tensors(func: Any, *tensors: Any) -> tuple[Tensor, ...]:
     given = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
     shape = torch.broadcast_shapes(*(t.shape for t in given))
@@ -108,7 +112,7 @@ def broadcast_tensors(func: Any, *tensors: Any) -> tuple[Tensor, ...]:
 _AT_LEAST = ("atleast_1d", "atleast_2d", "atleast_3d")
 
 
-@rule(*named(*_AT_LEAST), *(getattr(torch._C._VariableFunctions, name) for name in _AT_LEAST))
+@rule(*named(*_AT_LEAST), *(getattr(torch._C._VariableFunctions, name) for name in _AT_LEAST), view=True)
 def at_least(func: Any, *tensors: Any) -> Any:
     """Dims of size 1 are added to tensors of fewer dims; one tensor gives one, several a tuple."""
     several = len(tensors) > 1 or not isinstance(tensors[0], Tensor)
@@ -125,9 +129,9 @@ def at_least(func: Any, *tensors: Any) -> Any:
     return tuple(results) if several else results[0]
 
 
-@rule(torch.view_as_real, torch.view_as_complex)
+@rule(*named("view_as_real", "view_as_complex"), view=True)
 def complex_view(func: Any, input: PatchTensor) -> Any:
     """The last dim of two numbers that a complex one has comes or goes."""
     if func is torch.view_as_complex and input.row_layout.dim == input.ndim - 1:
-        return fallback(func, input)
+        return NotImplemented
     return wrap(func(input.local), input)

@@ -10,16 +10,22 @@ from torch import Tensor
 from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import ceil_div
 from distpatch.rules.core.aliasing import copied
-from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import crop, part_of, wrap
 from distpatch.rules.core.registry import named, nth, rule, written
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.tree import map_tensors
 
 
+def _beside_rows(input: PatchTensor, dim: int, *_: Any, **__: Any) -> bool:
+    """Whether only another dim is cut."""
+    return nth(dim, input.ndim) != input.row_layout.dim
+
+
 @rule(
     *named("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"),
     *named("unsafe_split_with_sizes"),
+    any_order=lambda input, sizes=None, dim=0, **_: _beside_rows(input, dim),
+    view=True,
 )
 def split(func: Any, input: PatchTensor, sizes: Any = None, dim: int = 0, **kwargs: Any) -> Any:
     sizes = next(iter(kwargs.values()), sizes)  # chunks=, split_size=, sections=, indices=, ...
@@ -32,7 +38,7 @@ def split(func: Any, input: PatchTensor, sizes: Any = None, dim: int = 0, **kwar
     return tuple(crop(input, part.storage_offset(), part.storage_offset() + len(part)) for part in counted)
 
 
-@rule(*named("hsplit", "vsplit", "dsplit"))
+@rule(*named("hsplit", "vsplit", "dsplit"), view=True)
 def split_along(func: Any, input: PatchTensor, *sizes: Any, **kwargs: Any) -> Any:
     (given,) = map_tensors(gather_replicated, sizes or tuple(kwargs.values()))
     at = {"v": 0, "h": min(1, input.ndim - 1), "d": 2}[func.__name__[0]]
@@ -41,29 +47,33 @@ def split_along(func: Any, input: PatchTensor, *sizes: Any, **kwargs: Any) -> An
     return input.tensor_split(given, at)
 
 
-@rule(*named("unbind"), torch.Tensor.__iter__)
+@rule(*named("unbind"), any_order=True, view=True)
 def unbind(func: Any, input: PatchTensor, dim: int = 0) -> Any:
     at = nth(dim, input.ndim)
     if at == input.row_layout.dim:
-        return fallback(torch.unbind, input, at)
-    parts = tuple(input.select(at, i) for i in range(input.shape[at]))
-    return iter(parts) if func is torch.Tensor.__iter__ else parts
+        return NotImplemented
+    return tuple(input.select(at, i) for i in range(input.shape[at]))
 
 
-@rule(*named("narrow"))
+@rule(torch.Tensor.__iter__)
+def iterate(func: Any, input: PatchTensor) -> Any:
+    return iter(input.unbind(0))
+
+
+@rule(*named("narrow"), any_order=_beside_rows, view=True)
 def narrow(func: Any, input: PatchTensor, dim: int, start: Any, length: int) -> PatchTensor:
     at = nth(dim, input.ndim)
     if at != input.row_layout.dim:
         return wrap(input.local.narrow(at, start, length), input)
     if isinstance(start, Tensor):  # known on the device alone
-        return fallback(func, input, at, start, length)
+        return NotImplemented
     start = start + input.row_layout.size if start < 0 else start
     if not 0 <= start <= start + length <= input.row_layout.size:
         raise RuntimeError(f"start ({start}) + length ({length}) exceeds dimension size ({input.row_layout.size}).")
     return crop(input, start, start + length)
 
 
-@rule(*named("select"))
+@rule(*named("select"), any_order=_beside_rows, view=True)
 def select(func: Any, input: PatchTensor, dim: int, index: int) -> Tensor:
     at = nth(dim, input.ndim)
     if at == input.row_layout.dim:
@@ -114,10 +124,8 @@ def diff(func: Any, input: Tensor, n: int = 1, dim: int = -1, prepend: Any = Non
 
 
 @rule(*named("tril", "triu"))
-def triangle(func: Any, input: PatchTensor, diagonal: int = 0, *, out: Any = None) -> Any:
+def triangle(func: Any, input: PatchTensor, diagonal: int = 0) -> Any:
     """The diagonal is where it is in the whole matrix, of which the rank has some rows or columns."""
-    if out is not None:
-        return fallback(func, input, diagonal, out=out)
     if input.row_layout.dim >= input.ndim - 2:
         first = input.row_layout.interval(input.region.comm.rank)[0]
         diagonal += first if input.row_layout.dim == input.ndim - 2 else -first

@@ -59,7 +59,7 @@ def _cotangents(grads: Any, outputs: Sequence[Any]) -> list[Tensor | None]:
     return [_cotangent(grad, of) for grad, of in zip(grads, outputs, strict=True)]
 
 
-@rule(torch.Tensor.backward)
+@rule(torch.Tensor.backward, any_order=True)
 def backward(func: Any, x: Any, gradient: Any = None, *args: Any, **kwargs: Any) -> None:
     """``retain_graph``, ``create_graph``, ``inputs``."""
     kwargs.update(zip(("retain_graph", "create_graph", "inputs"), args))
@@ -106,7 +106,7 @@ def _like(grad: Any, x: Any) -> Any:
     return wrap(grad, x) if isinstance(grad, Tensor) and isinstance(x, PatchTensor) else grad
 
 
-@rule(torch.Tensor.register_hook)
+@rule(torch.Tensor.register_hook, any_order=True)
 def register_hook(func: Any, x: PatchTensor, hook: Callable[[Tensor], Any]) -> Any:
     """The hook sees, and may return, the gradient of the whole tensor, sharded."""
 
@@ -248,7 +248,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return _plain_apply(cls, *args, **kwargs)
     if cls is KEEPS_INPUTS:  # and reads them from the node: as they are, sharded
         return _plain_apply(cls, *args, **kwargs)
-    if cls in RULES:
+    if RULES.has_rule(cls):
         return handle_torch_function(cls, tuple(tensors_in((args, kwargs))), *args, **kwargs)
     if torch.autograd.function._is_setup_context_defined(cls.setup_context):
         bound = inspect.signature(cls.forward).bind(*args, **kwargs)
@@ -277,7 +277,7 @@ def _tie_hooks(results: tuple[Any, ...], call: _Call) -> None:
             tensor.node = _HookNode(tensor.local.grad_fn, call)  # type: ignore[attr-defined]
 
 
-@rule(torch.Tensor.grad_fn.__get__)  # type: ignore[attr-defined,union-attr]
+@rule(torch.Tensor.grad_fn.__get__, any_order=True)  # type: ignore[attr-defined,union-attr]
 def grad_fn(func: Any, x: PatchTensor) -> Any:
     return getattr(x, "node", None) or func(x.local)
 

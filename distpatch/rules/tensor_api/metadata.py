@@ -30,22 +30,22 @@ _TOLD_BY_WRAPPER = """
 """.split()
 
 
-@rule(*named("dim", "ndimension"), *_getters("ndim"))
+@rule(*named("dim", "ndimension"), *_getters("ndim"), any_order=True)
 def dims(func: Any, input: PatchTensor) -> int:
     return len(input.shape)
 
 
-@rule(*named("numel", "nelement"))
+@rule(*named("numel", "nelement"), any_order=True)
 def numel(func: Any, input: PatchTensor) -> int:
     return input.shape.numel()
 
 
-@rule(*_getters("shape"))
+@rule(*_getters("shape"), any_order=True)
 def shape(func: Any, x: PatchTensor) -> torch.Size:
     return x.shape
 
 
-@rule(*_getters("nbytes"))
+@rule(*_getters("nbytes"), any_order=True)
 def nbytes(func: Any, x: PatchTensor) -> int:
     return x.shape.numel() * x.element_size()
 
@@ -55,28 +55,29 @@ def nbytes(func: Any, x: PatchTensor) -> int:
     *named("element_size", "is_floating_point", "is_complex", "is_signed"),
     *named("get_device", "is_conj", "is_neg", "__dir__", "_is_view"),
     *_getters(*_TOLD_BY_WRAPPER),
+    any_order=True,
 )
 def from_wrapper(func: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 
-@rule(torch.Tensor.size)
+@rule(torch.Tensor.size, any_order=True)
 def size(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
     return x.shape if dim is None else x.shape[dim]
 
 
-@rule(torch.Tensor.__len__)
+@rule(torch.Tensor.__len__, any_order=True)
 def length(func: Any, x: PatchTensor) -> Any:
     return x.shape[0]
 
 
-@rule(torch.Tensor.__hash__)
+@rule(torch.Tensor.__hash__, any_order=True)
 def identity_hash(func: Any, x: PatchTensor) -> int:
     return id(x)
 
 
-@rule(torch.Tensor.__repr__, torch.Tensor.__format__)
+@rule(torch.Tensor.__repr__, torch.Tensor.__format__, any_order=True)
 def text(func: Any, x: PatchTensor, spec: str = "", **kwargs: Any) -> str:
     """What it is, without a word with the other ranks: values are printed of ``distpatch.gather(x)``."""
     return format(repr(x), spec)
@@ -88,18 +89,20 @@ def text(func: Any, x: PatchTensor, spec: str = "", **kwargs: Any) -> str:
     *_getters("_backward_hooks", "_post_accumulate_grad_hooks", "_grad_fn", "volatile"),
     *named("is_inference", "is_pinned", "is_shared", "is_distributed", "dim_order", "record_stream"),
     *named("is_coalesced", "sparse_dim", "dense_dim", "qscheme"),
+    any_order=True,
 )
 def from_local(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     return func(x.local, *args, **kwargs)
 
 
-@rule(*_getters("grad", "data", "_grad"))
+@rule(*_getters("data"), any_order=True, view=True)
+@rule(*_getters("grad", "_grad"), any_order=True)
 def grad(func: Any, x: PatchTensor) -> PatchTensor | None:
     value = func(x.local)
     return None if value is None else wrap(value, x)
 
 
-@rule(torch.Tensor.data.__set__, torch.Tensor.grad.__set__)  # type: ignore[attr-defined,union-attr]
+@rule(torch.Tensor.data.__set__, torch.Tensor.grad.__set__, any_order=True)  # type: ignore[attr-defined,union-attr]
 def set_part(func: Any, x: PatchTensor, value: Tensor | None) -> None:
     if value is not None and (value.shape, value.dtype) != (x.shape, x.dtype):
         raise UnsupportedOpError(
@@ -109,18 +112,18 @@ def set_part(func: Any, x: PatchTensor, value: Tensor | None) -> None:
     func(x.local, None if value is None else local_rows_of(value.detach(), x, x.row_layout.dim - x.ndim, func))
 
 
-@rule(torch.Tensor.requires_grad_, torch.Tensor.retain_grad)
+@rule(torch.Tensor.requires_grad_, torch.Tensor.retain_grad, any_order=True)
 def on_local(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
     func(x.local, *args, **kwargs)
     return x
 
 
-@rule(torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+@rule(torch.Tensor.requires_grad.__set__, any_order=True)  # type: ignore[attr-defined]
 def set_requires_grad(func: Any, x: PatchTensor, value: bool) -> None:
     x.local.requires_grad_(value)
 
 
-@rule(*named("cpu", "cuda", "xpu", "mtia", "ipu", "type", "to_dense", "pin_memory"))
+@rule(*named("cpu", "cuda", "xpu", "mtia", "ipu", "type", "to_dense", "pin_memory"), any_order=True)
 def move(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     result = func(x.local, *args, **kwargs)
     if result is x.local:
@@ -135,7 +138,7 @@ def deep_copy(func: Any, x: PatchTensor, memo: dict[int, Any]) -> PatchTensor:
     return memo[id(x)]
 
 
-@rule(*named("to", "type_as"))
+@rule(*named("to", "type_as"), any_order=True)
 def convert(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Only the dtype and device of another tensor matter, never its rows."""
     args = tuple(_kind(a) if isinstance(a, PatchTensor) else a for a in args)
@@ -169,7 +172,7 @@ def _defer_cast(func: Any, x: PatchTensor, args: tuple[Any, ...], kwargs: dict[s
     )
 
 
-@rule(torch.Tensor.is_contiguous)
+@rule(torch.Tensor.is_contiguous, any_order=True)
 def is_contiguous(func: Any, x: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
     """The rows of a contiguous tensor are a slice of it, which has gaps, or were made for themselves."""
     if not memory_of(x).is_contiguous(memory_format=memory_format):
@@ -196,14 +199,14 @@ def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format
     return copied(result, input, func, lambda: input.copy_(result))
 
 
-@rule(torch.Tensor.stride)
+@rule(torch.Tensor.stride, any_order=True)
 def stride(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
     """Strides that the global tensor would have, dense in the memory order of the local rows."""
     strides = dense_strides(x.shape, dim_order(x)) if x.strides is None else x.strides
     return strides if dim is None else strides[dim]
 
 
-@rule(*named("result_type", "promote_types", "can_cast"))
+@rule(*named("result_type", "promote_types", "can_cast"), any_order=True)
 def promotion(func: Any, *args: Any) -> Any:
     return func(*(a.local if isinstance(a, PatchTensor) else a for a in args))
 

@@ -30,7 +30,7 @@ from distpatch.torch_utils.tree import map_tensors
 Sizes = int | Sequence[int | None]
 
 
-@rule(*named("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"))
+@rule(*named("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), asks_if_empty=True)
 def adaptive_avg_pool(func: Any, input: PatchTensor, output_size: Sizes) -> Any:
     sizes, axis, parts = _parts(func, input, output_size)
     dim, dtype = input.row_layout.dim, input.dtype
@@ -57,7 +57,10 @@ def adaptive_avg_pool(func: Any, input: PatchTensor, output_size: Sizes) -> Any:
     return wrap(x.local.to(dtype), x)
 
 
-@rule(*named(*(f"adaptive_max_pool{n}d{suffix}" for n in (1, 2, 3) for suffix in ("", "_with_indices"))))
+@rule(
+    *named(*(f"adaptive_max_pool{n}d{suffix}" for n in (1, 2, 3) for suffix in ("", "_with_indices"))),
+    asks_if_empty=True,
+)
 def adaptive_max_pool(func: Any, input: PatchTensor, output_size: Sizes, return_indices: bool = False) -> Any:
     sizes, axis, parts = _parts(func, input, output_size)
     spatial, dim = len(sizes), input.row_layout.dim

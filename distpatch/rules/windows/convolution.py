@@ -34,7 +34,7 @@ from distpatch.torch_utils.op_names import op_name
 Sizes = int | Sequence[int]
 
 
-@rule(*named("conv1d", "conv2d", "conv3d"))
+@rule(*named("conv1d", "conv2d", "conv3d"), of_many_kernels=True)
 def convolution(
     func: Any,
     input: PatchTensor,

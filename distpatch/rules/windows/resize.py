@@ -26,7 +26,7 @@ from distpatch.torch_utils.memory_format import in_memory_order, memory_order
 from distpatch.torch_utils.op_names import op_name
 
 
-@rule(*named("interpolate"))
+@rule(*named("interpolate"), of_many_kernels=True)
 def interpolate(
     func: Any,
     input: PatchTensor,

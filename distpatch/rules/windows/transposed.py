@@ -24,7 +24,7 @@ Sizes = int | Sequence[int]
 Write = Callable[[Tensor, int, int], Tensor]  # (rows, rows to cut off at both ends, rows to add below)
 
 
-@rule(*named("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
+@rule(*named("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), of_many_kernels=True)
 def transposed_convolution(
     func: Any,
     input: PatchTensor,

@@ -24,7 +24,7 @@ from distpatch.torch_utils.op_names import op_name
 Sizes = int | Sequence[int]
 
 
-@rule(F.unfold)
+@rule(F.unfold, asks_if_empty=True)
 def unfold(
     func: Any,
     input: PatchTensor,
@@ -56,7 +56,7 @@ def unfold(
     return run_stencil(blocks, input, windows[0], func).flatten(2)
 
 
-@rule(F.fold)
+@rule(F.fold, asks_if_empty=True)
 def fold(
     func: Any,
     input: PatchTensor,
@@ -98,7 +98,7 @@ def fold(
     return wrap(written(write, slab, stencil, lo, hi), x, layout)
 
 
-@rule(torch.Tensor.unfold)
+@rule(torch.Tensor.unfold, view=True, asks_if_empty=True)
 def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, step: int) -> Tensor:
     at = nth(dimension, input.ndim)
     if at != input.row_layout.dim:
@@ -109,7 +109,7 @@ def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, ste
     return copied(windows, input, func)
 
 
-@rule(*named("pixel_shuffle"))
+@rule(*named("pixel_shuffle"), asks_if_empty=True)
 def pixel_shuffle(func: Any, input: PatchTensor, upscale_factor: int) -> PatchTensor:
     """(*, C * r * r, H, W) to (*, C, H * r, W * r); r * r channels that become one go to one rank."""
     times, unit = _shuffled(input, upscale_factor)
@@ -118,7 +118,7 @@ def pixel_shuffle(func: Any, input: PatchTensor, upscale_factor: int) -> PatchTe
     return _repeated(x, local, times, unit)
 
 
-@rule(*named("pixel_unshuffle"))
+@rule(*named("pixel_unshuffle"), asks_if_empty=True)
 def pixel_unshuffle(func: Any, input: PatchTensor, downscale_factor: int) -> PatchTensor:
     """The inverse; r rows that become one go to one rank."""
     unit, times = _shuffled(input, downscale_factor)
@@ -127,7 +127,7 @@ def pixel_unshuffle(func: Any, input: PatchTensor, downscale_factor: int) -> Pat
     return _repeated(x, local, times, unit)
 
 
-@rule(*named("channel_shuffle", "native_channel_shuffle"))
+@rule(*named("channel_shuffle", "native_channel_shuffle"), keeps_format=True)
 def channel_shuffle(func: Any, input: PatchTensor, groups: int) -> Any:
     if input.row_layout.dim == 1:
         return fallback(func, input, groups)
