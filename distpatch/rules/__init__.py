@@ -1,5 +1,6 @@
 """The sharded meaning of torch functions, a file a family. Importing this package fills the table."""
 
+from distpatch.rules import composites as composites
 from distpatch.rules import core as core
 from distpatch.rules import elementwise as elementwise
 from distpatch.rules import linalg as linalg

@@ -75,7 +75,7 @@ def _write_back(func: Any, x: PatchTensor, copy: Tensor, sharded: Sequence[Patch
     if copy.shape != x.shape:
         raise UnsupportedOpError(
             f"{op_name(func)} would give a sharded tensor the shape {tuple(copy.shape)} ({shapes_of(sharded)}; rank "
-            f"{x.region.comm.rank}), and has no sharded rule. Use its out-of-place form, or register a rule "
+            f"{x.rank}), and has no sharded rule. Use its out-of-place form, or register a rule "
             "(distpatch.register_rule)."
         )
     x.copy_(copy)

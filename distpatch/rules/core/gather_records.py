@@ -25,7 +25,7 @@ def record(name: str, sharded: Sequence[PatchTensor]) -> None:
             "(distpatch.register_rule)."
         )
     size_bytes = sum(t.numel() * t.element_size() for t in sharded)
-    lead.region.comm.recorder.fallback(name, shapes, _call_site(), size_bytes)
+    lead.comm.recorder.fallback(name, shapes, _call_site(), size_bytes)
     if region.fallback == "warn" and name not in region.warned:
         region.warned.add(name)
         warnings.warn(

@@ -90,7 +90,7 @@ def can_defer(x: PatchTensor, size_bytes: int | None = None) -> bool:
 def materialize_if_costly(x: PatchTensor) -> PatchTensor:
     """Rows that are dear to compute, or keep more alive than they are, are computed at their next consumer."""
     if x.is_deferred and (x.recipe.expensive or x.recipe.consumers or x.recipe.held_bytes > x.recipe.size_bytes):
-        x.local  # noqa: B018
+        x.materialize()
     return x
 
 
@@ -110,7 +110,7 @@ def replicated_operand(tensor: Tensor, like: PatchTensor) -> Tensor:
         known = like.region.replicas.get(id(tensor))
         if known is not None and known[0] is tensor:
             return known[1]
-    return collectives.replicated_operand(tensor, like.region.comm.name)
+    return collectives.replicated_operand(tensor, like.comm.name)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -118,13 +118,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def sum_ranks(partial: Tensor, like: PatchTensor, func: Any) -> Tensor:
-    return collectives.sum_partials(partial, like.region.comm.name, op_name(func))
+    return collectives.sum_partials(partial, like.comm.name, op_name(func))
 
 
 def fetch(x: PatchTensor, needs: Needs, func: Any, channels_last: bool = False) -> list[Tensor]:
     """The intervals of global rows that each rank needs; gradients return and are added."""
     x = in_order(x)
-    rows, name = x.row_layout, x.region.comm.name
+    rows, name = x.row_layout, x.comm.name
     return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), channels_last)
 
 
@@ -143,7 +143,7 @@ def in_order(tensor: Any) -> Any:
         tensor = tensor.plain
     if not isinstance(tensor, BlockTensor):
         return tensor
-    layout, comm = tensor.row_layout, tensor.region.comm
+    layout, comm = tensor.row_layout, tensor.comm
     bounds = even_bounds(layout.size, comm.size)
     needs = needs_in_order(layout.inner, layout.blocks, bounds)
     if len(needs[0]) > MOST_PIECES:
@@ -178,7 +178,7 @@ def in_compute_dtype(x: PatchTensor) -> PatchTensor:
 
 def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:
     """Rows [lo, hi) of the whole tensor, a view: each rank keeps those of its own."""
-    rows, rank = x.row_layout, x.region.comm.rank
+    rows, rank = x.row_layout, x.rank
     bounds = tuple(min(max(b, lo), hi) - lo for b in rows.bounds)
     start = min(max(lo - rows.bounds[rank], 0), x.local.shape[rows.dim])
     local = x.local.narrow(rows.dim, start, bounds[rank + 1] - bounds[rank])
@@ -238,7 +238,7 @@ def in_memory_of(local: Tensor, x: PatchTensor, layout: RowLayout | None = None)
 
 def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     """Every rank sends every other its slice of the new dim, in its own rows of the old one."""
-    old, new, name = x.row_layout.dim, layout.dim, x.region.comm.name
+    old, new, name = x.row_layout.dim, layout.dim, x.comm.name
     heights = [hi - lo for lo, hi in pairwise(x.row_layout.bounds)]
     held = tuple(layout.size * b for b in x.row_layout.bounds)
     needs = tuple(
@@ -247,7 +247,7 @@ def _turn(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     )
     wire = x.local.movedim((new, old), (0, 1)).flatten(0, 1)
     pieces = fetch_rows(wire, 0, held, needs, name, op_name(func), False)
-    lo, hi = layout.interval(x.region.comm.rank)
+    lo, hi = layout.interval(x.rank)
     parts = [piece.reshape(hi - lo, height, *wire.shape[1:]) for piece, height in zip(pieces, heights)]
     local = torch.cat(parts, 1).movedim((0, 1), (new, old))
     return in_memory_of(local, x, layout)
@@ -258,7 +258,7 @@ def along_rows(x: PatchTensor, func: Any) -> PatchTensor:
     if x.row_layout.dim != 1 or x.ndim < 3:
         return x
     dim = max(2, x.ndim - 2)
-    return redistribute(x, RowLayout(dim, even_bounds(x.shape[dim], x.region.comm.size)), func)
+    return redistribute(x, RowLayout(dim, even_bounds(x.shape[dim], x.world_size)), func)
 
 
 def local_operand(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
@@ -276,7 +276,7 @@ def local_operand(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Ten
 
 def check_group(tensor: PatchTensor, lead: PatchTensor, func: Any) -> None:
     """Two tensors that meet are sharded over the same ranks."""
-    if tensor.region is not lead.region and tensor.region.comm is not lead.region.comm:
+    if tensor.region is not lead.region and tensor.comm is not lead.comm:
         raise LayoutError(
             f"{op_name(func)}: {tensor!r} and {lead!r} are sharded over different groups. Gather one of them "
             "(distpatch.gather) and shard it over the other's group."
@@ -290,13 +290,17 @@ def local_rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Ten
     if isinstance(tensor, PatchTensor):
         check_group(tensor, lead, func)
         return redistribute(tensor, lead.row_layout.with_dim(tensor.ndim + dim), func).local
-    layout = lead.row_layout.with_dim(tensor.ndim + dim)
-    return collectives.narrow_rows(replicated_operand(tensor, lead), layout, lead.region.comm.rank)
+    return local_slice(replicated_operand(tensor, lead), lead, dim)
+
+
+def local_slice(tensor: Tensor, x: PatchTensor, dim: int) -> Tensor:
+    """This rank's rows of a plain tensor that has the rows of ``x`` along ``dim``, a view."""
+    return collectives.narrow_rows(tensor, x.row_layout.with_dim(dim % tensor.ndim), x.rank)
 
 
 def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:
     """A replicated tensor, sharded evenly along ``dim``: a slice."""
-    layout = RowLayout(dim, even_bounds(tensor.shape[dim], region_of.region.comm.size))
+    layout = RowLayout(dim, even_bounds(tensor.shape[dim], region_of.world_size))
     return shard_in(region_of.region, tensor, layout)
 
 

@@ -10,12 +10,10 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.comm.collectives import narrow_rows
 from distpatch.layout.rows import RowLayout, even_bounds
-from distpatch.rules.core.operands import dim_order, local_rows_of, sizes_of, wrap
+from distpatch.rules.core.operands import dim_order, local_rows_of, local_slice, sizes_of, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -55,7 +53,7 @@ def _whole_like(x: PatchTensor) -> Tensor:
 
 def _own(full: Tensor, x: PatchTensor) -> Tensor:
     """This rank's rows, in memory of their own: the whole tensor goes as soon as nobody holds it."""
-    return narrow_rows(full, x.row_layout, x.region.comm.rank).clone()
+    return local_slice(full, x, x.row_layout.dim).clone()
 
 
 @rule(*named("rand_like", "randn_like", "randint_like"))
@@ -74,7 +72,7 @@ def draw_(func: Any, *args: Any, **kwargs: Any) -> PatchTensor:
     full = func(_whole_like(x), *args, **kwargs)
     without_grad = torch.no_grad() if getattr(func, "__module__", "") == "torch.nn.init" else nullcontext()
     with without_grad:
-        x.local.copy_(narrow_rows(full, x.row_layout, x.region.comm.rank))
+        x.local.copy_(local_slice(full, x, x.row_layout.dim))
     return x
 
 
@@ -88,7 +86,7 @@ def bernoulli(func: Any, input: PatchTensor, p: Any = None, **kwargs: Any) -> An
     drawn = func(_placed(input.local, input), *(() if p is None else (p,)), **kwargs)
     if not op_name(func).endswith("_"):
         return wrap(_own(drawn, input), input)
-    input.local.copy_(narrow_rows(drawn, input.row_layout, input.region.comm.rank))
+    input.local.copy_(local_slice(drawn, input, input.row_layout.dim))
     return input
 
 
@@ -110,7 +108,7 @@ def _placed(local: Tensor, x: PatchTensor) -> Tensor:
     For functions that draw as many numbers for each element, whatever its value.
     """
     full = torch.empty_permuted(x.shape, dim_order(x)[::-1], dtype=local.dtype, device=local.device).zero_()
-    narrow_rows(full, x.row_layout, x.region.comm.rank).copy_(local)
+    local_slice(full, x, x.row_layout.dim).copy_(local)
     return full
 
 
@@ -168,15 +166,3 @@ def rrelu(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     """In training a number is drawn for each negative element only: it takes all of them to know which."""
     training = kwargs.get("training", args[2] if len(args) > 2 else False)
     return NotImplemented if training else pointwise(func, input, *args, **kwargs)
-
-
-@rule(F.gumbel_softmax)
-def gumbel_softmax(
-    func: Any, logits: PatchTensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
-) -> Tensor:
-    draws = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_()
-    soft = ((logits - draws.log()) / tau).softmax(dim)
-    if not hard:
-        return soft
-    chosen = torch.zeros_like(logits).scatter_(dim, soft.max(dim, keepdim=True)[1], 1.0)
-    return chosen - soft.detach() + soft

@@ -64,7 +64,7 @@ def defer_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         values.append(operand)
     for x in sharded:
         if x.is_deferred and ((x.recipe.expensive and x.recipe.consumers) or x.recipe.steps >= MOST_STEPS):
-            x.local  # noqa: B018  computes it: it would be computed twice, or never
+            x.materialize()
     recipe = _recipe(function, values, kwargs, lead, has_inplace, out)
     if recipe is None:
         return None
@@ -106,7 +106,7 @@ def _alike(x: PatchTensor, lead: PatchTensor) -> bool:
         type(x) is PatchTensor
         and x.row_layout == lead.row_layout
         and x.ndim == lead.ndim
-        and (x.region.comm is lead.region.comm and x.strides is None and not x.row_stride)
+        and (x.comm is lead.comm and x.strides is None and not x.row_stride)
     )
 
 

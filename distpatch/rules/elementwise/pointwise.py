@@ -10,7 +10,7 @@ from torch import Tensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.aliasing import mutates, written_tensors
 from distpatch.rules.core.fresh_buffers import shard_like
-from distpatch.rules.core.operands import can_defer, local_operand, replicated_operand, wrap
+from distpatch.rules.core.operands import can_defer, local_operand, local_slice, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule, written
 from distpatch.rules.elementwise.deferred_pointwise import defer_pointwise
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
@@ -137,10 +137,10 @@ def _register() -> None:
         in_place = [] if name.startswith("__") else named(f"{name}_")
         for func in (*getters, *named(name)):
             if func not in RULES:
-                RULES[func] = RuleEntry(pointwise, any_order=True, takes_out=True, **facts)
+                RULES[func] = RuleEntry(pointwise, any_order=True, takes_all=True, **facts)
         for func in in_place:
             if func not in RULES:
-                RULES[func] = RuleEntry(pointwise, any_order=True, takes_out=True)
+                RULES[func] = RuleEntry(pointwise, any_order=True, takes_all=True)
 
 
 _register()
@@ -166,6 +166,5 @@ def prelu(func: Any, input: PatchTensor, weight: Tensor) -> PatchTensor:
     """A weight for each channel, dim 1, or one for all."""
     weight = replicated_operand(gather_replicated(weight), input)
     if input.row_layout.dim == 1 and weight.numel() > 1:
-        lo, hi = input.row_layout.interval(input.region.comm.rank)
-        weight = weight[lo:hi]
+        weight = local_slice(weight, input, 0)
     return wrap(func(input.local, weight), input)

@@ -81,9 +81,9 @@ def _on_rows(func: Any) -> Any:
 def _check(func: Any, result: Tensor) -> None:
     if not isinstance(result, PatchTensor):
         return
-    lo, hi = result.row_layout.interval(result.region.comm.rank)
-    if result.local.shape[result.row_layout.dim] != hi - lo:
+    rows = result.row_layout.heights[result.rank]
+    if result.local.shape[result.row_layout.dim] != rows:
         raise UnsupportedOpError(
             f"{op_name(func)} was registered as element-wise, but makes a tensor of shape "
-            f"{tuple(result.local.shape)} of rows {lo}:{hi}: give it a rule (distpatch.register_rule)"
+            f"{tuple(result.local.shape)} of {rows} rows: give it a rule (distpatch.register_rule)"
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.comm.collectives import join_gradients, narrow_rows
+from distpatch.comm.collectives import join_gradients
 from distpatch.layout.stencil import ceil_div
 from distpatch.lazy.row_patches import in_patches
 from distpatch.rules.core.operands import (
@@ -19,6 +19,7 @@ from distpatch.rules.core.operands import (
     gather_partial,
     in_order,
     local_rows_of,
+    local_slice,
     needs_grad,
     on_some_rows,
     precise,
@@ -31,7 +32,6 @@ from distpatch.rules.linalg.einsum import contract
 from distpatch.rules.linalg.kept_scores import keeps_scores, planned
 from distpatch.rules.linalg.matmul import batched
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
-from distpatch.torch_utils.private import inlined
 
 # Without gradients keys and values are gathered for a few heads at a time, and scores, where torch's kernel keeps
 # them, are made for a few queries at a time: no more bytes of either than these.
@@ -97,12 +97,6 @@ def _some(t: Tensor) -> Tensor:
 def _one(func: Any, number: Tensor) -> Tensor:
     """The attention of one number on itself."""
     return func(*[number.view(1, 1)] * 3)
-
-
-@rule(F.multi_head_attention_forward)
-def multi_head_attention(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """What ``nn.MultiheadAttention`` calls; its fast path asks for tensors without rules, and is not taken."""
-    return inlined(func)(*args, **kwargs)
 
 
 def _by_groups(
@@ -191,7 +185,7 @@ def _attend(
     key, value = _all_keys(key, value, query, func)
     queries, key, value, *masks = join_gradients([query.local, key, value, *([] if mask is None else [mask])])
     mask = masks[0] if masks else None
-    first = query.row_layout.interval(query.region.comm.rank)[0] if is_causal else 0
+    first = query.own_interval[0] if is_causal else 0
     size_bytes = math.prod(query.shape[:-2]) * key.shape[-2] * 4
     at_once = max(SCORE_BYTES // max(size_bytes, 1), 1)
     run, grouped = planned(func), bool(options["enable_gqa"])
@@ -240,8 +234,7 @@ def _mask_rows(mask: Tensor, query: PatchTensor, func: Any) -> Tensor:
     if isinstance(mask, PatchTensor) and mask.row_layout.dim == mask.ndim - 2 and mask.row_layout.size > 1:
         return local_rows_of(mask, query, -2, func)
     mask = gather_partial(mask, func) if isinstance(mask, PatchTensor) else replicated_operand(mask, query)
-    layout = query.row_layout.with_dim(mask.ndim - 2)
-    return mask if mask.shape[-2] == 1 else narrow_rows(mask, layout, query.rank)
+    return mask if mask.shape[-2] == 1 else local_slice(mask, query, -2)
 
 
 def _as_tall(mask: Tensor, rows: int) -> Tensor:

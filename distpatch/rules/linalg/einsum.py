@@ -35,7 +35,7 @@ def contract(
         at = own.index(label) if label in own else None
         if at is None or tensor.shape[at] != lead.row_layout.size:
             return gather_partial(tensor, func) if isinstance(tensor, PatchTensor) else replicated_operand(tensor, lead)
-        layout, comm = lead.row_layout.with_dim(at), lead.region.comm
+        layout, comm = lead.row_layout.with_dim(at), lead.comm
         if isinstance(tensor, PatchTensor):
             return redistribute(tensor, layout, func).local
         return collectives.shard_rows(tensor, layout, comm.rank, comm.name)

@@ -82,10 +82,10 @@ def _numbers(x: PatchTensor) -> Tensor:
     """Which rows of the whole tensor this rank's are, in the order in which it holds them."""
     layout = x.row_layout
     if isinstance(layout, BlockLayout):
-        lo, hi = layout.opened.interval(x.region.comm.rank)
+        lo, hi = layout.opened.interval(x.rank)
         blocks = torch.arange(layout.blocks, device=x.device)[:, None] * layout.opened.size
         return (blocks + torch.arange(lo, hi, device=x.device)).flatten()
-    return torch.arange(*layout.interval(x.region.comm.rank), device=x.device)
+    return torch.arange(*layout.interval(x.rank), device=x.device)
 
 
 def _all(x: Tensor, query: PatchTensor, func: Any) -> Tensor:

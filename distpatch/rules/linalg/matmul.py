@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import join_gradients
-from distpatch.rules.core.operands import normalize_dims, replicated_operand, wrap
+from distpatch.rules.core.operands import replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.linalg.einsum import Labels, contract
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -44,11 +44,6 @@ def matmul(func: Any, left: Tensor, right: Tensor) -> Any:
     return contract(func, func, [left, right], [rows, columns], out)
 
 
-@rule(torch.Tensor.__rmatmul__)
-def rmatmul(func: Any, self: Tensor, other: Tensor) -> Any:
-    return matmul(torch.matmul, other, self)
-
-
 @rule(F.linear, any_order=True)
 def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if isinstance(input, PatchTensor) and not isinstance(weight, PatchTensor) and input.row_layout.dim < input.ndim - 1:
@@ -67,21 +62,6 @@ def bilinear(func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Te
     sums = partial(torch.einsum, "...i,...j,oij->...o")  # torch's own refuses a rank without rows
     result = contract(func, sums, [input1, input2, weight], labels, [*labels[0][:-1], "o"])
     return result if bias is None else result + bias
-
-
-@rule(*named("addmm", "addbmm", "baddbmm", "addmv", "addr"))
-def add_product(func: Any, input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """``beta * input + alpha * (left @ right)``; with ``beta=0`` the input is not read."""
-    name = func.__name__
-    if alpha != 1:
-        left = left * alpha
-    if name == "addr":
-        product = torch.outer(left, right)
-    else:
-        product = torch.einsum("bnk,bkm->nm", left, right) if name == "addbmm" else torch.matmul(left, right)
-    if beta == 0:
-        return product
-    return (product + (input if beta == 1 else input * beta)).to(product.dtype)
 
 
 @rule(*named("inner"))
@@ -150,33 +130,6 @@ def _letters(term: str, ndim: int) -> Labels:
     before, dots, after = term.partition("...")
     count = ndim - len(before) - len(after) if dots else 0
     return [*before, *range(-count, 0), *after]
-
-
-@rule(F.cosine_similarity)
-def cosine_similarity(func: Any, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
-    ndim = max(x1.ndim, x2.ndim)
-    at = normalize_dims(dim, ndim)[0] - ndim
-    if x1.shape[at:][:1] != x2.shape[at:][:1]:  # norms are of what the operands broadcast to
-        x1, x2 = torch.broadcast_tensors(x1, x2)
-    units = [x / torch.linalg.vector_norm(x, 2, at, True).clamp_min(eps) for x in (x1, x2)]
-    return (units[0] * units[1]).sum(at)
-
-
-@rule(F.pairwise_distance)
-def pairwise_distance(
-    func: Any, x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> Any:
-    return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
-
-
-@rule(torch.linalg.vecdot)
-def vecdot(func: Any, x: Tensor, y: Tensor, *, dim: int = -1) -> Any:
-    return (x.conj() * y).sum(dim)
-
-
-@rule(*named("dist"))
-def dist(func: Any, input: Tensor, other: Tensor, p: float = 2) -> Any:
-    return torch.linalg.vector_norm(input - other, p)
 
 
 @rule(torch.cdist)

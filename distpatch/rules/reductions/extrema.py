@@ -42,7 +42,7 @@ def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = Fal
     dims = normalize_dims(dim, input.ndim)
     if input.row_layout.dim not in dims:
         return kept(input, func(input.local, dims, keepdim), dims, keepdim)
-    local, name = input.local, input.region.comm.name
+    local, name = input.local, input.comm.name
     with torch.no_grad():
         rows = _some_rows(input, op_name(func) == "amax")
         value = func(stack_ranks(func(rows, dims, True), name, op_name(func)), 0)
@@ -51,12 +51,6 @@ def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = Fal
         shares = winners.to(value.dtype) / sum_ranks(winners.sum(dims, True), input, func)
         value = share_out(local, shares, value, name)
     return value if keepdim else value.squeeze(dims)
-
-
-@rule(*named("aminmax"), asks_if_empty=True)
-def both_extremes(func: Any, input: PatchTensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
-    ends = extreme(torch.amin, input, dim, keepdim), extreme(torch.amax, input, dim, keepdim)
-    return torch.return_types.aminmax(ends)
 
 
 @rule(*named("max", "min"), asks_if_empty=True)
@@ -98,7 +92,7 @@ def place(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool =
 def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tensor]:
     """The extreme value along the sharded dim (kept), or of all elements; and its first global index."""
     rows, row = _some_rows(x, largest), x.row_layout.dim
-    lo = x.row_layout.bounds[x.region.comm.rank]
+    lo = x.row_layout.bounds[x.rank]
     find = torch.max if largest else torch.min
     if dim is None:
         value, index = find(rows.reshape(-1), 0)
@@ -108,7 +102,7 @@ def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tens
     else:
         value, index = find(rows, row, keepdim=True)
         index = index + lo
-    name, op = x.region.comm.name, "argmax" if largest else "argmin"
+    name, op = x.comm.name, "argmax" if largest else "argmin"
     values, indices = stack_ranks(value, name, op), stack_ranks(index, name, op)
     best = values.amax(0) if largest else values.amin(0)
     last = torch.iinfo(indices.dtype).max
@@ -145,7 +139,7 @@ def picked(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
 
     An index out of range stays as it is, so that torch refuses it as it does on one device.
     """
-    dim, (lo, hi) = x.row_layout.dim, x.row_layout.interval(x.region.comm.rank)
+    dim, (lo, hi) = x.row_layout.dim, x.own_interval
     rows = never_empty(x, 0)
     own, valid = (index >= lo) & (index < hi), (index >= 0) & (index < x.row_layout.size)
     at = torch.where(valid, (index - lo).clamp(0, rows.shape[dim] - 1), index)

@@ -88,7 +88,7 @@ def _fixed(func: Any, input: PatchTensor, *args: Any) -> PatchTensor:
 
 
 def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
-    return Norm(groups, eps, input.row_layout, input.region.comm.name, op_name(func))
+    return Norm(groups, eps, input.row_layout, input.comm.name, op_name(func))
 
 
 def _normalized(
@@ -212,9 +212,7 @@ def layer_norm(
     # One group of one channel, in whose place stand the samples.
     local = input.local.to(torch.promote_types(input.dtype, torch.float32))
     samples = local.reshape(math.prod(local.shape[:first]), 1, *local.shape[first:])
-    norm = Norm(
-        1, eps, input.row_layout.with_dim(input.row_layout.dim - first + 2), input.region.comm.name, op_name(func)
-    )
+    norm = Norm(1, eps, input.row_layout.with_dim(input.row_layout.dim - first + 2), input.comm.name, op_name(func))
     out: Tensor = wrap(normalize(samples, None, None, norm)[0].view(local.shape), input)
     out = out if weight is None else out * weight
     return (out if bias is None else out + bias).to(input.dtype)

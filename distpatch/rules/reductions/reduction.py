@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,55 +30,81 @@ from distpatch.torch_utils.tree import map_tensors
 Dims = int | Sequence[int] | None
 
 
-@rule(*named("sum", "mean", "nansum", "nanmean"), any_order=True)
-def total(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def _added(add: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A sum of rows; of half precision in fp32, until those of all ranks are added."""
+
+    def partial(rows: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
+        exact = precise(rows.dtype)
+        return add(rows, dims, keepdim, dtype=None if exact == rows.dtype else exact)
+
+    return partial
+
+
+def _multiplied(rows: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
+    return rows.prod() if len(dims) == rows.ndim else rows.prod(dims[0], keepdim)
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """A reduction over the rows: ``partial(rows, dims, keepdim)`` of each rank's own, merged over ranks.
+
+    ``finish(merged, rows, count)``: the result, of the merged value, the rank's rows and how many elements were
+    reduced. ``casts``: autocast has a word on its dtype. ``keeps``: it takes ``keepdim``.
+    """
+
+    partial: Callable[..., Tensor]
+    merge: str = "sum"
+    finish: Callable[[Tensor, Tensor, Any], Tensor] = lambda merged, rows, count: merged
+    casts: bool = False
+    keeps: bool = True
+
+
+def _in_dtype(merged: Tensor, rows: Tensor, count: Any = 1) -> Tensor:
+    return merged.to(rows.dtype) if rows.dtype.is_floating_point else merged
+
+
+def _averaged(merged: Tensor, rows: Tensor, count: Any) -> Tensor:
+    return _in_dtype(merged / count, rows)
+
+
+def _of_truth(found: Tensor, rows: Tensor) -> Tensor:
+    return found.to(torch.uint8) if rows.dtype == torch.uint8 else found
+
+
+REDUCTIONS = {
+    "sum": Reduce(_added(torch.sum), finish=_in_dtype, casts=True),
+    "nansum": Reduce(_added(torch.nansum), finish=_in_dtype, casts=True),
+    "mean": Reduce(_added(torch.sum), finish=_averaged, casts=True),
+    "nanmean": Reduce(_added(torch.nansum), finish=_averaged, casts=True),
+    "any": Reduce(lambda rows, *at: (rows != 0).sum(*at), finish=lambda n, rows, _: _of_truth(n > 0, rows)),
+    "all": Reduce(lambda rows, *at: (rows == 0).sum(*at), finish=lambda n, rows, _: _of_truth(n == 0, rows)),
+    "count_nonzero": Reduce(lambda rows, dims, _: rows.count_nonzero(dims), keeps=False),
+    "prod": Reduce(_multiplied, merge="prod"),
+}
+
+
+@rule(*named(*REDUCTIONS), any_order=True)
+def reduce(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """Local where the rows stay; else a rank's own first, which are then merged."""
     if isinstance(dim, torch.dtype):
         dim, dtype = None, dim
-    dims = normalize_dims(dim, input.ndim)
-    kind = dtype or input.dtype
-    averaged = op_name(func).endswith("mean")
-    if input.row_layout.dim not in dims or (averaged and not (kind.is_floating_point or kind.is_complex)):
-        return kept(input, func(input.local, dims, keepdim, dtype=dtype), dims, keepdim)
-    input = autocast(input, func)
-    local, nan = input.local if dtype is None else input.local.to(dtype), op_name(func).startswith("nan")
-    exact = precise(local.dtype)
-    add = torch.nansum if nan else torch.sum
-    result = sum_ranks(add(local, dims, keepdim, dtype=None if exact == local.dtype else exact), input, func)
-    if averaged:
-        count: Any = math.prod(input.shape[d] for d in dims)
-        if nan:
-            count = sum_ranks((~local.isnan()).sum(dims, keepdim), input, func)
-        result = result / count
-    return result.to(local.dtype) if local.dtype.is_floating_point else result
-
-
-@rule(*named("any", "all"), any_order=True)
-def truth(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False) -> Any:
-    dims = normalize_dims(dim, input.ndim)
-    if input.row_layout.dim not in dims:
-        return kept(input, func(input.local, dims, keepdim), dims, keepdim)
-    counted = input.local != 0 if op_name(func) == "any" else input.local == 0
-    found = sum_ranks(counted.sum(dims, keepdim), input, func) > 0
-    result = found if op_name(func) == "any" else ~found
-    return result.to(torch.uint8) if input.dtype == torch.uint8 else result
-
-
-@rule(*named("count_nonzero"), any_order=True)
-def count_nonzero(func: Any, input: PatchTensor, dim: Dims = None) -> Any:
-    dims = normalize_dims(dim, input.ndim)
-    counts = func(input.local, dims)
-    return sum_ranks(counts, input, func) if input.row_layout.dim in dims else kept(input, counts, dims, False)
-
-
-@rule(*named("prod"))
-def product(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if isinstance(dim, torch.dtype):
-        dim, dtype = None, dim
-    partial = func(input.local, dtype=dtype) if dim is None else func(input.local, dim, keepdim, dtype=dtype)
-    dims = normalize_dims(dim, input.ndim)
-    if input.row_layout.dim not in dims:
-        return kept(input, partial, dims, keepdim)
-    return stack_ranks(partial, input.region.comm.name, op_name(func)).prod(0)
+    name, dims, kind = op_name(func), normalize_dims(dim, input.ndim), dtype or input.dtype
+    how = REDUCTIONS[name]
+    averages = name.endswith("mean")
+    if input.row_layout.dim not in dims or (averages and not (kind.is_floating_point or kind.is_complex)):
+        at = [dims[0] if name == "prod" else dims, *([keepdim] if how.keeps else [])]
+        return kept(input, func(input.local, *at, **({} if dtype is None else {"dtype": dtype})), dims, keepdim)
+    input = autocast(input, func) if how.casts else input
+    rows = input.local if dtype is None else input.local.to(dtype)
+    partial = how.partial(rows, dims, keepdim)
+    if how.merge == "prod":
+        return how.finish(stack_ranks(partial, input.comm.name, name).prod(0), rows, None)
+    merged, count = sum_ranks(partial, input, func), None
+    if averages:
+        count = math.prod(input.shape[d] for d in dims)
+        if name == "nanmean":
+            count = sum_ranks((~rows.isnan()).sum(dims, keepdim), input, func)
+    return how.finish(merged, rows, count)
 
 
 @rule(*named("var", "std", "var_mean", "std_mean"))
@@ -102,7 +129,7 @@ def variance(
         return NotImplemented
     a_row = math.prod(input.shape[d] for d in dims) // max(input.row_layout.size, 1)
     _, mean, m2 = moments(input.local, dims, row, exact=True)
-    count, mean, m2 = merge_ranks(input.row_layout, a_row, mean, m2, input.region.comm.name, name)
+    count, mean, m2 = merge_ranks(input.row_layout, a_row, mean, m2, input.comm.name, name)
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
     mean = mean if count else mean * math.nan
@@ -149,7 +176,7 @@ def vector_norm(
     if ord == 0:
         return sum_ranks(partial, x, func).to(kind)
     with torch.set_grad_enabled(torch.is_grad_enabled() and 0 < ord < 1):
-        ranks = stack_ranks(partial, x.region.comm.name, op_name(func))
+        ranks = stack_ranks(partial, x.comm.name, op_name(func))
         result = func(ranks, ord, 0)
     if ord >= 1 or ord < 0:
         result = _with_gradient(x, result, ord, dims, keepdim, func)
@@ -169,45 +196,3 @@ def _with_gradient(x: PatchTensor, norm: Tensor, ord: float, dims: Sequence[int]
     total = sum_ranks(powers.sum(tuple(dims), keepdim), x, func)
     none = total == 0  # as torch, which has no gradient there
     return torch.where(none, norm, torch.where(none, 1.0, total).pow(1 / ord) * scale)
-
-
-@rule(*named("norm"), asks_if_empty=True)
-def norm(
-    func: Any,
-    input: PatchTensor,
-    p: Any = "fro",
-    dim: Dims = None,
-    keepdim: bool = False,
-    out: Any = None,
-    dtype: Any = None,
-) -> Any:
-    if p == "nuc" or out is not None:
-        return NotImplemented
-    return torch.linalg.vector_norm(input, 2 if p in {"fro", None} else p, dim, keepdim, dtype=dtype)
-
-
-@rule(torch.linalg.norm, torch.linalg.matrix_norm, asks_if_empty=True)
-def linalg_norm(
-    func: Any,
-    A: PatchTensor,
-    ord: Any = None,
-    dim: Any = None,
-    keepdim: bool = False,
-    *,
-    dtype: Any = None,
-) -> Any:
-    """A vector's norm, or a matrix's where that is a sum of columns; singular values take the fallback."""
-    if op_name(func).endswith("matrix_norm"):
-        ord, dim = "fro" if ord is None else ord, (-2, -1) if dim is None else dim
-    if dim is None and ord is not None and A.ndim == 2:
-        dim = (0, 1)
-    is_matrix = ord is not None and isinstance(dim, (tuple, list)) and len(dim) == 2
-    if not is_matrix or ord == "fro":
-        return torch.linalg.vector_norm(A, 2 if ord in {None, "fro"} else ord, dim, keepdim, dtype=dtype)
-    if ord not in {1, -1, math.inf, -math.inf}:
-        return NotImplemented
-    row, column = normalize_dims(dim, A.ndim)
-    added, compared = (row, column) if abs(ord) == 1 else (column, row)
-    sums = torch.linalg.vector_norm(A, 1, added, True, dtype=dtype)
-    result = sums.amax(compared, True) if ord > 0 else sums.amin(compared, True)
-    return result if keepdim else result.squeeze((row, column))

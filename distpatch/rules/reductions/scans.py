@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import replicated_operand, stack_ranks
-from distpatch.rules.core.operands import autocast, normalize_dims, precise, wrap
+from distpatch.rules.core.operands import autocast, precise, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
 
 
 @rule(*named("softmax", "log_softmax"), any_order=True, asks_if_empty=True, of_many_kernels=True)
-@rule(*named("softmin"), any_order=True)
 def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
     """Of exponents shifted by the largest of all ranks, divided by their sum over all ranks."""
     if isinstance(_stacklevel, torch.dtype):  # in the place of dtype, except in nn.functional
@@ -27,8 +26,6 @@ def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: 
     at = nth(dim, input.ndim)
     if at != input.row_layout.dim or not input.numel():
         return wrap(func(input.local, at, dtype=dtype), input)
-    if op_name(func) == "softmin":
-        return softmax(torch.softmax, -input, at, dtype=dtype)  # type: ignore[arg-type]
     input = autocast(input, lambda t: func(t, 0))
     kind = dtype or input.dtype
     x = input.to(precise(kind))
@@ -58,15 +55,6 @@ def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) ->
     totals = replicated_operand(stack_ranks(total(local, at), input.comm.name, name), input.comm.name)
     before = total(totals[: input.rank], 0).unsqueeze(at)
     return wrap(add(func(local, at), before).to(kind), input)
-
-
-@rule(F.normalize, any_order=True)
-def normalize(func: Any, input: PatchTensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
-    if out is not None:
-        return NotImplemented
-    if input.row_layout.dim not in normalize_dims(dim, input.ndim):
-        return wrap(func(input.local, p, dim, eps), input)
-    return input / torch.linalg.vector_norm(input, p, dim, True).clamp_min(eps)
 
 
 @rule(*named("glu"), any_order=True)

@@ -23,6 +23,7 @@ from distpatch.rules.core.operands import (
     check_group,
     fetch,
     in_memory_of,
+    local_rows_of,
     materialize_if_costly,
     normalize_dims,
     redistribute,
@@ -46,7 +47,7 @@ def assembled(
     One exchange for each sharded tensor; plain ones are sliced. Sharded along another dim: turned first.
     """
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
-    dim, comm = lead.row_layout.dim, lead.region.comm
+    dim, comm = lead.row_layout.dim, lead.comm
     bounds = bounds or even_bounds(sum(stop - start for _, start, stop in segments), comm.size)
     shares = _shares(tuple(segments), bounds)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
@@ -94,7 +95,7 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
         return assembled(func, tensors, [(k, 0, t.shape[at]) for k, t in enumerate(tensors)])
     if (later := _defer_cat(func, tensors, lead, at)) is not None:
         return later
-    return wrap(func([_rows_like(t, lead, func) for t in tensors], at), lead)
+    return wrap(func([local_rows_of(t, lead, lead.row_layout.dim - lead.ndim, func) for t in tensors], at), lead)
 
 
 def _defer_cat(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int) -> PatchTensor | None:
@@ -109,7 +110,7 @@ def _defer_cat(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int)
             or not can_defer(t, size_bytes)
         ):
             return None
-        if t.region.comm is not lead.region.comm or t.ndim != lead.ndim:
+        if t.comm is not lead.comm or t.ndim != lead.ndim:
             return None
         recipes.append(materialize_if_costly(t).as_recipe)
     sizes = [[n for d, n in enumerate(t.shape) if d != at] for t in tensors]
@@ -124,28 +125,7 @@ def stack(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
     at = dim % (lead.ndim + 1)
     moved = lead.row_layout.with_dim(lead.row_layout.dim + (at <= lead.row_layout.dim))
-    return wrap(func([_rows_like(t, lead, func) for t in tensors], at), lead, moved)
-
-
-def _rows_like(tensor: Tensor, lead: PatchTensor, func: Any) -> Tensor:
-    if tensor.ndim != lead.ndim or tensor.shape[lead.row_layout.dim] != lead.row_layout.size:
-        raise RuntimeError(
-            f"{op_name(func)}: sizes of tensors must match, got {tuple(tensor.shape)} beside {tuple(lead.shape)}"
-        )
-    if isinstance(tensor, PatchTensor):
-        check_group(tensor, lead, func)
-        return redistribute(tensor, lead.row_layout, func).local
-    lo, hi = lead.row_layout.interval(lead.region.comm.rank)
-    return replicated_operand(tensor, lead).narrow(lead.row_layout.dim, lo, hi - lo)
-
-
-@rule(*named("hstack", "vstack", "row_stack", "dstack", "column_stack"))
-def stack_along(func: Any, tensors: Sequence[Tensor]) -> Any:
-    """Concatenation along the first, second or third dim of tensors that have it."""
-    at = {"h": 1, "v": 0, "r": 0, "d": 2, "c": 1}[op_name(func)[0]]
-    if any(t.ndim <= max(at, 1) for t in tensors):
-        return NotImplemented
-    return torch.cat(tuple(tensors), at)
+    return wrap(func([local_rows_of(t, lead, lead.row_layout.dim - lead.ndim, func) for t in tensors], at), lead, moved)
 
 
 @rule(*named("repeat", "tile"), any_order=True)
@@ -205,18 +185,3 @@ def flip(func: Any, input: PatchTensor, *dims: Any, **kwargs: Any) -> Tensor:
     bounds = input.row_layout.bounds
     needs = tuple(((bounds[-1] - hi, bounds[-1] - lo),) for lo, hi in pairwise(bounds))
     return in_memory_of(fetch(input, needs, func)[0].flip(mirrored), input)
-
-
-@rule(*named("rot90"))
-def rot90(func: Any, input: Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Tensor:
-    one, other = dims
-    if k % 4 == 0:
-        return input.clone()
-    if k % 4 == 2:
-        return input.flip(one, other)
-    return input.flip(other if k % 4 == 1 else one).transpose(one, other)
-
-
-@rule(torch.Tensor.__reversed__)
-def reversed_(func: Any, input: PatchTensor) -> Tensor:
-    return input.flip(0)

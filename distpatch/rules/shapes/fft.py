@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, **kwarg
 
     if input.row_layout.dim in beside:
         return transformed(input)
-    widest, ranks = max(beside, key=lambda d: input.shape[d]), input.region.comm.size
+    widest, ranks = max(beside, key=lambda d: input.shape[d]), input.world_size
     turned = redistribute(input, RowLayout(widest, even_bounds(input.shape[widest], ranks)), func)
     result = transformed(turned)
     row = input.row_layout.dim
@@ -43,10 +42,3 @@ def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, **kwarg
     return redistribute(
         result, input.row_layout if same else RowLayout(row, even_bounds(result.shape[row], ranks)), func
     )
-
-
-@rule(torch.fft.fftshift, torch.fft.ifftshift)
-def shift(func: Any, input: PatchTensor, dim: int | Sequence[int] | None = None) -> Tensor:
-    dims = normalize_dims(dim, input.ndim)
-    forward = op_name(func) == "fft_fftshift"
-    return torch.roll(input, [(input.shape[d] + (not forward)) // 2 for d in dims], dims)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from distpatch.layout.rows import RowLayout, even_bounds
 from distpatch.rules.core.fresh_buffers import shard_like
 from distpatch.rules.core.operands import (
-    fetch,
     local_rows_of,
     on_some_rows,
     redistribute,
@@ -22,7 +20,7 @@ from distpatch.rules.core.operands import (
 from distpatch.rules.core.registry import named, nth, rule, written
 from distpatch.rules.reductions.extrema import picked
 from distpatch.rules.shapes.slicing import slice_dim
-from distpatch.rules.shapes.take_rows import rows_by_number
+from distpatch.rules.shapes.take_rows import rows_by_number, shown_in_turn
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
@@ -42,7 +40,7 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     at = nth(dim, input.ndim)
     row = next(t for t in (input, index) if isinstance(t, PatchTensor)).row_layout.dim
     if isinstance(index, PatchTensor) and index.row_layout.dim != row:
-        index = redistribute(index, RowLayout(row, even_bounds(index.shape[row], index.region.comm.size)), func)
+        index = redistribute(index, RowLayout(row, even_bounds(index.shape[row], index.world_size)), func)
     if at == row:
         if not isinstance(input, PatchTensor):
             assert isinstance(index, PatchTensor)
@@ -50,7 +48,9 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
         if not isinstance(index, PatchTensor):
             return picked(input, index, func)
         if input.row_layout.size:
-            return _passed_by(func, input, index)
+            layout = input.row_layout.with_bounds(even_bounds(index.shape[row], input.world_size))
+            own = redistribute(index, layout, func).local
+            return wrap(shown_in_turn(input, own, lambda rows, number: func(rows, at, number), func), input, layout)
     if at == row or index.shape[row] > input.shape[row]:
         return NotImplemented
     input = slice_dim(input, row, slice(0, index.shape[row]))
@@ -58,37 +58,6 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     assert isinstance(lead, PatchTensor)
     back = row - lead.ndim
     return wrap(func(local_rows_of(input, lead, back, func), at, local_rows_of(index, lead, back, func)), lead)
-
-
-def _passed_by(func: Any, x: PatchTensor, index: PatchTensor) -> PatchTensor:
-    """Rows by numbers that only the device knows: each rank's rows are shown to all, one rank after the other."""
-    dim, world = x.row_layout.dim, x.row_layout.world_size
-    layout = RowLayout(dim, even_bounds(index.shape[dim], world))
-    own = redistribute(index, layout, func).local
-    found = None
-    for lo, hi in pairwise(x.row_layout.bounds):
-        if lo < hi:
-            rows = fetch(x, (((lo, hi),),) * world, func)[0]
-            here = (own >= lo) & (own < hi)
-            elsewhere = torch.where((own >= 0) & (own < x.row_layout.size), 0, own)  # torch refuses what is nobody's
-            part = func(rows, dim, torch.where(here, own - lo, elsewhere))
-            found = part if found is None else torch.where(here, part, found)
-    assert found is not None
-    return wrap(found, x, layout)
-
-
-@rule(*named("take_along_dim"))
-def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = None) -> Any:
-    """``gather`` after broadcasting all other dims."""
-    if dim is None:
-        return NotImplemented
-    at = nth(dim, input.ndim)
-    indices = torch.where(indices < 0, indices + input.shape[at], indices)
-    one, other = list(input.shape), list(indices.shape)
-    one[at] = other[at] = 1
-    shape = torch.broadcast_shapes(one, other)
-    source = input.expand(*shape[:at], input.shape[at], *shape[at + 1 :])
-    return torch.gather(source, at, indices.expand(*shape[:at], indices.shape[at], *shape[at + 1 :]))
 
 
 @rule(*named("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"))
@@ -147,7 +116,7 @@ def index_write(
             source = local_rows_of(source, input, back, func) if source.ndim else replicated_operand(source, input)
         local = out_of_place(input.local, at, index, source, **options)
     else:
-        lo, hi = input.row_layout.interval(input.region.comm.rank)
+        lo, hi = input.own_interval
         source = replicated_operand(gather_replicated(source), input) if isinstance(source, Tensor) else source
         index = torch.where(index < 0, index + input.row_layout.size, index)
         own = torch.where((index >= lo) & (index < hi), index - lo, hi - lo)
@@ -158,26 +127,6 @@ def index_write(
         return wrap(local, input)
     input.local.copy_(local)
     return input
-
-
-@rule(*named("select_scatter", "slice_scatter", "diagonal_scatter"))
-def into_a_part(func: Any, input: Tensor, src: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A copy of the input with one part of it replaced."""
-    if not isinstance(input, PatchTensor) or op_name(func) == "diagonal_scatter":
-        return NotImplemented
-    result = input.clone()
-    if op_name(func) == "select_scatter":
-        dim, index = _bind(("dim", "index"), args, kwargs)
-        result[(slice(None),) * nth(dim, input.ndim) + (index,)] = src
-    else:
-        dim, start, end, step = _bind(("dim", "start", "end", "step"), args, kwargs)
-        result[(slice(None),) * nth(dim or 0, input.ndim) + (slice(start, end, step),)] = src
-    return result
-
-
-def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    given = {**dict(zip(names, args)), **kwargs}
-    return [given.get(name) for name in names]
 
 
 @rule(F.embedding, any_order=True)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from distpatch.layout.rows import RowLayout, even_bounds
 from distpatch.rules.core.aliasing import is_basic
 from distpatch.rules.core.fresh_buffers import shard_along, shard_like
-from distpatch.rules.core.operands import local_operand, replicated_operand, wrap
+from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.shapes.concatenation import assembled
 from distpatch.rules.shapes.slicing import slice_dim
@@ -199,13 +199,12 @@ def _numbered_rows(func: Any, x: PatchTensor, items: Items, row: int) -> Any:
         return NotImplemented
     back = along[0]
     x = rows_by_number(x, numbers.flatten(), func)
-    lo, hi = x.row_layout.interval(x.region.comm.rank)
     own = {
-        at: i.narrow(back, lo, hi - lo) if i.ndim >= -back and i.shape[back] == x.row_layout.size else i
+        at: local_slice(i, x, back) if i.ndim >= -back and i.shape[back] == x.row_layout.size else i
         for at, i in chosen.items()
     }
     shape = [-1 if d == numbers.ndim + back else 1 for d in range(numbers.ndim)]
-    own[row] = torch.arange(hi - lo, device=x.device).view(shape)
+    own[row] = torch.arange(x.local.shape[x.row_layout.dim], device=x.device).view(shape)
     marked = [own.get(at, item) for at, item in enumerate(items)]
     dim = _chosen_dim(x, marked, back)
     return wrap(x.local[tuple(marked)], x, x.row_layout.with_dim(dim))
@@ -262,7 +261,7 @@ def _shard_in_place(target: Tensor, items: Items, value: Any) -> None:
     dim = kept[back]
     rows = target.shape[dim]
     if len(range(rows)[items[dim]]) == value.row_layout.size:
-        bounds = value.row_layout.bounds if value.row_layout.size == rows else even_bounds(rows, value.region.comm.size)
+        bounds = value.row_layout.bounds if value.row_layout.size == rows else even_bounds(rows, value.world_size)
         shard_along(target, value, RowLayout(dim, bounds))
 
 
@@ -340,12 +339,11 @@ def _set_masked(x: PatchTensor, mask: Tensor, value: Any) -> None:
 def masked_rows(x: PatchTensor, mask: Tensor, values: Tensor) -> Tensor:
     """This rank's rows with the replicated ``values``, (number of places, ...), where the mask is, in order."""
     dim, number = x.row_layout.dim, mask.flatten().cumsum(0).view(mask.shape) - 1
-    lo, hi = x.row_layout.interval(x.region.comm.rank)
     values = replicated_operand(values, x)
     if mask.ndim > dim:
-        mask, number = mask.narrow(dim, lo, hi - lo), number.narrow(dim, lo, hi - lo)
+        mask, number = local_slice(mask, x, dim), local_slice(number, x, dim)
     else:
-        values = values.narrow(1 + dim - mask.ndim, lo, hi - lo)
+        values = local_slice(values, x, 1 + dim - mask.ndim)
     filler = values.new_zeros(1, *values.shape[1:])
     chosen = torch.cat([values, filler])[number.clamp(min=0)].to(x.dtype)
     return torch.where(mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), chosen, x.local)

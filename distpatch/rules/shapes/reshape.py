@@ -44,7 +44,7 @@ def _placed(func: Any, input: PatchTensor, x: PatchTensor, shape: tuple[int, ...
     unit = math.lcm(old, new) // old  # whole new rows are made of multiples of this many old rows
     moved = redistribute(x, x.row_layout.with_bounds(aligned_bounds(x.row_layout.bounds, unit)), func)
     bounds = tuple(b * old // new for b in moved.row_layout.bounds)
-    lo, hi = bounds[x.region.comm.rank : x.region.comm.rank + 2]
+    lo, hi = bounds[x.rank : x.rank + 2]
     sizes = [blocks * (hi - lo) if d == dim else n for d, n in enumerate(shape)]
     layout = RowLayout(dim, bounds) if blocks == 1 else BlockLayout(dim, bounds, blocks)
     local = moved.local.reshape(sizes)
@@ -136,20 +136,3 @@ def flatten(func: Any, input: PatchTensor, start_dim: int = 0, end_dim: int = -1
     if not first <= row <= last or input.numel() == 0 or isinstance(input.row_layout, BlockLayout):
         return input.reshape(shape)
     return _placed(torch.reshape, input, input, shape, first, math.prod(input.shape[first:row]))
-
-
-@rule(*named("ravel"), any_order=True, view=True)
-def ravel(func: Any, input: PatchTensor) -> Tensor:
-    return input.reshape(-1)
-
-
-@rule(*named("unflatten"), any_order=True, view=True)
-def unflatten(func: Any, input: PatchTensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    at = nth(dim, input.ndim)
-    sizes = _infer(tuple(sizes), input.shape[at])
-    return input.reshape(*input.shape[:at], *sizes, *input.shape[at + 1 :])
-
-
-@rule(*named("view_as", "reshape_as"), any_order=True, view=True)
-def reshape_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
-    return input.reshape(other.shape)

@@ -90,43 +90,11 @@ def expand(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
         return wrap(input.local.expand(sizes), input, input.row_layout.with_dim(dim))
     if input.row_layout.size != 1:
         raise RuntimeError(f"a tensor of shape {tuple(input.shape)} cannot be expanded to {sizes}")
-    bounds = even_bounds(sizes[dim], input.region.comm.size)  # everybody's, and each rank keeps some
-    lo, hi = bounds[input.region.comm.rank : input.region.comm.rank + 2]
+    bounds = even_bounds(sizes[dim], input.world_size)  # everybody's, and each rank keeps some
+    lo, hi = bounds[input.rank : input.rank + 2]
     row = assembled(func, [input], [(0, 0, 1)] * (len(bounds) - 1), tuple(range(len(bounds))))
     sizes[dim] = hi - lo
     return wrap(row.local.expand(sizes), input, RowLayout(dim, bounds))
-
-
-@rule(*named("expand_as"), any_order=True, view=True)
-def expand_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
-    return input.expand(other.shape)
-
-
-@rule(*named("broadcast_tensors"), view=True)
-def broadcast_tensors(func: Any, *tensors: Any) -> tuple[Tensor, ...]:
-    given = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
-    shape = torch.broadcast_shapes(*(t.shape for t in given))
-    return tuple(t.expand(shape) for t in given)
-
-
-_AT_LEAST = ("atleast_1d", "atleast_2d", "atleast_3d")
-
-
-@rule(*named(*_AT_LEAST), *(getattr(torch._C._VariableFunctions, name) for name in _AT_LEAST), view=True)
-def at_least(func: Any, *tensors: Any) -> Any:
-    """Dims of size 1 are added to tensors of fewer dims; one tensor gives one, several a tuple."""
-    several = len(tensors) > 1 or not isinstance(tensors[0], Tensor)
-    given = tensors if len(tensors) > 1 or not several else tensors[0]
-    least = int(func.__name__[-2])
-    results = []
-    for tensor in given:
-        result = func(tensor) if not isinstance(tensor, PatchTensor) else tensor
-        if result.ndim == 1 and least > 1:
-            result = result.unsqueeze(0)
-        if result.ndim == 2 and least > 2:
-            result = result.unsqueeze(-1)
-        results.append(result)
-    return tuple(results) if several else results[0]
 
 
 @rule(*named("view_as_real", "view_as_complex"), view=True)

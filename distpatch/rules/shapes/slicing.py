@@ -13,7 +13,6 @@ from distpatch.rules.core.aliasing import copied
 from distpatch.rules.core.operands import crop, part_of, wrap
 from distpatch.rules.core.registry import named, nth, rule, written
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
-from distpatch.torch_utils.tree import map_tensors
 
 
 def _beside_rows(input: PatchTensor, dim: int, *_: Any, **__: Any) -> bool:
@@ -38,26 +37,12 @@ def split(func: Any, input: PatchTensor, sizes: Any = None, dim: int = 0, **kwar
     return tuple(crop(input, part.storage_offset(), part.storage_offset() + len(part)) for part in counted)
 
 
-@rule(*named("hsplit", "vsplit", "dsplit"), view=True)
-def split_along(func: Any, input: PatchTensor, *sizes: Any, **kwargs: Any) -> Any:
-    (given,) = map_tensors(gather_replicated, sizes or tuple(kwargs.values()))
-    at = {"v": 0, "h": min(1, input.ndim - 1), "d": 2}[func.__name__[0]]
-    if isinstance(given, int) and input.shape[at] % given:
-        raise RuntimeError(f"{func.__name__}: {input.shape[at]} is not divisible by {given}")
-    return input.tensor_split(given, at)
-
-
 @rule(*named("unbind"), any_order=True, view=True)
 def unbind(func: Any, input: PatchTensor, dim: int = 0) -> Any:
     at = nth(dim, input.ndim)
     if at == input.row_layout.dim:
         return NotImplemented
     return tuple(input.select(at, i) for i in range(input.shape[at]))
-
-
-@rule(torch.Tensor.__iter__)
-def iterate(func: Any, input: PatchTensor) -> Any:
-    return iter(input.unbind(0))
 
 
 @rule(*named("narrow"), any_order=_beside_rows, view=True)
@@ -105,29 +90,17 @@ def slice_dim(x: Tensor, dim: int, item: slice) -> Tensor:
     x = crop(x, start, max(stop, start))
     if step == 1:
         return x
-    rank, bounds = x.region.comm.rank, tuple(ceil_div(b, step) for b in x.row_layout.bounds)
+    rank, bounds = x.rank, tuple(ceil_div(b, step) for b in x.row_layout.bounds)
     first = bounds[rank] * step - x.row_layout.bounds[rank]
     local = x.local[(slice(None),) * dim + (slice(first, None, step),)]
     return part_of(x, local, RowLayout(dim, bounds), step)
-
-
-@rule(*named("diff"))
-def diff(func: Any, input: Tensor, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Tensor:
-    if n == 0:
-        return input
-    parts = [part for part in (prepend, input, append) if part is not None]
-    x = torch.cat(parts, dim) if len(parts) > 1 else input
-    for _ in range(min(n, x.shape[dim])):
-        one, other = x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, 0, x.shape[dim] - 1)
-        x = one ^ other if x.dtype == torch.bool else one - other
-    return x
 
 
 @rule(*named("tril", "triu"))
 def triangle(func: Any, input: PatchTensor, diagonal: int = 0) -> Any:
     """The diagonal is where it is in the whole matrix, of which the rank has some rows or columns."""
     if input.row_layout.dim >= input.ndim - 2:
-        first = input.row_layout.interval(input.region.comm.rank)[0]
+        first = input.own_interval[0]
         diagonal += first if input.row_layout.dim == input.ndim - 2 else -first
     result = func(input.local, diagonal)
     return written(input) if result is input.local else wrap(result, input)

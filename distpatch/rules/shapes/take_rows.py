@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,13 +22,14 @@ def rows_by_number(x: PatchTensor, numbers: Tensor, func: Any) -> PatchTensor:
     Numbers that the host has say which rows a rank needs: one exchange. Those that only the device has are not
     read: each rank's rows are shown to all, one rank after the other. Raises ``IndexError`` as torch does.
     """
-    dim, size, rank = x.row_layout.dim, x.row_layout.size, x.region.comm.rank
+    dim, size, rank = x.row_layout.dim, x.row_layout.size, x.rank
     layout = (
         x.row_layout if len(numbers) == size else RowLayout(dim, even_bounds(len(numbers), x.row_layout.world_size))
     )
     lo, hi = layout.interval(rank)
     if not _readable(numbers):
-        return _passed_by(x, numbers[lo:hi], layout, func)
+        own = torch.where(numbers < 0, numbers + size, numbers)[lo:hi]
+        return wrap(shown_in_turn(x, own, lambda rows, at: rows.index_select(dim, at), func), x, layout)
     known = numbers.tolist()
     if any(not -size <= n < size for n in known):
         raise IndexError(f"{op_name(func)}: index {known} is out of bounds for dimension {dim} with size {size}")
@@ -48,18 +49,19 @@ def _intervals(numbers: Sequence[int], bounds: Sequence[int]) -> Needs:
     return tuple(((min(some), max(some) + 1) if some else EMPTY,) for some in own)
 
 
-def _passed_by(x: PatchTensor, own: Tensor, layout: RowLayout, func: Any) -> PatchTensor:
+def shown_in_turn(x: PatchTensor, numbers: Tensor, pick: Callable[[Tensor, Tensor], Tensor], func: Any) -> Tensor:
+    """``pick(rows, numbers)`` where only the device knows the numbers: each rank's rows are shown to all in turn.
+
+    A number out of range stays as it is, so that torch refuses it as it does on one device.
+    """
     dim, world, size = x.row_layout.dim, x.row_layout.world_size, x.row_layout.size
-    own = torch.where(own < 0, own + size, own)
-    shape = [len(own) if d == dim else 1 for d in range(x.ndim)]
+    elsewhere = torch.where((numbers >= 0) & (numbers < size), 0, numbers)
+    shape = numbers.shape if numbers.ndim == x.ndim else [len(numbers) if d == dim else 1 for d in range(x.ndim)]
     found: Tensor | None = None
     for lo, hi in pairwise(x.row_layout.bounds):
         if lo < hi:
             rows = fetch(x, (((lo, hi),),) * world, func)[0]
-            here = (own >= lo) & (own < hi)
-            elsewhere = torch.where((own >= 0) & (own < size), 0, own)  # torch refuses what is nobody's
-            part = rows.index_select(dim, torch.where(here, own - lo, elsewhere))
+            here = (numbers >= lo) & (numbers < hi)
+            part = pick(rows, torch.where(here, numbers - lo, elsewhere))
             found = part if found is None else torch.where(here.view(shape), part, found)
-    if found is None:
-        found = x.local.index_select(dim, own)
-    return wrap(found, x, layout)
+    return pick(x.local, numbers) if found is None else found

@@ -225,26 +225,6 @@ def number(func: Any, x: PatchTensor, *args: Any) -> Any:
     return func(gather_replicated(x), *args)
 
 
-@rule(torch.Tensor.__contains__)
-def contains(func: Any, x: Tensor, element: Any) -> bool:
-    return bool((x == element).any())
-
-
-@rule(*named("is_same_size"))
-def is_same_size(func: Any, input: Tensor, other: Tensor) -> bool:
-    return input.shape == other.shape
-
-
-@rule(*named("equal"))
-def equal(func: Any, input: Tensor, other: Tensor) -> bool:
-    return input.shape == other.shape and bool((input == other).all())
-
-
-@rule(*named("allclose"))
-def all_close(func: Any, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> bool:
-    return bool(torch.isclose(input, other, *args, **kwargs).all())
-
-
 COMPILED = (
     "Compile an entry point of the converted model (torch.compile(model)): plain tensors in and out. Without "
     "gradients (torch.no_grad) sharded tensors may go in and out."

@@ -20,7 +20,6 @@ from distpatch.rules.core.registry import named, rule
 from distpatch.rules.windows.filters import precise
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
 from distpatch.torch_utils.op_names import op_name
-from distpatch.torch_utils.private import inlined
 from distpatch.torch_utils.tree import map_tensors
 
 Sizes = int | Sequence[int]
@@ -105,12 +104,6 @@ def avg_pool(
         return (means * share).to(rows.dtype)
 
     return run_stencil(pool, input, window, func)
-
-
-@rule(*named("lp_pool1d", "lp_pool2d", "lp_pool3d"))
-def lp_pool(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """A mean of powers, times the number of pixels of a window; of infinity what this release of torch has."""
-    return inlined(func)(*args, **kwargs)
 
 
 @rule(*named("max_unpool1d", "max_unpool2d", "max_unpool3d"))

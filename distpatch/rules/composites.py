@@ -1,0 +1,277 @@
+"""Functions of torch in terms of others that have rules. Nothing here knows of ranks or rows.
+
+Where torch itself has the function in Python, its own body is run (``inlined``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpatch.rules.core.registry import named, nth, rule
+from distpatch.torch_utils.private import inlined
+
+_VARIADIC = torch._C._VariableFunctions  # what the Python function of its name calls
+_AT_LEAST = ("atleast_1d", "atleast_2d", "atleast_3d")
+_ALONG = {"hstack": 1, "vstack": 0, "row_stack": 0, "dstack": 2, "column_stack": 1}
+
+
+def composite(*funcs: Any, **properties: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what stands for these functions; it takes the function and its arguments."""
+    return rule(*funcs, any_order=True, **properties)
+
+
+def _run(body: Callable[..., Any], func: Any, *args: Any, **kwargs: Any) -> Any:
+    return body(*args, **kwargs)
+
+
+for _func in (
+    *(F.normalize, F.gumbel_softmax, F.softmin, F.multi_head_attention_forward),
+    *named("norm", "__contains__", "__reversed__"),
+    *(F.lp_pool1d, F.lp_pool2d, F.lp_pool3d),
+):
+    composite(_func)(partial(_run, inlined(_func)))
+
+
+# Views and shapes.
+
+
+@composite(*named("ravel"), view=True)
+def ravel(func: Any, input: Tensor) -> Tensor:
+    return input.reshape(-1)
+
+
+@composite(*named("unflatten"), view=True)
+def unflatten(func: Any, input: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    at = nth(dim, input.ndim)
+    known = -math.prod(sizes) if -1 in sizes else math.prod(sizes)
+    sizes = [input.shape[at] // max(known, 1) if n == -1 else n for n in sizes]
+    if math.prod(sizes) != input.shape[at]:
+        raise RuntimeError(f"unflatten: sizes {sizes} do not multiply up to {input.shape[at]}, of dim {dim}")
+    return input.reshape(*input.shape[:at], *sizes, *input.shape[at + 1 :])
+
+
+@composite(*named("view_as", "reshape_as"), view=True)
+def reshape_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
+    return input.reshape(other.shape)
+
+
+@composite(*named("expand_as"), view=True)
+def expand_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
+    return input.expand(other.shape)
+
+
+@composite(*named("broadcast_tensors"), view=True)
+def broadcast_tensors(func: Any, *tensors: Any) -> tuple[Tensor, ...]:
+    given = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
+    shape = torch.broadcast_shapes(*(t.shape for t in given))
+    return tuple(t.expand(shape) for t in given)
+
+
+@composite(*named(*_AT_LEAST), *(getattr(_VARIADIC, name) for name in _AT_LEAST), view=True)
+def at_least(func: Any, *tensors: Any) -> Any:
+    """Dims of size 1 are added to tensors of fewer dims; one tensor gives one, several a tuple."""
+    several = len(tensors) > 1 or not isinstance(tensors[0], Tensor)
+    least = int(func.__name__[-2])
+    results = tuple(_with_dims(t, least) for t in (tensors if len(tensors) > 1 or not several else tensors[0]))
+    return results if several else results[0]
+
+
+def _with_dims(tensor: Tensor, least: int) -> Tensor:
+    if tensor.ndim == 0:
+        tensor = tensor.reshape(1)
+    if tensor.ndim == 1 and least > 1:
+        tensor = tensor.unsqueeze(0)
+    return tensor.unsqueeze(-1) if tensor.ndim == 2 and least > 2 else tensor
+
+
+@composite(torch.Tensor.__iter__)
+def iterate(func: Any, input: Tensor) -> Any:
+    return iter(input.unbind(0))
+
+
+@composite(*named("hsplit", "vsplit", "dsplit"), view=True)
+def split_along(func: Any, input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
+    (given,) = sizes or kwargs.values()
+    at = {"v": 0, "h": min(1, input.ndim - 1), "d": 2}[func.__name__[0]]
+    if isinstance(given, int) and input.shape[at] % given:
+        raise RuntimeError(f"{func.__name__}: {input.shape[at]} is not divisible by {given}")
+    return input.tensor_split(given, at)
+
+
+@composite(*named(*_ALONG))
+def stack_along(func: Any, tensors: Sequence[Tensor]) -> Any:
+    """Concatenation along the first, second or third dim of tensors that have it."""
+    at = _ALONG[func.__name__]
+    return torch.cat(tuple(tensors), at) if all(t.ndim > max(at, 1) for t in tensors) else NotImplemented
+
+
+# Rows in another arrangement.
+
+
+@composite(*named("rot90"))
+def rot90(func: Any, input: Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Tensor:
+    one, other = dims
+    if k % 4 == 0:
+        return input.clone()
+    if k % 4 == 2:
+        return input.flip(one, other)
+    return input.flip(other if k % 4 == 1 else one).transpose(one, other)
+
+
+@composite(torch.fft.fftshift, torch.fft.ifftshift)
+def shift(func: Any, input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
+    dims = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    more = func is torch.fft.ifftshift
+    return torch.roll(input, [(input.shape[d] + more) // 2 for d in dims], tuple(dims))
+
+
+@composite(*named("diff"))
+def diff(func: Any, input: Tensor, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Tensor:
+    if n == 0:
+        return input
+    parts = [part for part in (prepend, input, append) if part is not None]
+    x = torch.cat(parts, dim) if len(parts) > 1 else input
+    for _ in range(min(n, x.shape[dim])):
+        one, other = x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, 0, x.shape[dim] - 1)
+        x = one ^ other if x.dtype == torch.bool else one - other
+    return x
+
+
+@composite(*named("take_along_dim"))
+def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = None) -> Any:
+    """``gather`` after broadcasting all other dims."""
+    if dim is None:
+        return NotImplemented
+    at = nth(dim, input.ndim)
+    indices = torch.where(indices < 0, indices + input.shape[at], indices)
+    one, other = list(input.shape), list(indices.shape)
+    one[at] = other[at] = 1
+    shape = torch.broadcast_shapes(one, other)
+    source = input.expand(*shape[:at], input.shape[at], *shape[at + 1 :])
+    return torch.gather(source, at, indices.expand(*shape[:at], indices.shape[at], *shape[at + 1 :]))
+
+
+@composite(*named("select_scatter"))
+def select_scatter(func: Any, input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    return _with_part(input, src, dim, index)
+
+
+@composite(*named("slice_scatter"))
+def slice_scatter(
+    func: Any, input: Tensor, src: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Tensor:
+    return _with_part(input, src, dim, slice(start, end, step))
+
+
+def _with_part(input: Tensor, part: Tensor, dim: int, place: Any) -> Tensor:
+    """A copy of the input with one part of it replaced."""
+    result = input.clone()
+    result[(slice(None),) * nth(dim, input.ndim) + (place,)] = part
+    return result
+
+
+# Products, distances, norms.
+
+
+@composite(torch.Tensor.__rmatmul__)
+def rmatmul(func: Any, self: Tensor, other: Tensor) -> Any:
+    return torch.matmul(other, self)
+
+
+@composite(*named("addmm", "addbmm", "baddbmm", "addmv", "addr"))
+def add_product(func: Any, input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``beta * input + alpha * (left @ right)``; with ``beta=0`` the input is not read."""
+    name = func.__name__
+    if alpha != 1:
+        left = left * alpha
+    if name == "addr":
+        product = torch.outer(left, right)
+    else:
+        product = torch.einsum("bnk,bkm->nm", left, right) if name == "addbmm" else torch.matmul(left, right)
+    if beta == 0:
+        return product
+    return (product + (input if beta == 1 else input * beta)).to(product.dtype)
+
+
+@composite(torch.linalg.vecdot)
+def vecdot(func: Any, x: Tensor, y: Tensor, *, dim: int = -1) -> Any:
+    return (x.conj() * y).sum(dim)
+
+
+@composite(F.cosine_similarity)
+def cosine_similarity(func: Any, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
+    ndim = max(x1.ndim, x2.ndim)
+    at = nth(dim, ndim) - ndim
+    if x1.shape[at:][:1] != x2.shape[at:][:1]:  # norms are of what the operands broadcast to
+        x1, x2 = torch.broadcast_tensors(x1, x2)
+    units = [x / torch.linalg.vector_norm(x, 2, at, True).clamp_min(eps) for x in (x1, x2)]
+    return (units[0] * units[1]).sum(at)
+
+
+@composite(F.pairwise_distance)
+def pairwise_distance(
+    func: Any, x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Any:
+    return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+@composite(*named("dist"))
+def dist(func: Any, input: Tensor, other: Tensor, p: float = 2) -> Any:
+    return torch.linalg.vector_norm(input - other, p)
+
+
+@composite(torch.linalg.norm, asks_if_empty=True)
+def linalg_norm(func: Any, A: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, **dtype: Any) -> Any:
+    """A vector's norm, or a matrix's."""
+    if dim is None and ord is not None and A.ndim == 2:
+        dim = (0, 1)
+    if ord is not None and isinstance(dim, (tuple, list)) and len(dim) == 2:
+        return torch.linalg.matrix_norm(A, ord, dim, keepdim, **dtype)
+    return torch.linalg.vector_norm(A, 2 if ord in {None, "fro"} else ord, dim, keepdim, **dtype)
+
+
+@composite(torch.linalg.matrix_norm, asks_if_empty=True)
+def matrix_norm(
+    func: Any, A: Tensor, ord: Any = "fro", dim: Sequence[int] = (-2, -1), keepdim: bool = False, **dtype: Any
+) -> Any:
+    """Of Frobenius, or a sum of columns; singular values need all."""
+    if ord == "fro":
+        return torch.linalg.vector_norm(A, 2, dim, keepdim, **dtype)
+    if ord not in {1, -1, math.inf, -math.inf}:
+        return NotImplemented
+    row, column = (nth(d, A.ndim) for d in dim)
+    added, compared = (row, column) if abs(ord) == 1 else (column, row)
+    sums = torch.linalg.vector_norm(A, 1, added, True, **dtype)
+    result = sums.amax(compared, True) if ord > 0 else sums.amin(compared, True)
+    return result if keepdim else result.squeeze((row, column))
+
+
+@composite(*named("aminmax"), asks_if_empty=True)
+def aminmax(func: Any, input: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    dims = () if dim is None else (dim,)
+    return torch.return_types.aminmax((input.amin(dims, keepdim), input.amax(dims, keepdim)))
+
+
+# Questions.
+
+
+@composite(*named("is_same_size"))
+def is_same_size(func: Any, input: Tensor, other: Tensor) -> bool:
+    return input.shape == other.shape
+
+
+@composite(*named("equal"))
+def equal(func: Any, input: Tensor, other: Tensor) -> bool:
+    return input.shape == other.shape and bool((input == other).all())
+
+
+@composite(*named("allclose"))
+def all_close(func: Any, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> bool:
+    return bool(torch.isclose(input, other, *args, **kwargs).all())
