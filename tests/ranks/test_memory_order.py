@@ -205,3 +205,70 @@ def test_memory_order(name: str) -> None:
                     tolerance = 0.1 if case.dtype == torch.bfloat16 else 1e-4
                     assert (value - expected).abs().max() <= tolerance * expected.abs().max()
             oracle.compared += 1
+
+
+def transformer() -> nn.Module:
+    """Tokens of pixels through a block with its norms and MLP, and an image again."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp = nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+            self.attention = Attention(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attention(x)
+            tokens = x.flatten(2).transpose(1, 2)
+            return (tokens + self.mlp(self.norm(tokens))).transpose(1, 2).unflatten(2, x.shape[-2:])
+
+    return Then(nn.Conv2d(4, 4, 3, padding=1), Block(), nn.Conv2d(4, 4, 3, padding=1), Block(), nn.SiLU())
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many channels it takes
+    "VAE": (vae, 3),
+    "attention, convolution, norm": (lambda: Then(Attention(4), nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU()), 4),
+    "attention, strided and transposed": (lambda: Then(nn.Conv2d(4, 4, 3, 2, 1), Attention(4), nn.ConvTranspose2d(4, 4, 4, 2, 1), nn.ReLU()), 4),
+    "residuals of attention, a pool": (lambda: Then(nn.Conv2d(4, 4, 3, padding=1), Attention(4), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1), residual=True), 4),
+    "transformer": (transformer, 4),
+}  # fmt: skip
+
+
+def drawing(model: nn.Module, draws: list[Tensor]) -> nn.Module:
+    """Draw numbers for every activation of the model, in each of torch's ways."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            ones = torch.ones_like(output.detach())
+            ways = torch.randn_like(output), torch.rand_like(output), F.dropout(ones, 0.4), torch.bernoulli(ones * 0.4)
+            draws.extend(distpatch.gather(way).detach() for way in ways)
+
+    for module in model.modules():
+        if not any(module.children()):
+            module.register_forward_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without"])
+@pytest.mark.parametrize("size", [(12, 8), (72, 64)], ids=["small", "large"])
+@pytest.mark.parametrize("net", NETS)
+def test_random_numbers_are_those_of_one_device(net: str, size: tuple[int, int], grad: bool) -> None:
+    make, channels = NETS[net]
+    torch.manual_seed(0)
+    model, x = make(), random_tensor((1, channels, *size), dtype=torch.float32)
+
+    def run(model: nn.Module) -> None:
+        with OwnGenerator(), torch.set_grad_enabled(grad):
+            model(x)
+
+    wanted: list[Tensor] = []
+    run(drawing(copy.deepcopy(model), wanted))
+
+    def body(rank: int) -> list[Tensor]:
+        draws: list[Tensor] = []
+        run(distpatch.convert_model(drawing(copy.deepcopy(model), draws), dist.group.WORLD, fallback="error"))
+        return draws
+
+    for draws in run_ranks(3, body, timeout=60):
+        assert len(draws) == len(wanted)
+        for drawn, expected in zip(draws, wanted):
+            assert torch.equal(drawn, expected)

@@ -38,7 +38,7 @@ class _Dispatcher:
                 return result
         else:
             result = entry.rule(func, *args)
-            if result is NotImplemented and not entry.takes_all:
+            if result is NotImplemented and not entry.elementwise:
                 result = fallback(func, *args)
         kind = type(result)
         if kind is PatchTensor or kind is PatchCopy:
@@ -91,14 +91,14 @@ def _applied(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[st
     """What the rule makes of a call; where it does not apply, or has nothing to say of no elements, what torch does."""
     places, named = normal(entry, func, args, kwargs) if kwargs else (args, kwargs)
     if "out" in named:
-        if not (entry.takes_all or entry.rule is no_rule) and named["out"] is not None:
+        if not (entry.elementwise or entry.rule is no_rule) and named["out"] is not None:
             return into(func, places, named)
         if named["out"] is None:
             named = {key: value for key, value in named.items() if key != "out"}
     if entry.asks_if_empty and places and isinstance(places[0], PatchTensor) and 0 in places[0].shape:
         return computed_on_all(func, places, named)
     result = entry.rule(func, *places, **named)
-    return fallback(func, *args, **kwargs) if result is NotImplemented and not entry.takes_all else result
+    return fallback(func, *args, **kwargs) if result is NotImplemented and not entry.elementwise else result
 
 
 RULES.dispatcher = _Dispatcher()

@@ -71,8 +71,18 @@ def _strides(
         return [dense_strides(result.shape, order_in(format_of(dim_order(x)), result.ndim))]
     if entry.promotes_numbers:  # on the meta device they are not tensors (seen in 2.13)
         args = tuple(A_NUMBER if isinstance(arg, (int, float)) else arg for arg in args)
+    if entry.elementwise and all(_is_contiguous(t, result) for t in args if isinstance(t, Tensor)):
+        return [dense_strides(result.shape, order_in(torch.contiguous_format, result.ndim))]
     by_device = entry.of_many_kernels or any(isinstance(arg, torch.device) for arg in (*args, *kwargs.values()))
     return strides_on_one_device(func, args, kwargs, _kind_of, by_device)
+
+
+def _is_contiguous(tensor: Tensor, result: PatchTensor) -> bool:
+    """Whether it is so by its strides, of the result's shape. Kernels then ask no further; the meta device does (2.13)."""
+    kind = _kind_of(tensor)
+    if kind is None or tensor.shape != result.shape:
+        return False
+    return torch.empty_strided(tensor.shape, kind[1], device="meta").is_contiguous()
 
 
 def _settle(x: PatchTensor, strides: Strides) -> None:

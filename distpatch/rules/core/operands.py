@@ -286,7 +286,9 @@ def check_group(tensor: PatchTensor, lead: PatchTensor, func: Any) -> None:
 def local_rows_of(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
     """This rank's rows of an operand as tall as the lead: sliced where it is plain, else redistributed."""
     if tensor.ndim < -dim or tensor.shape[dim] != lead.row_layout.size:
-        raise RuntimeError(f"{op_name(func)}: a tensor of shape {tuple(tensor.shape)} does not fit {tuple(lead.shape)}")
+        raise RuntimeError(
+            f"{op_name(func)}: sizes of tensors must match, got {tuple(tensor.shape)} beside {tuple(lead.shape)}"
+        )
     if isinstance(tensor, PatchTensor):
         check_group(tensor, lead, func)
         return redistribute(tensor, lead.row_layout.with_dim(tensor.ndim + dim), func).local

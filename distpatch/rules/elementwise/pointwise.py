@@ -137,10 +137,10 @@ def _register() -> None:
         in_place = [] if name.startswith("__") else named(f"{name}_")
         for func in (*getters, *named(name)):
             if func not in RULES:
-                RULES[func] = RuleEntry(pointwise, any_order=True, takes_all=True, **facts)
+                RULES[func] = RuleEntry(pointwise, any_order=True, elementwise=True, **facts)
         for func in in_place:
             if func not in RULES:
-                RULES[func] = RuleEntry(pointwise, any_order=True, takes_all=True)
+                RULES[func] = RuleEntry(pointwise, any_order=True, elementwise=True)
 
 
 _register()

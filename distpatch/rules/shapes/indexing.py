@@ -27,7 +27,7 @@ WHOLE = slice(None)
 _SHORT = 32
 
 
-def _takes_all_rows(input: Tensor, index: Any) -> bool:
+def _elementwise_rows(input: Tensor, index: Any) -> bool:
     """Whether neither rows nor what is sharded say what is chosen."""
     if not isinstance(input, PatchTensor):
         return True
@@ -36,7 +36,7 @@ def _takes_all_rows(input: Tensor, index: Any) -> bool:
     return row is not None and _is_whole(items[row]) and not any(map(_is_unsupported_index, items))
 
 
-@rule(torch.Tensor.__getitem__, any_order=_takes_all_rows, view=True)
+@rule(torch.Tensor.__getitem__, any_order=_elementwise_rows, view=True)
 def getitem(func: Any, input: Tensor, index: Any) -> Any:
     """Numbers and slices one dim after the other; lists and replicated tensors of numbers beside the rows."""
     if not isinstance(input, PatchTensor):
