@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -88,9 +89,9 @@ class PatchTensor(torch.Tensor):
     ndim = property(lambda self: len(self._shape))  # type: ignore[assignment]
     group = property(lambda self: self.region.comm.group)
 
-    rank = property(lambda self: self.region.comm.rank)
-    world_size = property(lambda self: self.region.comm.size)
-    comm = property(lambda self: self.region.comm)
+    comm = property(attrgetter("region.comm"))
+    rank = property(attrgetter("region.comm.rank"))
+    world_size = property(attrgetter("region.comm.size"))
 
     @property
     def own_interval(self) -> Interval:

@@ -23,8 +23,8 @@ class RuleEntry:
     ``view``: the result is, or may be, a view of the first argument. ``moves_dims``: in place it changes no value,
     but which dim is which. ``keeps_statistics``: it writes to its arguments behind the first, of which neither its
     name nor its schema says anything.
-    ``elementwise``: by the rule ``pointwise``, which applies to every call, with ``out=`` too, and returns the function's
-    own answer: NotImplemented of an operator, for an operand of another kind.
+    ``elementwise``: by the rule ``pointwise``, which applies to every call, with ``out=`` too, and returns the
+    function's own answer: NotImplemented of an operator, for an operand of another kind.
     ``asks_if_empty``: of a tensor without elements torch itself says what becomes of it. ``of_many_kernels``: which one
     computes the result, and so how it stands in memory, depends on its size. ``keeps_format``: the result is
     channels-last where the input is, and else contiguous; or what tells so of a call. ``promotes_numbers``: to torch a

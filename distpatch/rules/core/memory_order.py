@@ -78,7 +78,7 @@ def _strides(
 
 
 def _is_contiguous(tensor: Tensor, result: PatchTensor) -> bool:
-    """Whether it is so by its strides, of the result's shape. Kernels then ask no further; the meta device does (2.13)."""
+    """Whether kernels see it so, which then ask no further; those of the meta device do (2.13)."""
     kind = _kind_of(tensor)
     if kind is None or tensor.shape != result.shape:
         return False

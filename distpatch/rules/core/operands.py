@@ -34,13 +34,17 @@ def kept(x: PatchTensor, local: Any, dims: Sequence[int], keepdim: bool) -> Any:
     return map_tensors(lambda t: wrap(t, x, layout), local)
 
 
-def never_empty(x: PatchTensor, fill: Any) -> Tensor:
-    """The local rows; where there are none one of ``fill``, which stays in the autograd graph."""
-    local, row = x.local, x.row_layout.dim
-    if local.shape[row] > 0 or x.row_layout.size == 0:
-        return local
-    blank = local.new_full([1 if d == row else n for d, n in enumerate(local.shape)], fill)
-    return torch.cat([local, blank], row)
+def with_dummy_row(rows: Tensor, dim: int, fill: Any = 0, count: int = 1) -> Tensor:
+    """The rows; of an idle rank, which has none, ``count`` of ``fill``, which stay in the autograd graph.
+
+    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
+    as on other ranks, so that derivatives of any order reach the same exchanges.
+    """
+    if rows.shape[dim] > 0:
+        return rows
+    size = list(rows.shape)
+    size[dim] = count
+    return torch.cat([rows, rows.new_full(size, fill)], dim)
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -123,7 +127,8 @@ def sum_ranks(partial: Tensor, like: PatchTensor, func: Any) -> Tensor:
 
 def fetch(x: PatchTensor, needs: Needs, func: Any, channels_last: bool = False) -> list[Tensor]:
     """The intervals of global rows that each rank needs; gradients return and are added."""
-    x = in_order(x)
+    if type(x) is not PatchTensor:
+        x = in_order(x)
     rows, name = x.row_layout, x.comm.name
     return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), channels_last)
 
@@ -311,14 +316,16 @@ def on_some_rows(
 ) -> Any:
     """``fn(rows)``, one tensor or several; where there are none, of ``least`` blank rows, and none is kept.
 
-    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
-    as on other ranks, so that derivatives of any order reach the same exchanges. ``out_dim``: that of the result's
-    rows, if another.
+    ``out_dim``: that of the result's rows, if another.
     """
     if rows.shape[dim] > 0:
         return fn(rows)
-    blank = rows.new_zeros([least if d == dim else n for d, n in enumerate(rows.shape)])
-    return none_of(fn(torch.cat([rows, blank], dim)), dim if out_dim is None else out_dim)
+    return none_of(fn(with_dummy_row(rows, dim, count=least)), dim if out_dim is None else out_dim)
+
+
+def beside_rows(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
+    """A function that computes each row by itself, of this rank's rows."""
+    return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), x.local, x.row_layout.dim), x)
 
 
 def per_dim(value: Any, spatial: int) -> tuple[Any, ...]:

@@ -6,12 +6,12 @@ import functools
 import inspect
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.aliasing import mutates
+from distpatch.rules.core.operands import with_dummy_row
 from distpatch.rules.core.registry import keys
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -67,10 +67,7 @@ def _on_rows(func: Any) -> Any:
         dim = list(empty.shape).index(0) - empty.ndim
 
         def filled(tensor: Tensor) -> Tensor:
-            if tensor.ndim < -dim or tensor.shape[dim] > 0:
-                return tensor
-            row = [1 if d == tensor.ndim + dim else n for d, n in enumerate(tensor.shape)]
-            return torch.cat([tensor, tensor.new_ones(row)], dim)
+            return tensor if tensor.ndim < -dim else with_dummy_row(tensor, dim, 1)
 
         result = func(*map_tensors(filled, args), **map_tensors(filled, kwargs))
         return map_tensors(lambda t: t.narrow(dim, 0, 0), result)

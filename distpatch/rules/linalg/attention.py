@@ -25,6 +25,7 @@ from distpatch.rules.core.operands import (
     precise,
     redistribute,
     replicated_operand,
+    with_dummy_row,
     wrap,
 )
 from distpatch.rules.core.registry import none_of, rule
@@ -89,8 +90,7 @@ def attention(
 def _some(t: Tensor) -> Tensor:
     """What an idle rank attends with: the kernel that torch chooses, and its derivatives, are those of other ranks."""
     for d, n in enumerate(t.shape):
-        if n == 0:
-            t = torch.cat([t, t.new_ones([1 if e == d else m for e, m in enumerate(t.shape)])], d)
+        t = t if n else with_dummy_row(t, d, 1)
     return t
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distpatch.comm import collectives
-from distpatch.rules.core.operands import check_group, gather_partial, redistribute, replicated_operand, sum_ranks, wrap
+from distpatch.rules.core.operands import (
+    check_group,
+    gather_partial,
+    precise,
+    redistribute,
+    replicated_operand,
+    sum_ranks,
+    wrap,
+)
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 
 Labels = Sequence[Hashable]
@@ -43,8 +50,7 @@ def contract(
     result = run(*collectives.join_gradients(list(map(to_rows, operands, labels))))
     if label in out:
         return wrap(result, lead, lead.row_layout.with_dim(out.index(label)))
-    precise = torch.promote_types(result.dtype, torch.float32) if result.is_floating_point() else result.dtype
-    return sum_ranks(result.to(precise), lead, func).to(result.dtype)
+    return sum_ranks(result.to(precise(result.dtype)), lead, func).to(result.dtype)
 
 
 def _lead(operands: Sequence[Tensor], labels: Sequence[Labels], out: Labels) -> tuple[PatchTensor, Hashable] | None:

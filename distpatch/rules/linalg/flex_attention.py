@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention as module
 from torch.overrides import handle_torch_function, has_torch_function
 
 from distpatch.layout.rows import BlockLayout
-from distpatch.rules.core.operands import gather_partial, replicated_operand, wrap
+from distpatch.rules.core.operands import gather_partial, replicated_operand, with_dummy_row, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor
 
@@ -55,9 +55,7 @@ def attention(
     number = _numbers(query)
     idle = number.numel() == 0  # it computes a blank query, and keeps none
     number = number.new_zeros(1) if idle else number
-    own = (
-        torch.cat([query.local, query.local.new_zeros(*query.shape[:2], 1, query.shape[3])], 2) if idle else query.local
-    )
+    own = with_dummy_row(query.local, 2)
     keys, values = (_all(t, query, func) for t in (key, value))
     score, mask = score_mod, None
     if score_mod is not None:

@@ -12,10 +12,10 @@ from distpatch.comm.collectives import share_out, stack_ranks
 from distpatch.rules.core.operands import (
     kept,
     needs_grad,
-    never_empty,
     normalize_dims,
     on_some_rows,
     sum_ranks,
+    with_dummy_row,
 )
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.elementwise.pointwise import pointwise
@@ -33,7 +33,7 @@ def _some_rows(x: PatchTensor, largest: bool) -> Tensor:
     else:
         info = torch.iinfo(x.dtype)
         worst = info.min if largest else info.max
-    return never_empty(x, worst)
+    return with_dummy_row(x.local, x.row_layout.dim, worst)
 
 
 @rule(*named("amax", "amin"), any_order=True, asks_if_empty=True)
@@ -140,7 +140,7 @@ def picked(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
     An index out of range stays as it is, so that torch refuses it as it does on one device.
     """
     dim, (lo, hi) = x.row_layout.dim, x.own_interval
-    rows = never_empty(x, 0)
+    rows = with_dummy_row(x.local, dim)
     own, valid = (index >= lo) & (index < hi), (index >= 0) & (index < x.row_layout.size)
     at = torch.where(valid, (index - lo).clamp(0, rows.shape[dim] - 1), index)
     mine = rows.gather(dim, at).masked_fill(~own, 0)

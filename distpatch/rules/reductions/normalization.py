@@ -15,9 +15,10 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.rules.core.operands import (
     along_rows,
     autocast,
+    beside_rows,
     can_defer,
     materialize_if_costly,
-    on_some_rows,
+    precise,
     replicated_operand,
     wrap,
 )
@@ -72,7 +73,7 @@ def _refuse_sharded(func: Any, running: Sequence[Tensor | None]) -> None:
 def _local(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """Where no statistic crosses rows: on the local ones, with the other tensors replicated."""
     args, kwargs = map_tensors(lambda t: replicated_operand(gather_replicated(t), input), (args, kwargs))
-    return wrap(on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, input.row_layout.dim), input)
+    return beside_rows(func, input, *args, **kwargs)
 
 
 def _fixed(func: Any, input: PatchTensor, *args: Any) -> PatchTensor:
@@ -210,7 +211,7 @@ def layer_norm(
         return NotImplemented
     input = autocast(input, lambda t: func(t, (1,)))
     # One group of one channel, in whose place stand the samples.
-    local = input.local.to(torch.promote_types(input.dtype, torch.float32))
+    local = input.local.to(precise(input.dtype))
     samples = local.reshape(math.prod(local.shape[:first]), 1, *local.shape[first:])
     norm = Norm(1, eps, input.row_layout.with_dim(input.row_layout.dim - first + 2), input.comm.name, op_name(func))
     out: Tensor = wrap(normalize(samples, None, None, norm)[0].view(local.shape), input)
@@ -228,7 +229,7 @@ def rms_norm(
     if input.shape[first:] != tuple(normalized_shape):
         return NotImplemented
     input = autocast(input, lambda t: func(t, (1,)))
-    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    x = input.to(precise(input.dtype))
     mean_square = x.square().mean(tuple(range(first, x.ndim)), keepdim=True)
     out = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if eps is None else eps))
     return (out if weight is None else out * weight).to(input.dtype)

@@ -15,11 +15,11 @@ from distpatch.rules.core.operands import (
     autocast,
     kept,
     needs_grad,
-    never_empty,
     normalize_dims,
     on_some_rows,
     precise,
     sum_ranks,
+    with_dummy_row,
 )
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.reductions.moments import merge_ranks, moments
@@ -171,7 +171,7 @@ def vector_norm(
         x = x if dtype is None else x.to(dtype)  # type: ignore[assignment]
         return x.abs().amax(dims, keepdim) if ord > 0 else x.abs().amin(dims, keepdim)
     kind = dtype or x.dtype
-    rows = x.local if ord >= 0 else never_empty(x, math.inf)
+    rows = x.local if ord >= 0 else with_dummy_row(x.local, x.row_layout.dim, math.inf)
     partial = func(rows, ord, dims, keepdim, dtype=precise(kind))
     if ord == 0:
         return sum_ranks(partial, x, func).to(kind)

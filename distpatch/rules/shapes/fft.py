@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout, even_bounds
-from distpatch.rules.core.operands import normalize_dims, on_some_rows, redistribute, wrap
+from distpatch.rules.core.operands import beside_rows, normalize_dims, redistribute
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
@@ -28,15 +28,11 @@ def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, **kwarg
     beside = [d for d in range(input.ndim) if d not in dims]
     if not beside:
         return NotImplemented
-
-    def transformed(x: PatchTensor) -> PatchTensor:
-        return wrap(on_some_rows(lambda rows: func(rows, **given), x.local, x.row_layout.dim), x)
-
     if input.row_layout.dim in beside:
-        return transformed(input)
+        return beside_rows(func, input, **given)
     widest, ranks = max(beside, key=lambda d: input.shape[d]), input.world_size
     turned = redistribute(input, RowLayout(widest, even_bounds(input.shape[widest], ranks)), func)
-    result = transformed(turned)
+    result = beside_rows(func, turned, **given)
     row = input.row_layout.dim
     same = result.shape[row] == input.row_layout.size
     return redistribute(

@@ -11,8 +11,8 @@ from torch import Tensor
 from distpatch.layout.rows import RowLayout, even_bounds
 from distpatch.rules.core.fresh_buffers import shard_like
 from distpatch.rules.core.operands import (
+    beside_rows,
     local_rows_of,
-    on_some_rows,
     redistribute,
     replicated_operand,
     wrap,
@@ -145,7 +145,7 @@ def embedding(
         return NotImplemented
     assert isinstance(input, PatchTensor)
     table = replicated_operand(weight, input)
-    return wrap(on_some_rows(lambda rows: func(rows, table, padding_idx), input.local, input.row_layout.dim), input)
+    return beside_rows(func, input, table, padding_idx)
 
 
 @rule(F.one_hot)

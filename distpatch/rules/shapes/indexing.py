@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -27,50 +28,84 @@ WHOLE = slice(None)
 _SHORT = 32
 
 
-def _elementwise_rows(input: Tensor, index: Any) -> bool:
-    """Whether neither rows nor what is sharded say what is chosen."""
-    if not isinstance(input, PatchTensor):
-        return True
-    items = _expand_index(index, input)
-    row = _item_of(items, input.row_layout.dim)
-    return row is not None and _is_whole(items[row]) and not any(map(_is_unsupported_index, items))
+@dataclass(frozen=True)
+class IndexPlan:
+    """An index as items that speak of every dim of a tensor: numbers, slices, None, lists of numbers, tensors.
 
+    ``row``: which of them speaks of the rows; None, where a mask speaks of them among others.
+    """
 
-@rule(torch.Tensor.__getitem__, any_order=_elementwise_rows, view=True)
-def getitem(func: Any, input: Tensor, index: Any) -> Any:
-    """Numbers and slices one dim after the other; lists and replicated tensors of numbers beside the rows."""
-    if not isinstance(input, PatchTensor):
-        return _looked_up(func, input, index)
-    items = _expand_index(index, input)
-    if all(map(is_basic, items)):
-        return _basic(input, items)
-    row = _item_of(items, input.row_layout.dim)
-    if row is None or any(map(_is_unsupported_index, items)):
-        return NotImplemented
-    if _is_mask(items[row]):  # of rows: which they are has to be read anyway
-        items[row] = _places(items[row], input.row_layout.size)
-    if isinstance(items[row], slice):
-        x = slice_dim(input, input.row_layout.dim, items[row])
-        assert isinstance(x, PatchTensor)
-        items[row] = WHOLE
-        return wrap(x.local[tuple(items)], x, x.row_layout.with_dim(_row_dim_after(x, items)[0]))
-    if isinstance(items[row], list) and all(map(_is_whole, [*items[:row], *items[row + 1 :]])):
-        return _chosen_rows(func, input, items[row])
-    numbers = items[row]
-    if isinstance(numbers, Tensor) and numbers.ndim and all(map(is_basic, [*items[:row], *items[row + 1 :]])):
-        items[row] = WHOLE
-        x = _basic(input, items)
-        chosen = rows_by_number(x, numbers.flatten(), func)
-        return chosen if numbers.ndim == 1 else chosen.unflatten(x.row_layout.dim, numbers.shape)
-    return _numbered_rows(func, input, items, row)
+    items: tuple[Any, ...]
+    row: int | None
+
+    @property
+    def row_item(self) -> Any:
+        return None if self.row is None else self.items[self.row]
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether each rank can follow it by itself: no item is sharded, or a truth value, which makes a new dim."""
+        return self.row is not None and not any(
+            isinstance(item, (PatchTensor, bool)) or (_is_mask(item) and item.ndim == 0) for item in self.items
+        )
+
+    @property
+    def others(self) -> list[Any]:
+        """The items that speak of other dims than the rows."""
+        return [item for at, item in enumerate(self.items) if at != self.row]
+
+    def with_row(self, item: Any) -> Items:
+        """The items with another one for the rows."""
+        return [item if at == self.row else other for at, other in enumerate(self.items)]
 
 
 def _expand_index(index: Any, x: Tensor) -> Items:
-    """The index as items that speak of every dim: numbers, slices, None, lists of numbers, tensors."""
     items = [_as_item(item, x) for item in as_tuple(index)]
     left = [WHOLE] * (x.ndim - sum(map(_dims_of, items)))
     dots = next((at for at, item in enumerate(items) if item is Ellipsis), len(items))
     return items[:dots] + left + items[dots + 1 :]
+
+
+def _planned(items: Items, x: PatchTensor) -> IndexPlan:
+    return IndexPlan(tuple(items), _item_of(items, x.row_layout.dim))
+
+
+@rule(
+    torch.Tensor.__getitem__,
+    any_order=lambda input, index: not isinstance(input, PatchTensor) or _takes_all_rows(input, index),
+    view=True,
+)
+def getitem(func: Any, input: Tensor, index: Any) -> Any:
+    """Numbers and slices one dim after the other; lists and replicated tensors of numbers beside the rows."""
+    if not isinstance(input, PatchTensor):
+        return _looked_up(input, index)
+    items = _expand_index(index, input)
+    if all(map(is_basic, items)):
+        return _basic(input, items)
+    plan = _planned(items, input)
+    if not plan.is_supported:
+        return NotImplemented
+    row = plan.row_item
+    if _is_mask(row):  # of rows: which they are has to be read anyway
+        row = _places(row, input.row_layout.size)
+    if isinstance(row, slice):
+        x = slice_dim(input, input.row_layout.dim, row)
+        assert isinstance(x, PatchTensor)
+        items = plan.with_row(WHOLE)
+        return wrap(x.local[tuple(items)], x, x.row_layout.with_dim(_row_dim_after(x, items)[0]))
+    if isinstance(row, list) and all(map(_is_whole, plan.others)):
+        return _chosen_rows(func, input, row)
+    if isinstance(row, Tensor) and row.ndim and all(map(is_basic, plan.others)):
+        x = _basic(input, plan.with_row(WHOLE))
+        chosen = rows_by_number(x, row.flatten(), func)
+        return chosen if row.ndim == 1 else chosen.unflatten(x.row_layout.dim, row.shape)
+    assert plan.row is not None
+    return _numbered_rows(func, input, plan.with_row(row), plan.row)
+
+
+def _takes_all_rows(x: PatchTensor, index: Any) -> bool:
+    plan = _planned(_expand_index(index, x), x)
+    return plan.is_supported and _is_whole(plan.row_item)
 
 
 def as_tuple(index: Any) -> tuple[Any, ...]:
@@ -114,11 +149,6 @@ def _is_mask(item: Any) -> bool:
     return isinstance(item, Tensor) and item.dtype in {torch.bool, torch.uint8}
 
 
-def _is_unsupported_index(item: Any) -> bool:
-    """Sharded itself, or a single truth value, which makes a new dim."""
-    return isinstance(item, (PatchTensor, bool)) or (_is_mask(item) and item.ndim == 0)
-
-
 def _is_whole(item: Any) -> bool:
     return isinstance(item, slice) and item == WHOLE
 
@@ -141,7 +171,7 @@ def _item_of(items: Items, dim: int) -> int | None:
     raise IndexError(f"too many indices: {items}")
 
 
-def _basic(x: Tensor, items: Items) -> Any:
+def _basic(x: Tensor, items: Sequence[Any]) -> Any:
     dim = 0
     for item in items:
         if isinstance(item, int):
@@ -219,7 +249,7 @@ def _chosen_dim(x: PatchTensor, items: Items, back: int) -> int:
     return first + ndim + back
 
 
-def _looked_up(func: Any, table: Tensor, index: Any) -> Any:
+def _looked_up(table: Tensor, index: Any) -> Any:
     """A replicated table at sharded numbers: each rank looks up its own."""
     items = _expand_index(index, table)
     at = next((at for at, item in enumerate(items) if isinstance(item, PatchTensor)), 0)
@@ -233,22 +263,23 @@ def _looked_up(func: Any, table: Tensor, index: Any) -> Any:
 @rule(torch.Tensor.__setitem__)
 def setitem(func: Any, input: Tensor, index: Any, value: Any) -> Any:
     """Written to the rows where they are: every rank keeps its own of the value; a replicated tensor takes all."""
-    items = _expand_index(index, input)
     if not isinstance(input, PatchTensor):
-        _shard_in_place(input, items, value)
+        _shard_in_place(input, _expand_index(index, input), value)
     if not isinstance(input, PatchTensor):
         if any(isinstance(t, PatchTensor) for t in tensors_in(index)):
             return NotImplemented
         input[index] = gather_replicated(value)
         return None
-    if all(map(is_basic, items)):
-        return _set_basic(input, items, value)
-    if _is_mask(items[0]) and all(map(_is_whole, items[1:])):
-        return _set_masked(input, items[0].bool(), value)
-    return _set_chosen(func, input, items, value)
+    plan = _planned(_expand_index(index, input), input)
+    if all(map(is_basic, plan.items)):
+        return _set_basic(input, plan, value)
+    mask = plan.items[0]
+    if _is_mask(mask) and all(map(_is_whole, plan.items[1:])):
+        return _set_masked(input, mask.bool(), value)
+    return _set_chosen(func, input, plan, value)
 
 
-def _shard_in_place(target: Tensor, items: Items, value: Any) -> None:
+def _shard_in_place(target: Tensor, items: Sequence[Any], value: Any) -> None:
     """Make a plain tensor that rows are written to, or chosen in by a sharded mask, a sharded one."""
     if items and isinstance(items[0], PatchTensor) and _is_mask(items[0]) and all(map(_is_whole, items[1:])):
         shard_like(target, items[0], items[0].row_layout.dim)
@@ -265,23 +296,20 @@ def _shard_in_place(target: Tensor, items: Items, value: Any) -> None:
         shard_along(target, value, RowLayout(dim, bounds))
 
 
-def _set_basic(x: PatchTensor, items: Items, value: Any) -> None:
+def _set_basic(x: PatchTensor, plan: IndexPlan, value: Any) -> None:
     """One row is written as a slice of one row, since its owner alone has it."""
-    row = _item_of(items, x.row_layout.dim)
-    assert row is not None
-    number = items[row]
+    number = plan.row_item
     if isinstance(number, int):
         if not -x.row_layout.size <= number < x.row_layout.size:
             raise IndexError(
                 f"index {number} is out of bounds for dimension {x.row_layout.dim} of {x.row_layout.size} rows"
             )
         number %= x.row_layout.size
-        items[row] = slice(number, number + 1)
-    target = _basic(x, items)
+    one_row = isinstance(number, int)
+    target = _basic(x, plan.with_row(slice(number, number + 1) if one_row else number))
     if not isinstance(value, Tensor):
         target.fill_(value)
         return
-    one_row = isinstance(number, int)
     while value.ndim > target.ndim - one_row and value.shape[0] == 1:
         value = value.squeeze(0)
     behind = target.ndim - 1 - target.row_layout.dim  # dims behind the rows
@@ -290,21 +318,21 @@ def _set_basic(x: PatchTensor, items: Items, value: Any) -> None:
     target.copy_(value)
 
 
-def _set_chosen(func: Any, x: PatchTensor, items: Items, value: Any) -> Any:
-    """``x[items] = value`` with lists or replicated tensors of numbers: beside the rows, or of rows alone."""
-    row = _item_of(items, x.row_layout.dim)
-    if row is None or any(map(_is_unsupported_index, items)):
+def _set_chosen(func: Any, x: PatchTensor, plan: IndexPlan, value: Any) -> Any:
+    """With lists or replicated tensors of numbers: beside the rows, or of rows alone."""
+    row = plan.row
+    if row is None or not plan.is_supported:
         return NotImplemented
-    if isinstance(items[row], slice):
-        target = slice_dim(x, x.row_layout.dim, items[row])
+    if isinstance(plan.row_item, slice):
+        target = slice_dim(x, x.row_layout.dim, plan.row_item)
         assert isinstance(target, PatchTensor)
-        items[row] = WHOLE
+        items = plan.with_row(WHOLE)
         dim, ndim = _row_dim_after(target, items)
         if isinstance(value, Tensor):
             value = local_operand(value, target, dim - ndim, func)
         target.local[tuple(items)] = value
-    elif all(map(_is_whole, [*items[:row], *items[row + 1 :]])):
-        numbers = torch.as_tensor(items[row], device=x.device)
+    elif all(map(_is_whole, plan.others)):
+        numbers = torch.as_tensor(plan.row_item, device=x.device)
         shape = (*x.shape[:row], *numbers.shape, *x.shape[row + 1 :])
         value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=x.dtype, device=x.device)
         value = value.to(x.dtype).expand(shape).flatten(row, row + numbers.ndim - 1)
