@@ -33,7 +33,7 @@ def _run(body: Callable[..., Any], func: Any, *args: Any, **kwargs: Any) -> Any:
 
 for _func in (
     *(F.normalize, F.gumbel_softmax, F.softmin, F.multi_head_attention_forward),
-    *named("norm", "__contains__", "__reversed__"),
+    *named("__contains__", "__reversed__"),
     *(F.lp_pool1d, F.lp_pool2d, F.lp_pool3d),
 ):
     composite(_func)(partial(_run, inlined(_func)))
@@ -225,6 +225,15 @@ def pairwise_distance(
 @composite(*named("dist"))
 def dist(func: Any, input: Tensor, other: Tensor, p: float = 2) -> Any:
     return torch.linalg.vector_norm(input - other, p)
+
+
+@composite(*named("norm"), asks_if_empty=True)
+def norm(
+    func: Any, input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
+) -> Any:
+    if p == "nuc" or out is not None:
+        return NotImplemented
+    return torch.linalg.vector_norm(input, 2 if p in {"fro", None} else p, dim, keepdim, dtype=dtype)
 
 
 @composite(torch.linalg.norm, asks_if_empty=True)

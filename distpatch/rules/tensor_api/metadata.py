@@ -14,6 +14,7 @@ from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
 from distpatch.rules.core.operands import can_defer, dim_order, local_rows_of, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.tensor.rule_table import Rule
 from distpatch.torch_utils.memory_format import dense_strides
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.private import is_compiling
@@ -30,26 +31,6 @@ _TOLD_BY_WRAPPER = """
 """.split()
 
 
-@rule(*named("dim", "ndimension"), *_getters("ndim"), any_order=True)
-def dims(func: Any, input: PatchTensor) -> int:
-    return len(input.shape)
-
-
-@rule(*named("numel", "nelement"), any_order=True)
-def numel(func: Any, input: PatchTensor) -> int:
-    return input.shape.numel()
-
-
-@rule(*_getters("shape"), any_order=True)
-def shape(func: Any, x: PatchTensor) -> torch.Size:
-    return x.shape
-
-
-@rule(*_getters("nbytes"), any_order=True)
-def nbytes(func: Any, x: PatchTensor) -> int:
-    return x.shape.numel() * x.element_size()
-
-
 # The wrapper itself has the dtype and device of the rows.
 @rule(
     *named("element_size", "is_floating_point", "is_complex", "is_signed"),
@@ -62,19 +43,17 @@ def from_wrapper(func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-@rule(torch.Tensor.size, any_order=True)
-def size(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
-    return x.shape if dim is None else x.shape[dim]
-
-
-@rule(torch.Tensor.__len__, any_order=True)
-def length(func: Any, x: PatchTensor) -> Any:
-    return x.shape[0]
-
-
-@rule(torch.Tensor.__hash__, any_order=True)
-def identity_hash(func: Any, x: PatchTensor) -> int:
-    return id(x)
+_ANSWERS: list[tuple[list[Any], Rule]] = [
+    ([*named("dim", "ndimension"), *_getters("ndim")], lambda func, x: len(x.shape)),
+    (named("numel", "nelement"), lambda func, x: x.shape.numel()),
+    (_getters("shape"), lambda func, x: x.shape),
+    (_getters("nbytes"), lambda func, x: x.shape.numel() * x.element_size()),
+    ([torch.Tensor.size], lambda func, x, dim=None: x.shape if dim is None else x.shape[dim]),
+    ([torch.Tensor.__len__], lambda func, x: x.shape[0]),
+    ([torch.Tensor.__hash__], lambda func, x: id(x)),
+]
+for _funcs, _answer in _ANSWERS:
+    rule(*_funcs, any_order=True)(_answer)
 
 
 @rule(torch.Tensor.__repr__, torch.Tensor.__format__, any_order=True)
