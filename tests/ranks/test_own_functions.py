@@ -58,6 +58,7 @@ CASES = {
     ),
     "rule on rows": case(own.blur_columns, X),
     "rule on columns": case(own.blur_columns, (2, 3, 5, H), dim=-1),
+    "rule that does not apply": case(own.blur_columns, (H, 5), fallback="blur_columns"),
 }
 
 
