@@ -112,53 +112,42 @@ def _placed(local: Tensor, x: PatchTensor) -> Tensor:
     return full
 
 
-@rule(*named("dropout", "dropout_"), any_order=True)
+_OF_CHANNELS = frozenset("dropout1d dropout2d dropout3d feature_dropout feature_dropout_".split())
+
+
+@rule(*named("dropout", "dropout_", *_OF_CHANNELS), any_order=True)
+@rule(*named("alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"))
 def dropout(
-    func: Any, input: PatchTensor, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any
+    func: Any, input: PatchTensor, p: float = 0.5, training: bool | None = None, inplace: bool = False, **kwargs: Any
 ) -> Any:
     """Nothing in evaluation; in training the mask of a single device, found by dropping from ones."""
-    if not kwargs.get("train", training) or p == 0:
+    name = op_name(func)
+    alpha = "alpha" in name
+    if not kwargs.get("train", not alpha if training is None else training) or p == 0:
         return input if input.is_deferred else pointwise(func, input, p, False, *([inplace] if inplace else []))
-    with torch.no_grad():
-        keep = _own(func(_whole_like(input).fill_(1), p, True) != 0, input)
-    return _drop(input, keep, p, inplace or op_name(func).endswith("_"))
+    if alpha:
+        result = _own(func(_placed(input.local, input), p, True), input)
+    else:
+        keep = _kept_channels(func, input, p) if name in _OF_CHANNELS else _kept_elements(func, input, p)
+        result = input.local * keep * (1 / (1 - p) if p < 1 else 0.0)
+    if not (inplace or name.endswith("_")):
+        return wrap(result, input)
+    input.local.copy_(result)
+    return input
 
 
-@rule(*named("dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_dropout_"))
-def channel_dropout(
-    func: Any, input: PatchTensor, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any
-) -> Any:
+@torch.no_grad()
+def _kept_elements(func: Any, x: PatchTensor, p: float) -> Tensor:
+    return _own(func(_whole_like(x).fill_(1), p, True) != 0, x)
+
+
+@torch.no_grad()
+def _kept_channels(func: Any, x: PatchTensor, p: float) -> Tensor:
     """A channel of a sample is dropped as a whole. A sample alone has no batch dim."""
-    if not kwargs.get("train", training) or p == 0:
-        return input if input.is_deferred else pointwise(func, input, p, False, *([inplace] if inplace else []))
-    alone = (op_name(func), input.ndim) in {("dropout1d", 2), ("dropout3d", 4)}
-    shape = [n if d < 2 - alone else 1 for d, n in enumerate(input.shape)]
-    with torch.no_grad():
-        keep = func(torch.ones(shape, dtype=input.dtype, device=input.device), p, True) != 0
-    keep = _own(keep, input) if input.row_layout.dim < 2 - alone else keep
-    return _drop(input, keep, p, inplace or op_name(func).endswith("_"))
-
-
-def _drop(x: PatchTensor, keep: Tensor, p: float, inplace: bool) -> PatchTensor:
-    scale = 1 / (1 - p) if p < 1 else 0.0
-    if not inplace:
-        return wrap(x.local * keep * scale, x)
-    x.local.mul_(keep).mul_(scale)
-    return x
-
-
-@rule(*named("alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"))
-def alpha_dropout(
-    func: Any, input: PatchTensor, p: float = 0.5, training: bool = False, inplace: bool = False, **kwargs: Any
-) -> Any:
-    training = kwargs.get("train", training)
-    if not training or p == 0:
-        return pointwise(func, input, p, training, *([inplace] if inplace else []))
-    result = _own(func(_placed(input.local, input), p, training), input)
-    if inplace or op_name(func).endswith("_"):
-        input.local.copy_(result)
-        return input
-    return wrap(result, input)
+    alone = (op_name(func), x.ndim) in {("dropout1d", 2), ("dropout3d", 4)}
+    shape = [n if d < 2 - alone else 1 for d, n in enumerate(x.shape)]
+    keep = func(torch.ones(shape, dtype=x.dtype, device=x.device), p, True) != 0
+    return _own(keep, x) if x.row_layout.dim < 2 - alone else keep
 
 
 @rule(*named("rrelu", "rrelu_"))
