@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from torch.overrides import get_overridable_functions, resolve_name
 
 from distpatch.rules.core.fallback import fallback
-from distpatch.rules.tensor_api.metadata import refused
+from distpatch.rules.tensor_api.metadata import no_such_attribute, refused
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 
@@ -44,7 +43,7 @@ def kind(func: Any) -> str:
     if not RULES.has_rule(func):
         return "refused" if getattr(func, "__name__", "") == "__set__" else "fallback"
     rule = _rule(func)
-    if rule is refused or not _returns(rule.__code__):
+    if rule in {refused, no_such_attribute}:
         return "refused"
     return "partial" if _gathers(rule) else "sharded"
 
@@ -52,11 +51,6 @@ def kind(func: Any) -> str:
 def _rule(func: Any) -> Any:
     rule = RULES[func].rule
     return rule.func if isinstance(rule, functools.partial) else rule
-
-
-def _returns(code: CodeType) -> bool:
-    """Whether any path through a function ends otherwise than in an exception."""
-    return any(step.opname in {"RETURN_VALUE", "RETURN_CONST"} for step in dis.get_instructions(code))
 
 
 def _gathers(rule: Any) -> bool:

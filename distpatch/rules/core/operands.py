@@ -166,6 +166,11 @@ def gather_partial(x: PatchTensor, func: Any) -> Tensor:
     return fetch(x, (((0, x.row_layout.size),),) * x.row_layout.world_size, func)[0]
 
 
+def whole_operand(tensor: Tensor, like: PatchTensor, func: Any) -> Tensor:
+    """All of an operand, to be met by this rank's rows; its gradient is what all ranks add to it."""
+    return gather_partial(tensor, func) if isinstance(tensor, PatchTensor) else replicated_operand(tensor, like)
+
+
 def joined(parts: Sequence[Any], dim: int) -> Any:
     """Parts of a tensor, or of several, put together."""
     if isinstance(parts[0], Tensor):

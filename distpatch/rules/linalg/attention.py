@@ -24,7 +24,7 @@ from distpatch.rules.core.operands import (
     on_some_rows,
     precise,
     redistribute,
-    replicated_operand,
+    whole_operand,
     with_dummy_row,
     wrap,
 )
@@ -218,10 +218,7 @@ def _all_keys(key: Tensor, value: Tensor, lead: PatchTensor, func: Any) -> tuple
     if not (isinstance(key, PatchTensor) and isinstance(value, PatchTensor)) or (
         key.shape[:-1] != value.shape[:-1] or key.row_layout.dim == key.ndim - 1
     ):
-        key, value = (
-            gather_partial(t, func) if isinstance(t, PatchTensor) else replicated_operand(t, lead) for t in (key, value)
-        )
-        return key, value
+        return whole_operand(key, lead, func), whole_operand(value, lead, func)
     check_group(key, lead, func)
     check_group(value, lead, func)
     value = redistribute(value, key.row_layout, func)
@@ -233,7 +230,7 @@ def _mask_rows(mask: Tensor, query: PatchTensor, func: Any) -> Tensor:
     """The mask's rows of this rank's queries; its other dim, the keys, is needed whole."""
     if isinstance(mask, PatchTensor) and mask.row_layout.dim == mask.ndim - 2 and mask.row_layout.size > 1:
         return local_rows_of(mask, query, -2, func)
-    mask = gather_partial(mask, func) if isinstance(mask, PatchTensor) else replicated_operand(mask, query)
+    mask = whole_operand(mask, query, func)
     return mask if mask.shape[-2] == 1 else local_slice(mask, query, -2)
 
 
@@ -244,5 +241,4 @@ def _as_tall(mask: Tensor, rows: int) -> Tensor:
     """
     if mask.shape[-2] in {1, rows}:
         return mask
-    blank = mask.new_full((*mask.shape[:-2], 1, mask.shape[-1]), mask.dtype == torch.bool)
-    return torch.cat([mask, blank], -2)
+    return with_dummy_row(mask, -2, mask.dtype == torch.bool)

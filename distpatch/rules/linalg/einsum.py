@@ -8,15 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from distpatch.comm import collectives
-from distpatch.rules.core.operands import (
-    check_group,
-    gather_partial,
-    precise,
-    redistribute,
-    replicated_operand,
-    sum_ranks,
-    wrap,
-)
+from distpatch.rules.core.operands import check_group, precise, redistribute, sum_ranks, whole_operand, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 
 Labels = Sequence[Hashable]
@@ -41,7 +33,7 @@ def contract(
             check_group(tensor, lead, func)
         at = own.index(label) if label in own else None
         if at is None or tensor.shape[at] != lead.row_layout.size:
-            return gather_partial(tensor, func) if isinstance(tensor, PatchTensor) else replicated_operand(tensor, lead)
+            return whole_operand(tensor, lead, func)
         layout, comm = lead.row_layout.with_dim(at), lead.comm
         if isinstance(tensor, PatchTensor):
             return redistribute(tensor, layout, func).local

@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention as module
 from torch.overrides import handle_torch_function, has_torch_function
 
 from distpatch.layout.rows import BlockLayout
-from distpatch.rules.core.operands import gather_partial, replicated_operand, with_dummy_row, wrap
+from distpatch.rules.core.operands import whole_operand, with_dummy_row, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor
 
@@ -56,7 +56,7 @@ def attention(
     idle = number.numel() == 0  # it computes a blank query, and keeps none
     number = number.new_zeros(1) if idle else number
     own = with_dummy_row(query.local, 2)
-    keys, values = (_all(t, query, func) for t in (key, value))
+    keys, values = (whole_operand(t, query, func) for t in (key, value))
     score, mask = score_mod, None
     if score_mod is not None:
 
@@ -84,7 +84,3 @@ def _numbers(x: PatchTensor) -> Tensor:
         blocks = torch.arange(layout.blocks, device=x.device)[:, None] * layout.opened.size
         return (blocks + torch.arange(lo, hi, device=x.device)).flatten()
     return torch.arange(*layout.interval(x.rank), device=x.device)
-
-
-def _all(x: Tensor, query: PatchTensor, func: Any) -> Tensor:
-    return gather_partial(x, func) if isinstance(x, PatchTensor) else replicated_operand(x, query)
