@@ -52,7 +52,7 @@ def attention(
     return_aux: Any = None,
 ) -> Any:
     more = {"return_lse": return_lse, "kernel_options": kernel_options, "return_aux": return_aux}
-    rows = getattr(query, "rows", None)
+    rows = getattr(query, "row_layout", None)
     if not isinstance(query, PatchTensor) or rows is None or rows.dim != 2 or return_lse or return_aux is not None:
         return fallback(func, query, key, value, score_mod, block_mask, scale, enable_gqa, **more)
     number = _numbers(query)
