@@ -36,9 +36,9 @@ coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
 	$(BIN)/python -m distpatch.coverage > docs/coverage.md
 
 bench: $(VENV)/installed  ## the README's tables
-	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/scaling.py --plot docs/scaling.png
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.scaling --plot docs/scaling.png
 
 gpu: $(VENV)/installed  ## all that one GPU, or several, can show in eight minutes; small on a CPU
 	mkdir -p out
@@ -46,19 +46,19 @@ gpu: $(VENV)/installed  ## all that one GPU, or several, can show in eight minut
 
 memory: $(VENV)/installed  ## peak memory beside the peers', and docs/memory.png (about an hour)
 	mkdir -p out
-	$(BIN)/python benchmarks/memory.py $(addprefix --conv-size ,256 512 1024 2048) \
+	$(BIN)/python -m benchmarks.memory $(addprefix --conv-size ,256 512 1024 2048) \
 		$(addprefix --decode-size ,256 512 1024) --json out/memory.json --plot docs/memory.png
 
 peers: $(VENV)/installed  ## time, memory and error beside the peers', and docs/peers.png (twenty minutes)
 	mkdir -p out
-	$(BIN)/python benchmarks/peers.py --install
-	$(BIN)/python benchmarks/peers.py --size 512 --rounds 3 --json out/peers.json --plot docs/peers.png
+	$(BIN)/python -m benchmarks.peers --install
+	$(BIN)/python -m benchmarks.peers --size 512 --rounds 3 --json out/peers.json --plot docs/peers.png
 
 autoencoders: $(VENV)/installed  ## every autoencoder of diffusers, converted, against one device
 	$(BIN)/python -m benchmarks.autoencoders
 
 displaced: $(VENV)/installed  ## displaced steps: PSNR by policy, time with delayed messages, bytes
-	$(BIN)/python -m benchmarks.train_denoiser
+	$(BIN)/python -m benchmarks.displaced.train_denoiser
 	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced quality
 	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced hidden
 
