@@ -8,7 +8,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test fuzz lint bench gpu memory peers displaced coverage clean autoencoders
+.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench gpu memory peers displaced coverage clean autoencoders
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,18 @@ demo: $(VENV)/installed  ## encode and decode a photograph across two processes
 test: $(VENV)/installed  ## the whole test suite (TORCH=2.11.0: on that release)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+test-unit: $(VENV)/installed  ## no ranks, or ranks that do not exist: under a minute
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/unit
+
+test-ranks: $(VENV)/installed  ## ranks as threads of one process
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/ranks
+
+test-procs: $(VENV)/installed  ## ranks as processes
+	$(BIN)/python -m pytest tests/procs
+
+test-launch: $(VENV)/installed  ## programs as a user starts them: torchrun, the command line, launchers, benchmarks
+	$(BIN)/python -m pytest tests/launch
+
 fuzz: $(VENV)/installed  ## random chains of operations, other ones each time (CHAINS=2000)
 	CHAINS=$(CHAINS) $(BIN)/python -m pytest -s --timeout 0 --hypothesis-profile fuzz tests/ranks/test_fuzz.py -k random_chain
 
@@ -32,10 +44,16 @@ lint: $(VENV)/installed  ## style, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
-	$(BIN)/python -m distpatch.coverage > docs/coverage.md
+hooks: $(VENV)/installed  ## make lint before every commit
+	$(BIN)/pre-commit install
 
-bench: $(VENV)/installed  ## the README's tables
+coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
+	$(BIN)/python -m distpatch.rules.coverage > docs/coverage.md
+
+walk: $(VENV)/installed  ## docs/walk.md: the files and functions that a convolution goes through
+	$(BIN)/torchrun --standalone --nproc_per_node=2 docs/walk.py > docs/walk.md
+
+bench: $(VENV)/installed  ## the decoder, the rules, planned and measured (docs/benchmarks.md)
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.scaling --plot docs/scaling.png

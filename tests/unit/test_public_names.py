@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import setuptools
+import tomllib
 
 import distpatch
 
@@ -38,3 +40,14 @@ def test_every_public_name_exists_and_is_documented() -> None:
     for name in distpatch.__all__:
         value = getattr(distpatch, name)
         assert name.isupper() or value.__doc__, name
+
+
+def test_what_is_installed() -> None:
+    """One top-level package, whose types are public, and the pages in its folders."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = setuptools.find_packages(str(ROOT), **settings["packages"]["find"])
+    assert {name.partition(".")[0] for name in packages} == {"distpatch"}
+    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "distpatch").rglob("*.py")}
+    assert set(packages) == folders
+    (package,), patterns = settings["package-data"].keys(), settings["package-data"]["distpatch"]
+    assert "py.typed" in patterns and (ROOT / package / "py.typed").exists()
