@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from distpatch.layout.rows import EMPTY, Bounds, Needs, Stencil
-from distpatch.layout.stencil import Interval, ceil_div
+from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,45 @@ def plan_stencil(bounds: Bounds, stencil: Stencil) -> StencilPlan:
         below = (max(start, own_stop), stop) if max(start, own_stop) < stop else EMPTY
         needs.append((above, below))
     return StencilPlan(out, tuple(needs))
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's share of a ``StencilPlan``: ``rows`` are the output rows that it owns.
+
+    ``alone``: those of them that it has when it takes its own rows for the image, padded as the image is; None where
+    that is less than half of them, or cannot be done.
+    """
+
+    out: Bounds
+    needs: Needs
+    rows: Interval
+    alone: Interval | None
+
+
+@lru_cache(maxsize=4096)
+def plan_rank(bounds: Bounds, stencil: Stencil, rank: int) -> RankPlan:
+    plan = plan_stencil(bounds, stencil)
+    lo, hi = plan.out[rank], plan.out[rank + 1]
+    alone = _alone(stencil, bounds, rank, lo, hi) if isinstance(stencil, WindowStencil) else None
+    return RankPlan(plan.out, plan.needs, (lo, hi), alone)
+
+
+def _alone(stencil: WindowStencil, bounds: Bounds, rank: int, lo: int, hi: int) -> Interval | None:
+    start, stop, pad, step = bounds[rank], bounds[rank + 1], stencil.before, stencil.stride
+    fits = pad == stencil.after and lo * step == start < stop and stop - start + 2 * pad >= stencil.span
+    fits = fits and stop - start >= stencil.dilation  # no window has only padding: the index of a maximum would be none
+    if not fits or stencil.out_rows(stop - start) != hi - lo:
+        return None
+    top = min(ceil_div(start + pad, step), hi) if start > 0 else lo
+    bottom = max((stop + pad - stencil.span) // step + 1, top) if stop < bounds[-1] else hi
+    return None if bottom - top < (hi - lo) // 2 else (top, bottom)
+
+
+@lru_cache(maxsize=4096)
+def out_sizes(stencils: tuple[Stencil, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Of an operation with a stencil along each of these dims: how many rows come out along each."""
+    return tuple(stencil.out_rows(size) for stencil, size in zip(stencils, sizes, strict=True))
 
 
 def padded(needs: Sequence[Sequence[Interval]]) -> Needs:

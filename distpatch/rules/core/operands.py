@@ -15,7 +15,6 @@ from distpatch.comm.dtensors import is_dtensor, refusal
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.layout.rows import BlockLayout, Needs, RowLayout, even_bounds
-from distpatch.lazy import recipe as lazy
 from distpatch.lazy.recipe import Recipe
 from distpatch.rules.core.registry import none_of, nth
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
@@ -32,13 +31,21 @@ def kept(x: PatchTensor, local: Any, dims: Sequence[int], keepdim: bool) -> Any:
     return map_tensors(lambda t: wrap(t, x, layout), local)
 
 
+def with_dummy_row(rows: Tensor, dim: int, fill: Any = 0, count: int = 1) -> Tensor:
+    """The rows; of an idle rank, which has none, ``count`` of ``fill``.
+
+    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
+    as on other ranks, so that derivatives of any order reach the same exchanges.
+    """
+    if rows.shape[dim] > 0:
+        return rows
+    blank = rows.new_full([count if d == dim else n for d, n in enumerate(rows.shape)], fill)
+    return torch.cat([rows, blank], dim).contiguous(memory_format=memory_format.memory_format(rows))
+
+
 def never_empty(x: PatchTensor, fill: Any) -> Tensor:
-    """The local rows; where there are none one of ``fill``, which stays in the autograd graph."""
-    local, row = x.local, x.row_layout.dim
-    if local.shape[row] > 0 or x.row_layout.size == 0:
-        return local
-    blank = local.new_full([1 if d == row else n for d, n in enumerate(local.shape)], fill)
-    return torch.cat([local, blank], row)
+    """The local rows; where there are none one of ``fill``."""
+    return x.local if x.row_layout.size == 0 else with_dummy_row(x.local, x.row_layout.dim, fill)
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -64,33 +71,6 @@ def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = N
     return result
 
 
-def can_defer(x: PatchTensor, size_bytes: int | None = None) -> bool:
-    """Whether what is made of ``x``, of so many bytes on this rank, may be computed when it is asked for."""
-    if not x.region.lazy or torch.is_grad_enabled():
-        return False
-    known = x.local_or_recipe
-    if size_bytes is None:
-        size_bytes = known.shape.numel() * known.dtype.itemsize
-    return (
-        size_bytes >= lazy.LEAST_BYTES
-        and type(x) is PatchTensor
-        and known.dtype.is_floating_point
-        and x.strides is None
-        and not x.row_stride
-        and known.shape.numel() > 0
-        and known.device.type != "meta"
-        and not torch.is_autocast_enabled(known.device.type)
-        and not torch.compiler.is_compiling()
-    )
-
-
-def materialize_if_costly(x: PatchTensor) -> PatchTensor:
-    """Rows that are dear to compute, or keep more alive than they are, are computed at their next consumer."""
-    if x.is_deferred and (x.recipe.expensive or x.recipe.consumers or x.recipe.held_bytes > x.recipe.size_bytes):
-        x.local  # noqa: B018
-    return x
-
-
 def shares_memory(local: Tensor, other: Tensor) -> bool:
     """Whether it sees what is written to the other."""
     if torch.compiler.is_compiling():
@@ -103,10 +83,11 @@ def replicated_operand(tensor: Tensor, like: PatchTensor) -> Tensor:
     tensor = gather_replicated(tensor)
     if type(tensor) not in _PLAIN and is_dtensor(tensor):
         raise UnsupportedOpError(refusal(tensor))
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        known = like.region.replicas.get(id(tensor))
-        if known is not None and known[0] is tensor:
-            return known[1]
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return tensor
+    known = like.region.replicas.get(id(tensor))
+    if known is not None and known[0] is tensor:
+        return known[1]
     return collectives.replicated_operand(tensor, like.region.comm.name)
 
 
@@ -138,13 +119,6 @@ def gather_partial(x: PatchTensor, func: Any) -> Tensor:
     if isinstance(x.row_layout, BlockLayout):
         return gather_partial(unmerge_blocks(x), func).flatten(x.row_layout.dim, x.row_layout.dim + 1)
     return fetch(x, (((0, x.row_layout.size),),) * x.row_layout.world_size, func)[0]
-
-
-def joined(parts: Sequence[Any], dim: int) -> Any:
-    """Parts of a tensor, or of several, put together."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts), dim)
-    return type(parts[0])(joined(each, dim) for each in zip(*parts))
 
 
 def in_compute_dtype(x: PatchTensor) -> PatchTensor:
@@ -266,14 +240,11 @@ def on_some_rows(
 ) -> Any:
     """``fn(rows)``, one tensor or several; where there are none, of ``least`` blank rows, and none is kept.
 
-    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
-    as on other ranks, so that derivatives of any order reach the same exchanges. ``out_dim``: that of the result's
-    rows, if another.
+    ``out_dim``: that of the result's rows, if another.
     """
     if rows.shape[dim] > 0:
         return fn(rows)
-    blank = rows.new_zeros([least if d == dim else n for d, n in enumerate(rows.shape)])
-    return none_of(fn(torch.cat([rows, blank], dim)), dim if out_dim is None else out_dim)
+    return none_of(fn(with_dummy_row(rows, dim, 0, least)), dim if out_dim is None else out_dim)
 
 
 def per_dim(value: Any, spatial: int) -> tuple[Any, ...]:
