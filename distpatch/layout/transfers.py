@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from distpatch.layout.rows import EMPTY, Bounds, Needs, Stencil
+from distpatch.layout.rows import EMPTY, Bounds, Needs, RowLayout, Stencil
 from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
 
 
@@ -44,35 +44,42 @@ def plan_stencil(bounds: Bounds, stencil: Stencil) -> StencilPlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank's share of a ``StencilPlan``: ``rows`` are the output rows that it owns.
+    """One rank's share of a ``StencilPlan``.
 
-    ``alone``: those of them that it has when it takes its own rows for the image, padded as the image is; None where
-    that is less than half of them, or cannot be done.
+    ``layout``: of the output; ``rows``: those of its rows that the rank owns, made of the rows ``read``; an idle rank
+    has one to compute on. ``seams``: of the output rows that are wrong when it takes its own rows for the image,
+    padded as the image is, (start, stop, the rows that they read); None where these are most, or that cannot be done.
     """
 
-    out: Bounds
+    layout: RowLayout
     needs: Needs
     rows: Interval
-    alone: Interval | None
+    read: Interval
+    seams: tuple[tuple[int, int, Interval], ...] | None
 
 
 @lru_cache(maxsize=4096)
-def plan_rank(bounds: Bounds, stencil: Stencil, rank: int) -> RankPlan:
-    plan = plan_stencil(bounds, stencil)
+def plan_rank(layout: RowLayout, stencil: Stencil, rank: int) -> RankPlan:
+    plan = plan_stencil(layout.bounds, stencil)
     lo, hi = plan.out[rank], plan.out[rank + 1]
-    alone = _alone(stencil, bounds, rank, lo, hi) if isinstance(stencil, WindowStencil) else None
-    return RankPlan(plan.out, plan.needs, (lo, hi), alone)
+    seams = _seams(stencil, layout, rank, lo, hi) if isinstance(stencil, WindowStencil) else None
+    read = stencil.need(lo, hi) if lo < hi else stencil.need(0, 1)
+    return RankPlan(layout.with_bounds(plan.out), plan.needs, (lo, hi), read, seams)
 
 
-def _alone(stencil: WindowStencil, bounds: Bounds, rank: int, lo: int, hi: int) -> Interval | None:
-    start, stop, pad, step = bounds[rank], bounds[rank + 1], stencil.before, stencil.stride
+def _seams(
+    stencil: WindowStencil, layout: RowLayout, rank: int, lo: int, hi: int
+) -> tuple[tuple[int, int, Interval], ...] | None:
+    (start, stop), pad, step = layout.interval(rank), stencil.before, stencil.stride
     fits = pad == stencil.after and lo * step == start < stop and stop - start + 2 * pad >= stencil.span
     fits = fits and stop - start >= stencil.dilation  # no window has only padding: the index of a maximum would be none
     if not fits or stencil.out_rows(stop - start) != hi - lo:
         return None
     top = min(ceil_div(start + pad, step), hi) if start > 0 else lo
-    bottom = max((stop + pad - stencil.span) // step + 1, top) if stop < bounds[-1] else hi
-    return None if bottom - top < (hi - lo) // 2 else (top, bottom)
+    bottom = max((stop + pad - stencil.span) // step + 1, top) if stop < layout.size else hi
+    if bottom - top < (hi - lo) // 2:
+        return None
+    return tuple((a, b, stencil.need(a, b)) for a, b in ((lo, top), (bottom, hi)) if a < b)
 
 
 @lru_cache(maxsize=4096)

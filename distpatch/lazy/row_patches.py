@@ -1,4 +1,4 @@
-"""One rank's rows, some at a time: what it can read, how many rows to take at once, and the loop over them.
+"""Rows of one rank, computed now: whole, with the seams mended, or a patch of rows at a time; how many at once.
 
 No padded copy of the rows is ever made: patches read the rank's own rows and the halo pieces, and write
 into one output.
@@ -6,6 +6,7 @@ into one output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distpatch.layout.stencil import Interval, ceil_div
+from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
+from distpatch.layout.transfers import RankPlan
 from distpatch.profiling.op_costs import representative_chunks
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.tree import map_tensors
 
 PATCH_PER_WEIGHT = 8  # bytes of a patch for each of the weights, which a CPU packs anew at every call
 INDEX_LIMIT = 2**31  # elements of an input or output that kernels with 32-bit indices can address
 
+# (rows, start, lo, hi, *weights): output rows [lo, hi), one tensor or several, of input rows of which ``start`` is the
+# first: all that they read, of an image that ``fill`` surrounds. If it ``pads``, also of the image alone.
+Kernel = Callable[..., Any]
 RowsAt = Callable[[int, int, "Tensor | None"], Any]  # (start, stop, where to write them, perhaps) -> rows
 
 
@@ -76,6 +82,107 @@ class Slab:
 
 def _narrow(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
     return rows.narrow(dim, lo, hi - lo)
+
+
+def compute_now(
+    kernel: Kernel,
+    slab: Slab,
+    stencil: Any,
+    plan: RankPlan,
+    patch_rows: int,
+    *,
+    pads: bool = False,
+    view: bool = False,
+    together: bool = False,
+) -> Any:
+    """The rank's output rows, ``patch_rows`` at a time; ``together``: these patches as one batch."""
+    (lo, hi), (first, last), dim = plan.rows, plan.read, slab.dim
+    start, stop, own = slab.own
+    if lo == hi:
+        return none_of(kernel(with_dummy_row(own.narrow(dim, 0, 0), dim, slab.fill, last - first), first, 0, 1), dim)
+    if patch_rows < hi - lo:
+        if together:
+            return _batched(kernel, slab, stencil, lo, hi, patch_rows)
+    elif pads and plan.seams is not None:
+        result = kernel(own, start, lo, hi)
+        for a, b, read in plan.seams:
+            result.narrow(dim, a - lo, b - a).copy_(kernel(slab.rows(*read), read[0], a, b))
+        return result
+    elif (start <= first and last <= stop) or view or is_recorded():
+        return kernel(slab.rows(first, last), first, lo, hi)
+    else:  # with its halo they are copied: a part at a time, where there are many
+        sizes = sizes_of(own.device)
+        parts = ceil_div(own.numel() * own.element_size(), sizes.part_bytes)
+        patch_rows = ceil_div(hi - lo, min(max(parts, 1), sizes.most_parts))
+
+    def rows_at(a: int, b: int) -> Any:
+        first, last = stencil.need(a, b)
+        return kernel(slab.rows(first, last), first, a, b)
+
+    return in_patches(rows_at, (lo, hi), patch_rows, dim)
+
+
+def _batched(kernel: Kernel, slab: Slab, stencil: WindowStencil, lo: int, hi: int, patch_rows: int) -> Tensor:
+    """Patches folded into the batch, one call; the last patch overlaps its neighbour to be as tall."""
+    starts = [min(a, hi - patch_rows) for a in range(lo, hi, patch_rows)]
+    needs = [stencil.need(a, a + patch_rows) for a in starts]
+    result = kernel(torch.cat([slab.rows(*need) for need in needs], 0), needs[0][0], lo, lo + patch_rows)
+    *full, last = result.chunk(len(starts))  # views with a batch's own strides, which tell the memory format
+    fresh = hi - lo - patch_rows * len(full)
+    last = last.narrow(slab.dim, patch_rows - fresh, fresh)
+    return torch.cat([*full, last], slab.dim)
+
+
+def rows_now(
+    step: Callable[..., Tensor],
+    parts: Sequence[Tensor],
+    dim: int,
+    *,
+    need: Callable[[int, int], Interval] | None = None,
+    shape: Sequence[int] | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """What ``step`` (``Step``, deferred_ops.py) makes of rows of the parts; all, or of those that ``need`` says.
+
+    With ``need`` never of more elements at a time than kernels can index.
+    """
+    rows = parts[0].shape[dim] if shape is None else shape[dim]
+    if need is not None and parts[0].shape[dim] == rows == 0:
+        dummies = [with_dummy_row(part, dim) for part in parts]
+        made: Tensor = none_of(step(dummies, [], 0, 1), dim)
+        return made
+    if need is not None and shape is not None:
+        chunk_rows = ceil_div(rows, fewest_calls(parts[0].numel(), math.prod(shape)))
+    if chunk_rows is None or chunk_rows >= rows:
+        return step(parts, [], 0, rows)
+
+    def rows_at(lo: int, hi: int, place: Tensor | None = None) -> Tensor:
+        start, stop = need(lo, hi) if need else (lo, hi)
+        spare = [] if place is None else [place]
+        return step([part.narrow(dim, start, stop - start) for part in parts], spare, lo, hi)
+
+    if need is not None:
+        made = in_patches(rows_at, (0, rows), chunk_rows, dim)
+    else:
+        made = collect(rows_at, (0, rows), chunk_rows, dim, torch.empty_like(parts[0]))
+    return made
+
+
+def with_dummy_row(rows: Tensor, dim: int, fill: Any = 0, count: int = 1) -> Tensor:
+    """The rows; of an idle rank, which has none, ``count`` of ``fill``.
+
+    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
+    as on other ranks, so that derivatives of any order reach the same exchanges.
+    """
+    if rows.shape[dim] > 0:
+        return rows
+    blank = rows.new_full([count if d == dim else n for d, n in enumerate(rows.shape)], fill)
+    return torch.cat([rows, blank], dim).contiguous(memory_format=memory_format(rows))
+
+
+def none_of(result: Any, dim: int) -> Any:
+    """No rows of one tensor or several; no view, so that a write to them is recorded as on other ranks."""
+    return map_tensors(lambda t: t.narrow(dim, 0, 0).clone(), result)
 
 
 def in_patches(rows_at: Callable[[int, int], Any], out: Interval, patch_rows: int, dim: int) -> Any:
@@ -148,7 +255,7 @@ def is_recorded() -> bool:
 
 def fewest_calls(*numels: int) -> int:
     """In how many parts kernels can index tensors of so many elements."""
-    return max(ceil_div(max(numels), INDEX_LIMIT - 1), 1)
+    return max(numels) // INDEX_LIMIT + 1
 
 
 class Options(Protocol):
@@ -180,4 +287,4 @@ def choose_patch_rows(options: Options, rows: int, local: Any, weight: Tensor, o
         total = size * (numel + out_numel)
         if 3 * patch <= 2 * total:
             fewest = max(fewest, ceil_div(total, patch))
-    return max(ceil_div(rows, fewest), 1)
+    return max(ceil_div(rows, fewest), 1) if fewest > 1 else rows

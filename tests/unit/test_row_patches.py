@@ -12,10 +12,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import WindowStencil
 from distpatch.layout.transfers import RankPlan, plan_rank
-from distpatch.lazy.row_patches import Slab, choose_patch_rows
-from distpatch.rules.core.halo import compute_now, paddings
+from distpatch.lazy.row_patches import Slab, choose_patch_rows, compute_now
+from distpatch.rules.core.halo import paddings
 from tests.support.oracle import random_tensor
 from tests.unit.test_layout import bounds_of
 from tests.unit.test_stencil import windows
@@ -31,7 +32,7 @@ class Options:
 def slabs(x: Tensor, bounds: tuple[int, ...], stencil: WindowStencil) -> Iterator[tuple[Slab, RankPlan]]:
     """What each rank would hold after the exchange, and its share of the output."""
     for rank in range(len(bounds) - 1):
-        plan = plan_rank(bounds, stencil, rank)
+        plan = plan_rank(RowLayout(2, bounds), stencil, rank)
         above, below = plan.needs[rank]
         pieces = tuple((lo, x[:, :, lo:hi]) for lo, hi in (above, bounds[rank : rank + 2], below))
         yield Slab(pieces, 1, 2, x.shape[2]), plan

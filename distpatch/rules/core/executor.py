@@ -6,20 +6,17 @@ the operands, or of rows ``need(lo, hi)`` where it says so. Everything is local;
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from distpatch.layout.rows import RowLayout
-from distpatch.layout.stencil import Interval, ceil_div
+from distpatch.layout.stencil import Interval
 from distpatch.lazy import recipe as lazy
 from distpatch.lazy.deferred_ops import Step, defer
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import collect, fewest_calls, in_patches
-from distpatch.rules.core.operands import with_dummy_row, wrap
-from distpatch.rules.core.registry import none_of
+from distpatch.lazy.row_patches import rows_now
+from distpatch.rules.core.operands import wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 
 Need = Callable[[int, int], Interval]
@@ -49,36 +46,6 @@ def run_rows(
     locals_ = [x.local for x in operands]
     result = rows_now(step, locals_, lead.row_layout.dim, need=need, shape=shape, chunk_rows=chunk_rows)
     return lead if result is locals_[0] else wrap(result, lead, layout)
-
-
-def rows_now(
-    step: Step,
-    parts: Sequence[Tensor],
-    dim: int,
-    *,
-    need: Need | None = None,
-    shape: Sequence[int] | None = None,
-    chunk_rows: int | None = None,
-) -> Tensor:
-    """The same, of tensors, now; with ``need`` never of more elements at a time than kernels can index."""
-    if shape is None or not (need or chunk_rows):
-        return step(parts, [], 0, parts[0].shape[dim])
-    rows = shape[dim]
-    if parts[0].shape[dim] == 0 and rows == 0:
-        dummies = [with_dummy_row(part, dim) for part in parts]
-        made: Tensor = none_of(step(dummies, [], 0, 1), dim)
-        return made
-    chunk_rows = chunk_rows or ceil_div(rows, fewest_calls(parts[0].numel(), math.prod(shape)))
-
-    def rows_at(lo: int, hi: int, place: Tensor | None) -> Tensor:
-        start, stop = need(lo, hi) if need else (lo, hi)
-        spare = [] if place is None else [place]
-        return step([part.narrow(dim, start, stop - start) for part in parts], spare, lo, hi)
-
-    if need is None and chunk_rows < rows:
-        whole: Tensor = collect(rows_at, (0, rows), chunk_rows, dim, torch.empty_like(parts[0]))
-        return whole
-    return in_patches(lambda lo, hi: rows_at(lo, hi, None), (0, rows), chunk_rows, dim)
 
 
 def deferrable(

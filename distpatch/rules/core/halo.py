@@ -18,12 +18,12 @@ from torch import Tensor
 from distpatch.comm import collectives
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import LayoutError
-from distpatch.layout.rows import Needs, Stencil
+from distpatch.layout.rows import Needs, RowLayout, Stencil
 from distpatch.layout.stencil import WindowStencil, ceil_div
 from distpatch.layout.transfers import RankPlan, out_sizes, plan_edges, plan_rank
 from distpatch.lazy.deferred_ops import defer_window, unchanged
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import Slab, choose_patch_rows, fewest_calls, in_patches, is_recorded
+from distpatch.lazy.row_patches import Kernel, Slab, choose_patch_rows, compute_now, fewest_calls
 from distpatch.rules.core.executor import deferrable
 from distpatch.rules.core.operands import (
     along_rows,
@@ -31,19 +31,11 @@ from distpatch.rules.core.operands import (
     in_compute_dtype,
     on_some_rows,
     replicated_operand,
-    with_dummy_row,
     wrap,
 )
-from distpatch.rules.core.registry import none_of
 from distpatch.tensor.patch_tensor import PatchTensor
-from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.op_names import op_name
-from distpatch.torch_utils.tree import map_tensors
-
-# (rows, start, lo, hi, *weights): output rows [lo, hi), one tensor or several, of input rows of which ``start`` is the
-# first: all that they read, of an image that ``fill`` surrounds. If it ``pads``, also of the whole image without that.
-Kernel = Callable[..., Any]
 
 
 class Weights(NamedTuple):
@@ -90,7 +82,7 @@ def run_windows(
         return run_stencil(func, x, stencils[axis], kernel, fill=fill, pads=pads, weights=weights, shape=shape)
     run = kernel if weights is None else partial(_weighted, kernel, weights)
     local = on_some_rows(lambda rows: run(rows, 0, 0, sizes[0]), x.local, x.row_layout.dim)
-    return map_tensors(lambda t: wrap(t, x), local)
+    return _wrapped(local, x, x.row_layout)
 
 
 def run_stencil(
@@ -112,9 +104,8 @@ def run_stencil(
     ``shape``: of the result.
     """
     region, dim = x.region, x.row_layout.dim
-    plan = plan_rank(x.row_layout.bounds, stencil, region.comm.rank)
+    plan = plan_rank(x.row_layout, stencil, region.comm.rank)
     lo, hi = plan.rows
-    layout = x.row_layout.with_bounds(plan.out)
     patch_rows = hi - lo
     if weights is not None and shape is not None:
         shape[dim] = hi - lo
@@ -122,7 +113,7 @@ def run_stencil(
         patch_rows = choose_patch_rows(region, hi - lo, x.local_or_recipe, weights.weight, numel)
         may_defer = patch_rows < hi - lo and pads and region.sequential and weights.match(x)
         if may_defer and deferrable([x], x, size_bytes=numel * x.dtype.itemsize) is not None:
-            return wrap(_later(func, x, stencil, kernel, weights, plan, shape, patch_rows), x, layout)
+            return wrap(_later(func, x, stencil, kernel, weights, plan, shape, patch_rows), x, plan.layout)
         kernel = partial(_weighted, kernel, weights)
     elif not view:
         rows = x.local.shape[dim]
@@ -131,7 +122,7 @@ def run_stencil(
     together = pads and weights is not None and not region.sequential
     slab = halo(x, plan.needs, func, fill)
     result = compute_now(kernel, slab, stencil, plan, patch_rows, pads=pads, view=view, together=together)
-    return map_tensors(lambda t: wrap(t, x, layout), result)
+    return _wrapped(result, x, plan.layout)
 
 
 def _weighted(kernel: Kernel, weights: Weights, *rows: Any) -> Any:
@@ -164,53 +155,8 @@ def _later(
     return defer_window(op_name(func), convolve, slab, stencil, plan.rows, shape, format, patch_rows)
 
 
-def compute_now(
-    kernel: Kernel,
-    slab: Slab,
-    stencil: Any,
-    plan: RankPlan,
-    patch_rows: int,
-    *,
-    pads: bool = False,
-    view: bool = False,
-    together: bool = False,
-) -> Any:
-    """The rank's output rows, ``patch_rows`` at a time; ``together``: these patches as one batch."""
-    (lo, hi), dim = plan.rows, slab.dim
-    start, stop, own = slab.own
-    if lo == hi:
-        first, last = stencil.need(0, 1)
-        return none_of(kernel(with_dummy_row(own.narrow(dim, 0, 0), dim, slab.fill, last - first), first, 0, 1), dim)
-
-    def rows_at(a: int, b: int) -> Any:
-        first, last = stencil.need(a, b)
-        return kernel(slab.rows(first, last), first, a, b)
-
-    if patch_rows < hi - lo:
-        if together:
-            return _batched(kernel, slab, stencil, lo, hi, patch_rows)
-    elif pads and plan.alone is not None:
-        result, (top, bottom) = kernel(own, start, lo, hi), plan.alone
-        for a, b in ((lo, top), (bottom, hi)):
-            if a < b:
-                result.narrow(dim, a - lo, b - a).copy_(rows_at(a, b))
-        return result
-    elif not (view or is_recorded()):  # with its halo they are copied: a part at a time, where there are many
-        sizes, (first, last) = sizes_of(own.device), stencil.need(lo, hi)
-        copied = 0 if start <= first and last <= stop else own.numel() * own.element_size()
-        patch_rows = ceil_div(hi - lo, min(max(ceil_div(copied, sizes.part_bytes), 1), sizes.most_parts))
-    return in_patches(rows_at, (lo, hi), patch_rows, dim)
-
-
-def _batched(kernel: Kernel, slab: Slab, stencil: WindowStencil, lo: int, hi: int, patch_rows: int) -> Tensor:
-    """Patches folded into the batch, one call; the last patch overlaps its neighbour to be as tall."""
-    starts = [min(a, hi - patch_rows) for a in range(lo, hi, patch_rows)]
-    needs = [stencil.need(a, a + patch_rows) for a in starts]
-    result = kernel(torch.cat([slab.rows(*need) for need in needs], 0), needs[0][0], lo, lo + patch_rows)
-    *full, last = result.chunk(len(starts))  # views with a batch's own strides, which tell the memory format
-    fresh = hi - lo - patch_rows * len(full)
-    last = last.narrow(slab.dim, patch_rows - fresh, fresh)
-    return torch.cat([*full, last], slab.dim)
+def _wrapped(result: Any, x: PatchTensor, layout: RowLayout) -> Any:
+    return wrap(result, x, layout) if isinstance(result, Tensor) else tuple(wrap(t, x, layout) for t in result)
 
 
 def halo(x: PatchTensor, needs: Needs, func: Any, fill: float = 0.0, defer: bool = False) -> Slab:

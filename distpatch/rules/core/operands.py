@@ -16,7 +16,8 @@ from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.layout.rows import BlockLayout, Needs, RowLayout, even_bounds
 from distpatch.lazy.recipe import Recipe
-from distpatch.rules.core.registry import none_of, nth
+from distpatch.lazy.row_patches import none_of, with_dummy_row
+from distpatch.rules.core.registry import nth
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils import memory_format
 from distpatch.torch_utils.memory_format import Order
@@ -29,18 +30,6 @@ def kept(x: PatchTensor, local: Any, dims: Sequence[int], keepdim: bool) -> Any:
     gone = 0 if keepdim else sum(d < x.row_layout.dim for d in dims)
     layout = x.row_layout.with_dim(x.row_layout.dim - gone)
     return map_tensors(lambda t: wrap(t, x, layout), local)
-
-
-def with_dummy_row(rows: Tensor, dim: int, fill: Any = 0, count: int = 1) -> Tensor:
-    """The rows; of an idle rank, which has none, ``count`` of ``fill``.
-
-    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
-    as on other ranks, so that derivatives of any order reach the same exchanges.
-    """
-    if rows.shape[dim] > 0:
-        return rows
-    blank = rows.new_full([count if d == dim else n for d, n in enumerate(rows.shape)], fill)
-    return torch.cat([rows, blank], dim).contiguous(memory_format=memory_format.memory_format(rows))
 
 
 def never_empty(x: PatchTensor, fill: Any) -> Tensor:

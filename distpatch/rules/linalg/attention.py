@@ -13,7 +13,7 @@ from torch import Tensor
 from distpatch.comm.collectives import join_gradients
 from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
-from distpatch.lazy.row_patches import in_patches
+from distpatch.lazy.row_patches import in_patches, none_of
 from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import (
     autocast,
@@ -26,7 +26,7 @@ from distpatch.rules.core.operands import (
     replicated_operand,
     wrap,
 )
-from distpatch.rules.core.registry import none_of, rule
+from distpatch.rules.core.registry import rule
 from distpatch.rules.linalg.einsum import contract
 from distpatch.rules.linalg.kept_scores import keeps_scores, planned
 from distpatch.rules.linalg.matmul import batched

@@ -20,8 +20,9 @@ from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.deferred_ops import Step
 from distpatch.lazy.recipe import Recipe
+from distpatch.lazy.row_patches import rows_now
 from distpatch.profiling.op_costs import representative_chunks
-from distpatch.rules.core.executor import deferrable, rows_now, run_rows
+from distpatch.rules.core.executor import deferrable, run_rows
 from distpatch.rules.core.operands import needs_grad, wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import kind_of, sizes_of
@@ -157,6 +158,8 @@ def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: N
         return _Normalize.apply(local, weight, bias, norm)
     mean, var = norm.statistics(local)
     local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
+    if local.numel() == 0:
+        return torch.empty_like(local), mean, var
     step, along = scaling(local, mean, var, weight, bias, norm.eps), max(norm.row_layout.dim, 2)
     out = rows_now(step, [local], along, shape=local.shape, chunk_rows=_chunk_rows(local, along))
     return out, mean, var

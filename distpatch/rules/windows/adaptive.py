@@ -18,8 +18,9 @@ from torch import Tensor
 from distpatch.comm.collectives import stack_ranks
 from distpatch.layout.stencil import AreaStencil
 from distpatch.layout.transfers import plan_stencil
+from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.halo import run_stencil, spatial_dims
-from distpatch.rules.core.operands import on_some_rows, per_dim, precise, sum_ranks, with_dummy_row, wrap
+from distpatch.rules.core.operands import on_some_rows, per_dim, precise, sum_ranks, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.windows.filters import averaged
 from distpatch.rules.windows.pooling import global_indices

@@ -50,7 +50,9 @@ def _padded(
     rows, dim = x.local_or_recipe, x.row_layout.dim
     at, size = 2 * (rows.ndim - 1 - dim), rows.shape[dim]
     above, below = pads[at : at + 2] if len(pads) > at else (0, 0)
-    shape = [n + sum(pads[2 * (rows.ndim - 1 - d) :][:2]) for d, n in enumerate(rows.shape)]
+    shape = list(rows.shape)
+    for d, (before, after) in enumerate(zip(pads[::2], pads[1::2]), 1):
+        shape[-d] += before + after
     least = 1 + max(above, below) if mode == "reflect" else 1  # rows that padding may be made of
 
     def need(lo: int, hi: int) -> Interval:

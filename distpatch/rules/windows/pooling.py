@@ -121,7 +121,7 @@ def max_unpool(
     stencil = TransposedStencil(kernel[axis], strides[axis], pads[axis])
     extra = sizes[axis] - stencil.out_rows(input.row_layout.size)
     stencil = TransposedStencil(kernel[axis], strides[axis], pads[axis], 1, extra)
-    plan = plan_rank(input.row_layout.bounds, stencil, input.region.comm.rank)
+    plan = plan_rank(input.row_layout, stencil, input.region.comm.rank)
     lo, hi = plan.rows
     values, index = gather_partial(input, func), gather_partial(indices, func)
     inner = math.prod(sizes[axis + 1 :])
@@ -129,7 +129,7 @@ def max_unpool(
     row = torch.where((row >= lo) & (row < hi), row - lo, hi - lo)  # one row more takes what is others'
     index = (index // (inner * sizes[axis]) * (hi - lo + 1) + row) * inner + index % inner
     local = _scattered(values, index, [hi - lo + 1 if d == axis else n for d, n in enumerate(sizes)])
-    return wrap(local.narrow(dim, 0, hi - lo), input, input.row_layout.with_bounds(plan.out))
+    return wrap(local.narrow(dim, 0, hi - lo), input, plan.layout)
 
 
 def _scattered(values: Tensor, index: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from distpatch.errors import LayoutError
 from distpatch.layout.stencil import TransposedStencil
+from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.halo import Weights, batched, convolved, run_windows
-from distpatch.rules.core.operands import per_dim, with_dummy_row
+from distpatch.rules.core.operands import per_dim
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
