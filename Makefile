@@ -8,7 +8,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test fuzz lint bench gpu memory peers displaced coverage clean autoencoders
+.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench gpu memory peers displaced coverage clean autoencoders
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,18 @@ demo: $(VENV)/installed  ## encode and decode a photograph across two processes
 test: $(VENV)/installed  ## the whole test suite (TORCH=2.11.0: on that release)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+test-unit: $(VENV)/installed  ## no ranks, or ranks that do not exist: under a minute
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/unit
+
+test-ranks: $(VENV)/installed  ## ranks as threads of one process
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/ranks
+
+test-procs: $(VENV)/installed  ## ranks as processes
+	$(BIN)/python -m pytest tests/procs
+
+test-launch: $(VENV)/installed  ## programs as a user starts them: torchrun, the command line, launchers, benchmarks
+	$(BIN)/python -m pytest tests/launch
+
 fuzz: $(VENV)/installed  ## random chains of operations, other ones each time (CHAINS=2000)
 	CHAINS=$(CHAINS) $(BIN)/python -m pytest -s --timeout 0 --hypothesis-profile fuzz tests/ranks/test_fuzz.py -k random_chain
 
@@ -32,13 +44,19 @@ lint: $(VENV)/installed  ## style, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
-	$(BIN)/python -m distpatch.coverage > docs/coverage.md
+hooks: $(VENV)/installed  ## make lint before every commit
+	$(BIN)/pre-commit install
 
-bench: $(VENV)/installed  ## the README's tables
-	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/scaling.py --plot docs/scaling.png
+coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
+	$(BIN)/python -m distpatch.rules.coverage > docs/coverage.md
+
+walk: $(VENV)/installed  ## docs/walk.md: the files and functions that a convolution goes through
+	$(BIN)/torchrun --standalone --nproc_per_node=2 docs/walk.py > docs/walk.md
+
+bench: $(VENV)/installed  ## the decoder, the rules, planned and measured (docs/benchmarks.md)
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.scaling --plot docs/scaling.png
 
 gpu: $(VENV)/installed  ## all that one GPU, or several, can show in eight minutes; small on a CPU
 	mkdir -p out
@@ -46,19 +64,19 @@ gpu: $(VENV)/installed  ## all that one GPU, or several, can show in eight minut
 
 memory: $(VENV)/installed  ## peak memory beside the peers', and docs/memory.png (about an hour)
 	mkdir -p out
-	$(BIN)/python benchmarks/memory.py $(addprefix --conv-size ,256 512 1024 2048) \
+	$(BIN)/python -m benchmarks.memory $(addprefix --conv-size ,256 512 1024 2048) \
 		$(addprefix --decode-size ,256 512 1024) --json out/memory.json --plot docs/memory.png
 
 peers: $(VENV)/installed  ## time, memory and error beside the peers', and docs/peers.png (twenty minutes)
 	mkdir -p out
-	$(BIN)/python benchmarks/peers.py --install
-	$(BIN)/python benchmarks/peers.py --size 512 --rounds 3 --json out/peers.json --plot docs/peers.png
+	$(BIN)/python -m benchmarks.peers --install
+	$(BIN)/python -m benchmarks.peers --size 512 --rounds 3 --json out/peers.json --plot docs/peers.png
 
 autoencoders: $(VENV)/installed  ## every autoencoder of diffusers, converted, against one device
 	$(BIN)/python -m benchmarks.autoencoders
 
 displaced: $(VENV)/installed  ## displaced steps: PSNR by policy, time with delayed messages, bytes
-	$(BIN)/python -m benchmarks.train_denoiser
+	$(BIN)/python -m benchmarks.displaced.train_denoiser
 	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced quality
 	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced hidden
 

@@ -8,6 +8,7 @@ point to point, and the result is the one of a single device, to rounding.
 
 from distpatch.comm.communicator import warmup
 from distpatch.comm.self_test import SelfTest, self_test
+from distpatch.diffusion.displaced import POLICIES as DISPLACED_POLICIES
 from distpatch.diffusion.displaced import displaced, synchronize
 from distpatch.diffusion.guidance import guidance_mesh, split_guidance
 from distpatch.diffusion.pipeline import parallelize_pipeline
@@ -29,6 +30,7 @@ from distpatch.planning.fake_run import plan, smallest_plan
 from distpatch.planning.hardware import Device, Link
 from distpatch.planning.report import Plan
 from distpatch.planning.scaling import Scaling, scaling
+from distpatch.profiling.live_memory import LivePeak
 from distpatch.profiling.trace import Trace, trace
 from distpatch.rules.core.registry import register_rule
 from distpatch.rules.elementwise.register_pointwise import register_pointwise
@@ -38,10 +40,12 @@ from distpatch.tensor.patch_tensor import PatchTensor, gather, shard
 __version__ = "0.1.0"
 
 __all__ = [
+    "DISPLACED_POLICIES",
     "Device",
     "DistPatchError",
     "LayoutError",
     "Link",
+    "LivePeak",
     "PatchConv2d",
     "PatchTensor",
     "Plan",

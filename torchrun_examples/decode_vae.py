@@ -28,12 +28,12 @@ from torch import Tensor
 
 import distpatch
 from distpatch import launch
-from distpatch.profiling.live_memory import MIB, LivePeak
 
 PASSES = 3  # a warm-up, one for the time, one for memory and traffic
 SHIPPED = Path(__file__).parent / "demo_vae"
 CAPTION_ROWS = 28
 
+MIB = 1 << 20
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -112,7 +112,7 @@ def measure(
     ready()
     seconds = time.perf_counter() - started
     tick()
-    with LivePeak() as live, distpatch.trace() as sent:
+    with distpatch.LivePeak() as live, distpatch.trace() as sent:
         call(given)
     tick()
     return result, Cost(seconds, live.peak_bytes, sent.sent_bytes, sent.messages)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import distpatch
 from distpatch import launch
-from distpatch.profiling.live_memory import MIB, LivePeak
 
+MIB = 1 << 20
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -73,7 +73,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"decode_video_vae_{group.size()}_ranks.mp4"
         distpatch.convert_model(vae, group, output="shard")
-        with LivePeak() as live, distpatch.trace() as sent:
+        with distpatch.LivePeak() as live, distpatch.trace() as sent:
             started = time.perf_counter()
             clip = vae.decode(latents).sample
             decoded = time.perf_counter()

@@ -17,8 +17,10 @@ import sys
 import venv
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,6 @@ from torch import Tensor, nn
 
 import distpatch
 from benchmarks.foreign.nets import LIBRARIES, Foreign
-from distpatch.torch_utils.tree import tensors_in
 from tests.support.threads import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,16 @@ class Row:
         return f"| {self.library} | {self.name} | {self.shape} | {error} | {gathered} |"
 
 
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Those of a result: of containers, and of the attributes of objects."""
+    if isinstance(result, Tensor):
+        yield result
+        return
+    parts = result.values() if isinstance(result, Mapping) else result if isinstance(result, (list, tuple)) else None
+    for part in vars(result).values() if parts is None and hasattr(result, "__dict__") else parts or ():
+        yield from _tensors(part)
+
+
 def randomised(model: nn.Module) -> nn.Module:
     """Weights that are zero or one at first would hide what follows them."""
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +118,7 @@ class Case:
         inputs = [self.inputs[0] if first is None else first, *self.inputs[1:]]
         with torch.set_grad_enabled(first is not None):
             result = self.call(model, *inputs)
-        return [t for t in tensors_in(result) if t.is_floating_point() or t.dtype == torch.bool]
+        return [t for t in _tensors(result) if t.is_floating_point() or t.dtype == torch.bool]
 
     def loss(self, outputs: list[Tensor]) -> Tensor:
         floating = [t for t in outputs if t.is_floating_point()]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distpatch.profiling.live_memory import LivePeak
+from distpatch import LivePeak
 
 MIB = 1 << 20
 Call = Callable[[], Any]

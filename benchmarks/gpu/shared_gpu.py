@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-import distpatch
 from benchmarks.gpu.cases import CASES, NETS, TOLERANCE, case_error, denoised, difference, net_error
 from benchmarks.gpu.processes import Outcome, Say, failures, in_processes
 from benchmarks.gpu.section import Row, Section, exact
+from tests.support import forced
 
 DELAY_S = 0.002
 
@@ -51,7 +51,7 @@ def families(group: Any, device: torch.device) -> list[tuple[str, float]]:
 
 
 def nets(group: Any, device: torch.device) -> list[tuple[str, float]]:
-    distpatch.lazy.LEAST_BYTES = 0
+    forced.defer_rows_of_any_size()
     return [(net.name, net_error(net, group, device, train=train)) for net in NETS for train in (False, True)]
 
 

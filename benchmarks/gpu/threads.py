@@ -20,6 +20,7 @@ from benchmarks.gpu.decode import BF16
 from benchmarks.gpu.measure import launches
 from benchmarks.gpu.nets import SdDecoder, seeded
 from benchmarks.gpu.section import Row, Section, exact
+from tests.support import forced
 from tests.support.threads import run_ranks
 from tests.support.transports.late import Late, late
 
@@ -29,7 +30,7 @@ DELAY_S = 0.001
 
 
 def run(section: Section) -> None:
-    distpatch.lazy.LEAST_BYTES = 0  # small rows wait, too
+    forced.defer_rows_of_any_size()
     worlds = section.pick(full=(2, 3, 4), tiny=(2, 3))
     device = section.device
     for family in dict.fromkeys(case.family for case in CASES):

@@ -31,27 +31,24 @@ def _is_tiny(bounds: Bounds) -> bool:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Rank r owns the global rows ``bounds[r]:bounds[r + 1]`` of dimension ``dim`` (>= 0).
+    """Rank r owns the global rows ``bounds[r]:bounds[r + 1]`` of dimension ``dim`` (>= 0), ``size`` in all.
 
     ``is_tiny``: a rank has one row or none, whose strides do not tell in which order dims stand in memory.
     """
 
     dim: int
     bounds: Bounds
+    size: int = field(init=False, repr=False, compare=False)
     is_tiny: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "size", self.bounds[-1] if self.bounds else 0)
         object.__setattr__(self, "is_tiny", _is_tiny(self.bounds))
         ordered = all(a <= b for a, b in pairwise(self.bounds))
         if len(self.bounds) < 2 or self.bounds[0] != 0 or not ordered:
             raise LayoutError(
                 f"bounds must begin with 0, never fall and have one entry more than there are ranks; got {self.bounds}"
             )
-
-    @property
-    def size(self) -> int:
-        """Rows of the whole tensor."""
-        return self.bounds[-1]
 
     @property
     def world_size(self) -> int:
@@ -89,16 +86,13 @@ class BlockLayout(RowLayout):
     blocks: int
 
     def __init__(self, dim: int, inner: Bounds, blocks: int) -> None:
-        for name, value in (("dim", dim), ("inner", inner), ("blocks", blocks), ("is_tiny", _is_tiny(inner))):
+        known = {"dim": dim, "inner": inner, "blocks": blocks, "size": blocks * inner[-1], "is_tiny": _is_tiny(inner)}
+        for name, value in known.items():
             object.__setattr__(self, name, value)
 
     @property
     def bounds(self) -> Bounds:  # type: ignore[override]
         raise AssertionError(f"the rows of {self} are not in order: its rule must not be marked any_order")
-
-    @property
-    def size(self) -> int:
-        return self.blocks * self.inner[-1]
 
     @property
     def world_size(self) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from distpatch.layout.rows import EMPTY, Bounds, Needs, Stencil
-from distpatch.layout.stencil import Interval, ceil_div
+from distpatch.layout.rows import EMPTY, Bounds, Needs, RowLayout, Stencil
+from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,52 @@ def plan_stencil(bounds: Bounds, stencil: Stencil) -> StencilPlan:
         below = (max(start, own_stop), stop) if max(start, own_stop) < stop else EMPTY
         needs.append((above, below))
     return StencilPlan(out, tuple(needs))
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's share of a ``StencilPlan``.
+
+    ``layout``: of the output; ``rows``: those of its rows that the rank owns, made of the rows ``read``; an idle rank
+    has one to compute on. ``seams``: of the output rows that are wrong when it takes its own rows for the image,
+    padded as the image is, (start, stop, the rows that they read); None where these are most, or that cannot be done.
+    """
+
+    layout: RowLayout
+    needs: Needs
+    rows: Interval
+    read: Interval
+    seams: tuple[tuple[int, int, Interval], ...] | None
+
+
+@lru_cache(maxsize=4096)
+def plan_rank(layout: RowLayout, stencil: Stencil, rank: int) -> RankPlan:
+    plan = plan_stencil(layout.bounds, stencil)
+    lo, hi = plan.out[rank], plan.out[rank + 1]
+    seams = _seams(stencil, layout, rank, lo, hi) if isinstance(stencil, WindowStencil) else None
+    read = stencil.need(lo, hi) if lo < hi else stencil.need(0, 1)
+    return RankPlan(layout.with_bounds(plan.out), plan.needs, (lo, hi), read, seams)
+
+
+def _seams(
+    stencil: WindowStencil, layout: RowLayout, rank: int, lo: int, hi: int
+) -> tuple[tuple[int, int, Interval], ...] | None:
+    (start, stop), pad, step = layout.interval(rank), stencil.before, stencil.stride
+    fits = pad == stencil.after and lo * step == start < stop and stop - start + 2 * pad >= stencil.span
+    fits = fits and stop - start >= stencil.dilation  # no window has only padding: the index of a maximum would be none
+    if not fits or stencil.out_rows(stop - start) != hi - lo:
+        return None
+    top = min(ceil_div(start + pad, step), hi) if start > 0 else lo
+    bottom = max((stop + pad - stencil.span) // step + 1, top) if stop < layout.size else hi
+    if bottom - top < (hi - lo) // 2:
+        return None
+    return tuple((a, b, stencil.need(a, b)) for a, b in ((lo, top), (bottom, hi)) if a < b)
+
+
+@lru_cache(maxsize=4096)
+def out_sizes(stencils: tuple[Stencil, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Of an operation with a stencil along each of these dims: how many rows come out along each."""
+    return tuple(stencil.out_rows(size) for stencil, size in zip(stencils, sizes, strict=True))
 
 
 def padded(needs: Sequence[Sequence[Interval]]) -> Needs:

@@ -1,55 +1,96 @@
-"""Recipes made of recipes: what is deferred of one tensor, of several, and what stays as it is."""
+"""Recipes made of recipes: functions of the same rows, sliding windows, and what must not change until they run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from distpatch.errors import DistPatchError
-from distpatch.layout.stencil import Interval
-from distpatch.lazy.recipe import Part, Recipe, Walk, _same
+from distpatch.layout.stencil import Interval, WindowStencil
+from distpatch.lazy.recipe import Part, Recipe, Walk
+from distpatch.lazy.row_patches import Slab, same_memory
+from distpatch.torch_utils.chunk_sizes import kind_of
+
+# (rows of each operand, those of them or of the result that it may write to, start, stop) -> rows [start, stop)
+Step = Callable[[Sequence[Tensor], Sequence[Tensor], int, int], Tensor]
+Need = Callable[[int, int], Interval]
 
 
 def defer(
     op: str,
-    like: Recipe,
     parents: Sequence[Recipe],
-    step: Callable[[list[Tensor], list[bool]], Tensor],
+    step: Step,
     *,
+    need: Need | None = None,
     shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Recipe:
-    """What ``step(parts, mine)`` makes of the same rows of all parents; it may write to the parts that are its own."""
+    """What ``step`` makes of the same rows of all parents, or of their rows ``need(start, stop)``."""
 
     def compute(walk: Walk, lo: int, hi: int) -> Part:
-        parts, mine = [], []
-        for parent in parents:
-            rows, own = walk.rows(parent, lo, hi)
-            parts.append(rows)
-            mine.append(own)
-        result = step(parts, mine)
-        return result, all(own or not _same(result, rows) for rows, own in zip(parts, mine))
+        start, stop = need(lo, hi) if need else (lo, hi)
+        read = [walk.rows(parent, start, stop) for parent in parents]
+        result = step([rows for rows, _ in read], [rows for rows, own in read if own], lo, hi)
+        return result, all(own or not same_memory(result, rows) for rows, own in read)
 
-    return Recipe(like, like.dim, parents, compute, shape, op=op, dtype=dtype)
+    like = parents[0]
+    return Recipe(like, like.dim, parents, compute, shape, op=op, dtype=dtype, row_aligned=need is None)
 
 
-def defer_stencil(
+def defer_window(
     op: str,
-    parent: Recipe,
-    need: Callable[[int, int], Interval],
-    step: Callable[[Tensor, int, int], Tensor],
+    kernel: Callable[[Tensor, int, int, int], Tensor],
+    slab: Slab,
+    stencil: WindowStencil,
+    out: Interval,
     shape: Sequence[int],
+    format: torch.memory_format,
+    patch_rows: int,
 ) -> Recipe:
-    """Rows [lo, hi) as ``step(rows, lo, hi)`` makes them of rows ``need(lo, hi)`` of the parent."""
+    """Output rows ``out`` of a sliding window over rows that may be deferred; theirs are shape and format."""
+    (start, stop, source), dim = slab.own, slab.dim
+    if kind_of(source.device) == "cpu":
+        _keep_freed_patches()
+    key = object()
 
     def compute(walk: Walk, lo: int, hi: int) -> Part:
-        rows, own = walk.rows(parent, *need(lo, hi))
-        result = step(rows, lo, hi)
-        return result, own or not _same(result, rows)
+        def read(a: int, b: int) -> Tensor:
+            return slab.rows(a, b, lambda i, j: walk.rows(source, i, j)[0])
 
-    return Recipe(parent, parent.dim, [parent], compute, shape, op=op, row_aligned=False)
+        a, b = stencil.need(out[0] + lo, out[0] + hi)
+        if source.value is not None and not walk.overwrites:
+            rows = read(a, b)
+        else:
+            rows = walk.window(key, a, b, stencil.need(out[0] + hi, out[0] + hi + 1)[0], dim, read)
+        return kernel(rows, a, out[0] + lo, out[0] + hi), True
+
+    # What a row reads above itself is carried, if it was read: rows that end above their place are not.
+    row_aligned = stencil.stride == 1 and out == (start, stop) and stencil.before < stencil.span
+    return Recipe(
+        source,
+        dim,
+        [source],
+        compute,
+        shape,
+        op=op,
+        format=format,
+        row_aligned=row_aligned,
+        expensive=True,
+        patch_rows=patch_rows,
+    )
+
+
+@cache
+def _keep_freed_patches() -> None:
+    """Let malloc keep what a patch has freed for the next one: to be given fresh pages takes longer than to use them.
+
+    glibc gives free memory back beyond twice the largest block that was freed so far, of up to 32 MiB. This one is
+    never touched, so that it costs no memory.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 
 def unchanged(op: str, *tensors: Tensor | None) -> Callable[[], None]:

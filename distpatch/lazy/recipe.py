@@ -18,7 +18,8 @@ from torch import Tensor
 
 from distpatch.errors import DistPatchError
 from distpatch.lazy.buffer_reuse import deferred_rows, forget, is_only_holder, nobody
-from distpatch.profiling.op_costs import attributed_to, representative_chunks
+from distpatch.lazy.row_patches import collect
+from distpatch.profiling.op_costs import attributed_to
 from distpatch.profiling.trace import Recorder
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import memory_format
@@ -203,18 +204,14 @@ class Recipe:
             if memory_format(part) is not self.format:
                 return part.clone(memory_format=self.format)
             return part if fresh else part.clone()
-        result = None if spare is None else spare.value
-        for lo in representative_chunks(range(0, rows, step), last_too=not self.expensive and rows % step == 0):
-            hi = min(lo + step, rows)
+
+        def rows_at(lo: int, hi: int, place: Tensor | None) -> Tensor:
             part, _ = walk.rows(self, lo, hi)
             walk.forget()
-            if result is None:
-                result = torch.empty(self.shape, dtype=part.dtype, device=part.device, memory_format=self.format)
-            place = result.narrow(dim, lo, hi - lo)
-            if not (_same(part, place) and part.storage_offset() == place.storage_offset()):
-                place.copy_(part)
-            del part
-        assert result is not None
+            return part
+
+        last_too, whole = not self.expensive and rows % step == 0, None if spare is None else spare.value
+        result: Tensor = collect(rows_at, (0, rows), step, dim, whole, format=self.format, last_too=last_too)
         return result
 
     def _chunk_rows(self) -> int:
@@ -311,7 +308,3 @@ def _plainly(device: torch.device) -> Iterator[None]:
     """No gradients, and each step in the dtype it was put off with."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or one.untyped_storage()._cdata == other.untyped_storage()._cdata

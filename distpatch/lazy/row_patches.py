@@ -1,4 +1,4 @@
-"""Convolve one rank's rows: whole, with the seams mended, or a patch of rows at a time.
+"""Rows of one rank, computed now: whole, with the seams mended, or a patch of rows at a time; how many at once.
 
 No padded copy of the rows is ever made: patches read the rank's own rows and the halo pieces, and write
 into one output.
@@ -6,24 +6,29 @@ into one output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
-from distpatch.lazy.recipe import Part, Recipe, Walk
+from distpatch.layout.transfers import RankPlan
 from distpatch.profiling.op_costs import representative_chunks
-from distpatch.torch_utils.chunk_sizes import kind_of, sizes_of
+from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.tree import map_tensors
 
 PATCH_PER_WEIGHT = 8  # bytes of a patch for each of the weights, which a CPU packs anew at every call
 INDEX_LIMIT = 2**31  # elements of an input or output that kernels with 32-bit indices can address
 
-Conv = Callable[[Tensor, int], Tensor]  # (rows, zero rows of padding above and below) -> output rows
+# (rows, start, lo, hi, *weights): output rows [lo, hi), one tensor or several, of input rows of which ``start`` is the
+# first: all that they read, of an image that ``fill`` surrounds. If it ``pads``, also of the image alone.
+Kernel = Callable[..., Any]
+RowsAt = Callable[[int, int, "Tensor | None"], Any]  # (start, stop, where to write them, perhaps) -> rows
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,17 @@ class Slab:
             parts.append(self._padding(hi - max(lo, self.size)))
         parts = [part for part in parts if part.shape[self.dim] > 0]
         assert sum(part.shape[self.dim] for part in parts) == hi - lo, f"rows {lo}:{hi} were not all fetched"
-        if isinstance(own, Recipe) or max(lo, 0) < min(hi, self.size):
+        if not isinstance(own, Tensor) or max(lo, 0) < min(hi, self.size):
             return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
         # Rows of padding alone would leave the autograd graph, and the halo's backward is collective.
         padding = torch.cat([own.narrow(self.dim, 0, 0), *parts], self.dim)  # whose format an empty part undoes
         return padding.contiguous(memory_format=memory_format(own))
 
-    def blank(self, rows: int) -> Tensor:
-        """Rows of padding alone: what an idle rank computes on, to keep its place in the autograd graph."""
-        return self.rows(self.size, self.size + rows)
-
     def _padding(self, rows: int) -> Tensor:
         own = self.own[2]
         shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
         return torch.full(shape, self.fill, dtype=own.dtype, device=own.device).contiguous(
-            memory_format=own.format if isinstance(own, Recipe) else memory_format(own)
+            memory_format=memory_format(own) if isinstance(own, Tensor) else own.format
         )
 
 
@@ -83,156 +84,193 @@ def _narrow(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
     return rows.narrow(dim, lo, hi - lo)
 
 
-def deferred_conv(
-    op: str,
-    conv: Conv,
+def compute_now(
+    kernel: Kernel,
     slab: Slab,
-    stencil: WindowStencil,
-    out: Interval,
-    shape: Sequence[int],
-    format: torch.memory_format,
+    stencil: Any,
+    plan: RankPlan,
     patch_rows: int,
-) -> Recipe:
-    """Output rows ``out`` of a convolution, to be computed when they are asked for; theirs are shape and format."""
-    (start, stop, source), dim = slab.own, slab.dim
-    assert isinstance(source, Recipe)
-    if kind_of(source.device) == "cpu":
-        _keep_freed_patches()
-    key = object()
-
-    def compute(walk: Walk, lo: int, hi: int) -> Part:
-        def read(a: int, b: int) -> Tensor:
-            return slab.rows(a, b, lambda i, j: walk.rows(source, i, j)[0])
-
-        a, b = stencil.need(out[0] + lo, out[0] + hi)
-        if source.value is not None and not walk.overwrites:
-            return conv(read(a, b), 0), True
-        follow = stencil.need(out[0] + hi, out[0] + hi + 1)[0]
-        return conv(walk.window(key, a, b, follow, dim, read), 0), True
-
-    # What a row reads above itself is carried, if it was read: rows that end above their place are not.
-    row_aligned = stencil.stride == 1 and out == (start, stop) and stencil.before < stencil.span
-    return Recipe(
-        source,
-        dim,
-        [source],
-        compute,
-        shape,
-        op=op,
-        format=format,
-        row_aligned=row_aligned,
-        expensive=True,
-        patch_rows=patch_rows,
-    )
-
-
-@cache
-def _keep_freed_patches() -> None:
-    """Let malloc keep what a patch has freed for the next one: to be given fresh pages takes longer than to use them.
-
-    glibc gives free memory back beyond twice the largest block that was freed so far, of up to 32 MiB. This one is
-    never touched, so that it costs no memory.
-    """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
-
-
-def convolve(
-    conv: Conv, slab: Slab, stencil: WindowStencil, out: Interval, patch_rows: int, sequential: bool
-) -> Tensor:
-    """Output rows ``out`` of a convolution (or any sliding window), ``patch_rows`` at a time."""
-    lo, hi = out
-    if lo == hi:
-        return conv(slab.blank(stencil.span), 0).narrow(slab.dim, 0, 0)
-    if patch_rows >= hi - lo:
-        return _whole(conv, slab, stencil, lo, hi)
-    if not sequential:
-        return _batched(conv, slab, stencil, lo, hi, patch_rows)
-    return in_patches(lambda a, b: conv(slab.rows(*stencil.need(a, b)), 0), out, patch_rows, slab.dim)
-
-
-def in_patches(rows_at: Callable[[int, int], Tensor], out: Interval, patch_rows: int, dim: int) -> Tensor:
-    """Output rows ``out``, computed by ``rows_at(start, stop)`` for ``patch_rows`` at a time."""
-    lo, hi = out
-    if patch_rows >= hi - lo:
-        return rows_at(lo, hi)
-    starts = range(lo, hi, patch_rows)
-    if torch.is_grad_enabled():
-        return torch.cat([rows_at(a, min(a + patch_rows, hi)) for a in starts], dim)
-    return _collect(((a, rows_at(a, min(a + patch_rows, hi))) for a in representative_chunks(starts)), dim, lo, hi)
-
-
-def _whole(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:
-    """One call on the rank's own rows as if they were the image; the rows at its seams are redone."""
+    *,
+    pads: bool = False,
+    view: bool = False,
+    together: bool = False,
+) -> Any:
+    """The rank's output rows, ``patch_rows`` at a time; ``together``: these patches as one batch."""
+    (lo, hi), (first, last), dim = plan.rows, plan.read, slab.dim
     start, stop, own = slab.own
-    pad, step, dim = stencil.before, stencil.stride, slab.dim
-    fits = pad == stencil.after and lo * step == start < stop and stop - start + 2 * pad >= stencil.span
-    fits = fits and stop - start >= stencil.dilation  # no window has only padding: the index of a maximum would be none
-    if not fits or stencil.out_rows(stop - start) != hi - lo:
-        return _copied(conv, slab, stencil, lo, hi)
-    top = min(ceil_div(start + pad, step), hi) if start > 0 else lo
-    bottom = max((stop + pad - stencil.span) // step + 1, top) if stop < slab.size else hi
-    if bottom - top < (hi - lo) // 2:
-        return _copied(conv, slab, stencil, lo, hi)
-    result = conv(own, pad)
-    for a, b in ((lo, top), (bottom, hi)):
-        if a < b:
-            result.narrow(dim, a - lo, b - a).copy_(conv(slab.rows(*stencil.need(a, b)), 0))
-    return result
+    if lo == hi:
+        return none_of(kernel(with_dummy_row(own.narrow(dim, 0, 0), dim, slab.fill, last - first), first, 0, 1), dim)
+    if patch_rows < hi - lo:
+        if together:
+            return _batched(kernel, slab, stencil, lo, hi, patch_rows)
+    elif pads and plan.seams is not None:
+        result = kernel(own, start, lo, hi)
+        for a, b, read in plan.seams:
+            result.narrow(dim, a - lo, b - a).copy_(kernel(slab.rows(*read), read[0], a, b))
+        return result
+    elif (start <= first and last <= stop) or view or is_recorded():
+        return kernel(slab.rows(first, last), first, lo, hi)
+    else:  # with its halo they are copied: a part at a time, where there are many
+        sizes = sizes_of(own.device)
+        parts = ceil_div(own.numel() * own.element_size(), sizes.part_bytes)
+        patch_rows = ceil_div(hi - lo, min(max(parts, 1), sizes.most_parts))
+
+    def rows_at(a: int, b: int) -> Any:
+        first, last = stencil.need(a, b)
+        return kernel(slab.rows(first, last), first, a, b)
+
+    return in_patches(rows_at, (lo, hi), patch_rows, dim)
 
 
-def _copied(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int) -> Tensor:
-    """Own rows and halo put together, which is a copy: of a part at a time, where there are many."""
-    own = slab.own[2]
-    sizes = sizes_of(own.device)
-    parts = 1 if _is_recorded() else ceil_div(own.numel() * own.element_size(), sizes.part_bytes)
-    patch_rows = ceil_div(hi - lo, min(max(parts, 1), sizes.most_parts))
-    return in_patches(lambda a, b: conv(slab.rows(*stencil.need(a, b)), 0), (lo, hi), patch_rows, slab.dim)
-
-
-def _batched(conv: Conv, slab: Slab, stencil: WindowStencil, lo: int, hi: int, patch_rows: int) -> Tensor:
+def _batched(kernel: Kernel, slab: Slab, stencil: WindowStencil, lo: int, hi: int, patch_rows: int) -> Tensor:
     """Patches folded into the batch, one call; the last patch overlaps its neighbour to be as tall."""
     starts = [min(a, hi - patch_rows) for a in range(lo, hi, patch_rows)]
-    patches = [slab.rows(*stencil.need(a, a + patch_rows)) for a in starts]
-    result = conv(torch.cat(patches, 0), 0)
+    needs = [stencil.need(a, a + patch_rows) for a in starts]
+    result = kernel(torch.cat([slab.rows(*need) for need in needs], 0), needs[0][0], lo, lo + patch_rows)
     *full, last = result.chunk(len(starts))  # views with a batch's own strides, which tell the memory format
     fresh = hi - lo - patch_rows * len(full)
     last = last.narrow(slab.dim, patch_rows - fresh, fresh)
     return torch.cat([*full, last], slab.dim)
 
 
-def _collect(results: Iterable[tuple[int, Tensor]], dim: int, lo: int, hi: int) -> Tensor:
-    """The patches' results, each with its first row, in one preallocated tensor of their memory format."""
-    whole: Tensor | None = None
-    for start, rows in results:
-        if whole is None:
-            shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
-            whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=memory_format(rows))
-        whole.narrow(dim, start - lo, rows.shape[dim]).copy_(rows)
+def rows_now(
+    step: Callable[..., Tensor],
+    parts: Sequence[Tensor],
+    dim: int,
+    *,
+    need: Callable[[int, int], Interval] | None = None,
+    shape: Sequence[int] | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """What ``step`` (``Step``, deferred_ops.py) makes of rows of the parts; all, or of those that ``need`` says.
+
+    With ``need`` never of more elements at a time than kernels can index.
+    """
+    rows = parts[0].shape[dim] if shape is None else shape[dim]
+    if need is not None and parts[0].shape[dim] == rows == 0:
+        dummies = [with_dummy_row(part, dim) for part in parts]
+        made: Tensor = none_of(step(dummies, [], 0, 1), dim)
+        return made
+    if need is not None and shape is not None:
+        chunk_rows = ceil_div(rows, fewest_calls(parts[0].numel(), math.prod(shape)))
+    if chunk_rows is None or chunk_rows >= rows:
+        return step(parts, [], 0, rows)
+
+    def rows_at(lo: int, hi: int, place: Tensor | None = None) -> Tensor:
+        start, stop = need(lo, hi) if need else (lo, hi)
+        spare = [] if place is None else [place]
+        return step([part.narrow(dim, start, stop - start) for part in parts], spare, lo, hi)
+
+    if need is not None:
+        made = in_patches(rows_at, (0, rows), chunk_rows, dim)
+    else:
+        made = collect(rows_at, (0, rows), chunk_rows, dim, torch.empty_like(parts[0]))
+    return made
+
+
+def with_dummy_row(rows: Tensor, dim: int, fill: Any = 0, count: int = 1) -> Tensor:
+    """The rows; of an idle rank, which has none, ``count`` of ``fill``.
+
+    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
+    as on other ranks, so that derivatives of any order reach the same exchanges.
+    """
+    if rows.shape[dim] > 0:
+        return rows
+    blank = rows.new_full([count if d == dim else n for d, n in enumerate(rows.shape)], fill)
+    return torch.cat([rows, blank], dim).contiguous(memory_format=memory_format(rows))
+
+
+def none_of(result: Any, dim: int) -> Any:
+    """No rows of one tensor or several; no view, so that a write to them is recorded as on other ranks."""
+    return map_tensors(lambda t: t.narrow(dim, 0, 0).clone(), result)
+
+
+def in_patches(rows_at: Callable[[int, int], Any], out: Interval, patch_rows: int, dim: int) -> Any:
+    """Output rows ``out``, computed by ``rows_at(start, stop)`` for ``patch_rows`` at a time; one tensor or several."""
+    lo, hi = out
+    if patch_rows >= hi - lo:
+        return rows_at(lo, hi)
+    if torch.is_grad_enabled():
+        return joined([rows_at(a, min(a + patch_rows, hi)) for a in range(lo, hi, patch_rows)], dim)
+    return collect(lambda a, b, place: rows_at(a, b), out, patch_rows, dim)
+
+
+def collect(
+    rows_at: RowsAt,
+    out: Interval,
+    patch_rows: int,
+    dim: int,
+    whole: Any = None,
+    *,
+    format: torch.memory_format | None = None,
+    last_too: bool = False,
+) -> Any:
+    """The same without gradients: in ``whole``, or in new tensors of the patches' memory format, or ``format``.
+
+    ``rows_at`` is given the place of its rows, where there is one already: it may write them there, or return others.
+    """
+    lo, hi = out
+    for a in representative_chunks(range(lo, hi, patch_rows), last_too):
+        b = min(a + patch_rows, hi)
+        place = whole.narrow(dim, a - lo, b - a) if isinstance(whole, Tensor) else None
+        rows = rows_at(a, b, place)
+        if isinstance(rows, tuple):
+            whole = whole or [None] * len(rows)
+            whole = [_put(each, held, a, out, dim, format) for each, held in zip(rows, whole, strict=True)]
+        else:
+            whole = _put(rows, whole, a, out, dim, format)
         del rows
-    assert whole is not None
+    return whole if isinstance(whole, Tensor) else tuple(whole)
+
+
+def _put(
+    rows: Tensor, whole: Tensor | None, at: int, out: Interval, dim: int, format: torch.memory_format | None
+) -> Tensor:
+    lo, hi = out
+    if whole is None:
+        shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
+        format = format or memory_format(rows)
+        whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
+    place = whole.narrow(dim, at - lo, rows.shape[dim])
+    if rows.storage_offset() != place.storage_offset() or not same_memory(rows, place):
+        place.copy_(rows)
     return whole
 
 
-def _is_recorded() -> bool:
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    return one is other or one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def joined(parts: Sequence[Any], dim: int) -> Any:
+    """Parts of a tensor, or of several, put together."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts), dim)
+    return type(parts[0])(joined(each, dim) for each in zip(*parts))
+
+
+def is_recorded() -> bool:
     """Whether each patch is kept, for a backward pass or in a compiled graph."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def fewest_calls(*numels: int) -> int:
     """In how many parts kernels can index tensors of so many elements."""
-    return max(ceil_div(max(numels), INDEX_LIMIT - 1), 1)
+    return max(numels) // INDEX_LIMIT + 1
 
 
-def choose_patch_rows(
-    splits: int | str,
-    rows: int,
-    local: Tensor | Recipe,
-    weight: Tensor,
-    out_numel: int,
-    min_numel: int = 0,
-    workspace_bytes: int | None = None,
-) -> int:
-    """Output rows a patch: what ``splits`` asks for, and never more elements than kernels can index.
+class Options(Protocol):
+    """How convolutions are cut (``convert_model``)."""
+
+    @property
+    def splits(self) -> int | str: ...
+    @property
+    def min_numel(self) -> int: ...
+    @property
+    def workspace_bytes(self) -> int | None: ...
+
+
+def choose_patch_rows(options: Options, rows: int, local: Any, weight: Tensor, out_numel: int) -> int:
+    """Output rows a patch: what ``options.splits`` asks for, and never more elements than kernels can index.
 
     ``rows``: output rows of this rank; ``out_numel``: elements of its output; a number of splits holds from
     ``min_numel`` elements of the input on. ``splits="auto"``: the fewest patches of which each, input and output
@@ -241,12 +279,12 @@ def choose_patch_rows(
     """
     numel, size = local.shape.numel(), local.dtype.itemsize
     fewest = fewest_calls(numel, out_numel)
-    if isinstance(splits, int):
-        fewest = max(fewest, splits if numel >= min_numel else 1)
-    elif not _is_recorded():
-        budget = workspace_bytes or sizes_of(local.device).workspace_bytes
+    if isinstance(options.splits, int):
+        fewest = max(fewest, options.splits if numel >= options.min_numel else 1)
+    elif not is_recorded():
+        budget = options.workspace_bytes or sizes_of(local.device).workspace_bytes
         patch = max(budget, PATCH_PER_WEIGHT * weight.numel() * size)
         total = size * (numel + out_numel)
         if 3 * patch <= 2 * total:
             fewest = max(fewest, ceil_div(total, patch))
-    return max(ceil_div(rows, fewest), 1)
+    return max(ceil_div(rows, fewest), 1) if fewest > 1 else rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 
+@lru_cache(maxsize=1024)
 def op_name(func: Any) -> str:
     """``conv2d``, ``data.__set__`` of a property, ``demo.blur.default`` of ``torch.ops``."""
     func = getattr(func, "_opoverload", func)

@@ -29,6 +29,23 @@ def torchrun(folder: Path, example: str, *arguments: str, processes: int = 2) ->
     return run(folder, *launcher, str(EXAMPLES / example), *arguments, "--out", str(folder))
 
 
+def test_minimal(tmp_path: Path) -> None:
+    """Every rank has the result of one device, in a program of no more lines than its page says."""
+    lines = (EXAMPLES / "minimal.py").read_text().splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 15
+    done = torchrun(tmp_path, "minimal.py")
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"rank (\d): largest difference from one device ([\d.]+e[+-]\d+)", done.stdout)
+    assert sorted(rank for rank, _ in found) == ["0", "1"], done.stdout
+    assert all(float(number) < 1e-5 for _, number in found)
+
+
+def test_every_example_is_listed() -> None:
+    page = (EXAMPLES / "README.md").read_text()
+    for example in EXAMPLES.glob("*.py"):
+        assert f"({example.name})" in page, f"{example.name} is not in torchrun_examples/README.md"
+
+
 def test_decode_vae(tmp_path: Path) -> None:
     """Encodes and decodes the photograph on two ranks; differs from one process by rounding only."""
     done = torchrun(tmp_path, "decode_vae.py", "--size", "128")

@@ -1,4 +1,4 @@
-"""``benchmarks/peers.py``: one peer measured, one that is not installed, one that fails; table, JSON, plot."""
+"""``python -m benchmarks.peers``: one peer measured, one that is not installed, one that fails; table, JSON, plot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_peers(tmp_path: Path) -> None:
     options = ["--size", "64", "--rounds", "1", "--workload", "stack", "--device", "cpu"]
     peers = ["--only", "distpatch", "--only", "dtensor"]
     done = subprocess.run(
-        [sys.executable, "benchmarks/peers.py", *options, *peers, "--json", str(numbers), "--plot", str(picture)],
+        [sys.executable, "-m", "benchmarks.peers", *options, *peers, "--json", str(numbers), "--plot", str(picture)],
         cwd=ROOT,
         env={**os.environ, "COLUMNS": "150"},
         capture_output=True,
@@ -37,7 +37,7 @@ def test_peers(tmp_path: Path) -> None:
     assert "Error" in results["DTensor"]["problem"] and re.search(r"DTensor: \w+Error", done.stdout)
     assert picture.stat().st_size > 0
     again = subprocess.run(
-        [sys.executable, "benchmarks/peers.py", "--from", str(numbers)],
+        [sys.executable, "-m", "benchmarks.peers", "--from", str(numbers)],
         cwd=ROOT,
         env={**os.environ, "COLUMNS": "150"},
         capture_output=True,
@@ -49,6 +49,6 @@ def test_peers(tmp_path: Path) -> None:
 
 def test_wrong_options_are_said() -> None:
     done = subprocess.run(
-        [sys.executable, "benchmarks/peers.py", "--only", "nobody"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.peers", "--only", "nobody"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and "there is no peer nobody" in done.stderr

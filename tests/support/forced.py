@@ -1,6 +1,6 @@
 """The suite once more, with all that is usually kept for large tensors: ``pytest --forced``.
 
-Rows of any size wait until they are asked for, and every convolution is cut into three patches.
+Rows of any size are deferred, and every convolution is cut into three patches.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ SPLITS = 3
 IS_ON = bool(os.environ.get(VARIABLE))
 
 
+def defer_rows_of_any_size() -> None:
+    """Small results are deferred, too."""
+    from distpatch.lazy import recipe
+
+    recipe.LEAST_BYTES = 0
+
+
 def apply() -> None:
     """In this process, and in those that it starts."""
-    from distpatch.lazy import recipe
     from distpatch.model import convert
     from distpatch.tensor.region import Region
 
     global IS_ON
     IS_ON = True
     os.environ[VARIABLE] = "1"
-    recipe.LEAST_BYTES = 0
+    defer_rows_of_any_size()
     defaults = Region.__init__.__defaults__
     names = [name for name, field in Region.__dataclass_fields__.items() if name != "comm"]
     changed = dict(zip(names, defaults, strict=True)) | {"splits": SPLITS, "lazy": True}

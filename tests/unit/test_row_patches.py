@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,21 +12,30 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import WindowStencil
-from distpatch.layout.transfers import plan_stencil
-from distpatch.lazy.row_patches import Slab, choose_patch_rows, convolve
+from distpatch.layout.transfers import RankPlan, plan_rank
+from distpatch.lazy.row_patches import Slab, choose_patch_rows, compute_now
+from distpatch.rules.core.halo import paddings
 from tests.support.oracle import random_tensor
 from tests.unit.test_layout import bounds_of
 from tests.unit.test_stencil import windows
 
 
-def slabs(x: Tensor, bounds: tuple[int, ...], stencil: WindowStencil) -> Iterator[tuple[Slab, tuple[int, int]]]:
-    """What each rank would hold after the exchange, and its output rows."""
-    plan = plan_stencil(bounds, stencil)
-    for rank, needs in enumerate(plan.needs):
-        intervals = (needs[0], bounds[rank : rank + 2], needs[1])
-        pieces = tuple((lo, x[:, :, lo:hi]) for lo, hi in intervals)
-        yield Slab(pieces, 1, 2, x.shape[2]), plan.out[rank : rank + 2]
+@dataclass
+class Options:
+    splits: int | str = 1
+    min_numel: int = 0
+    workspace_bytes: int | None = None
+
+
+def slabs(x: Tensor, bounds: tuple[int, ...], stencil: WindowStencil) -> Iterator[tuple[Slab, RankPlan]]:
+    """What each rank would hold after the exchange, and its share of the output."""
+    for rank in range(len(bounds) - 1):
+        plan = plan_rank(RowLayout(2, bounds), stencil, rank)
+        above, below = plan.needs[rank]
+        pieces = tuple((lo, x[:, :, lo:hi]) for lo, hi in (above, bounds[rank : rank + 2], below))
+        yield Slab(pieces, 1, 2, x.shape[2]), plan
 
 
 @given(bounds_of(most_rows=14, most_ranks=4), windows, st.integers(1, 12), st.booleans(), st.booleans(), st.booleans())
@@ -41,13 +51,15 @@ def test_convolve(
     weight = random_tensor((4, 3, stencil.kernel, 3), seed=1).requires_grad_(grad)
     options = {"stride": (stencil.stride, 1), "dilation": (stencil.dilation, 1)}
 
-    def conv(part: Tensor, row_padding: int) -> Tensor:
-        return F.conv2d(part, weight, padding=(row_padding, 1), **options)
+    def conv(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
+        pads = paddings([stencil, WindowStencil(3, before=1, after=1)], 0, start, lo)
+        return F.conv2d(rows, weight, padding=pads, **options)
 
     right = F.conv2d(F.pad(x, (1, 1, stencil.before, stencil.after)), weight, **options)
     with torch.set_grad_enabled(grad):
         outputs = [
-            convolve(conv, slab, stencil, out, patch_rows, sequential) for slab, out in slabs(x, bounds, stencil)
+            compute_now(conv, slab, stencil, plan, patch_rows, pads=True, together=not sequential)
+            for slab, plan in slabs(x, bounds, stencil)
         ]
     torch.testing.assert_close(torch.cat(outputs, 2), right, rtol=1e-12, atol=1e-12)
     assert grad == all(out.requires_grad for out in outputs)
@@ -68,16 +80,16 @@ def test_slab_rows() -> None:
 @pytest.mark.parametrize(("splits", "rows", "patch"), [(1, 9, 9), (3, 9, 3), (4, 9, 3), (100, 9, 1), (2, 1, 1)])
 def test_splits(splits: int, rows: int, patch: int) -> None:
     x, weight = torch.zeros(1, 1, rows, 4), torch.zeros(1, 1, 3, 3)
-    assert choose_patch_rows(splits, rows, x, weight, x.numel()) == patch
+    assert choose_patch_rows(Options(splits), rows, x, weight, x.numel()) == patch
 
 
 def test_never_more_elements_than_an_index_can_count() -> None:
     """Of the output too: 4 GiB elements are at least three calls, asked for or not."""
     x, weight = torch.empty(1, 1, 64, 2, device="meta"), torch.empty(1, 1, 3, 3, device="meta")
-    assert choose_patch_rows(1, 64, x, weight, 2**32) == 64 // 3 + 1
-    assert choose_patch_rows(8, 64, x, weight, 2**32) == 8
+    assert choose_patch_rows(Options(1), 64, x, weight, 2**32) == 64 // 3 + 1
+    assert choose_patch_rows(Options(8), 64, x, weight, 2**32) == 8
     large = torch.empty(1, 2**20, 64, 64, device="meta")
-    assert choose_patch_rows(1, 64, large, weight, 8) == 64 // 3 + 1
+    assert choose_patch_rows(Options(1), 64, large, weight, 8) == 64 // 3 + 1
 
 
 def test_automatic_splits_only_where_they_pay() -> None:
@@ -85,7 +97,7 @@ def test_automatic_splits_only_where_they_pay() -> None:
     x, weight = torch.zeros(1, 8, 64, 16), torch.zeros(1, 8, 1, 1)
 
     def rows(of: Tensor, weight: Tensor, budget: int) -> int:
-        return choose_patch_rows("auto", 64, of, weight, of.numel(), workspace_bytes=budget)
+        return choose_patch_rows(Options("auto", workspace_bytes=budget), 64, of, weight, of.numel())
 
     with torch.no_grad():
         assert rows(x, weight, x.nbytes) == 32  # input and output: two of these
@@ -94,6 +106,6 @@ def test_automatic_splits_only_where_they_pay() -> None:
         assert rows(x, weight, 2 * x.nbytes) == 64
         assert rows(x, weight, 3 * x.nbytes // 2) == 64  # a rest of a third is not worth a call
         assert rows(x, torch.zeros(64, 8, 9, 9), 1) == 64
-        assert choose_patch_rows(4, 64, x, weight, x.numel(), min_numel=x.numel()) == 16
-        assert choose_patch_rows(4, 64, x, weight, x.numel(), min_numel=x.numel() + 1) == 64
+        assert choose_patch_rows(Options(4, x.numel()), 64, x, weight, x.numel()) == 16
+        assert choose_patch_rows(Options(4, x.numel() + 1), 64, x, weight, x.numel()) == 64
     assert rows(x, weight, 1) == 64

@@ -16,10 +16,10 @@ from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.layout.rows import EMPTY, BlockLayout, Needs, RowLayout, even_bounds
 from distpatch.layout.transfers import needs_in_order
-from distpatch.lazy import recipe as lazy
 from distpatch.lazy.recipe import Recipe
+from distpatch.lazy.row_patches import none_of, with_dummy_row
 from distpatch.rules.core.gather_records import record
-from distpatch.rules.core.registry import none_of, nth
+from distpatch.rules.core.registry import nth
 from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils import memory_format
 from distpatch.torch_utils.memory_format import Order
@@ -32,19 +32,6 @@ def kept(x: PatchTensor, local: Any, dims: Sequence[int], keepdim: bool) -> Any:
     gone = 0 if keepdim else sum(d < x.row_layout.dim for d in dims)
     layout = x.row_layout.with_dim(x.row_layout.dim - gone)
     return map_tensors(lambda t: wrap(t, x, layout), local)
-
-
-def with_dummy_row(rows: Tensor, dim: int, fill: Any = 0, count: int = 1) -> Tensor:
-    """The rows; of an idle rank, which has none, ``count`` of ``fill``, which stay in the autograd graph.
-
-    Kernels refuse empty images, and an idle rank must keep its place in the autograd graph: the same operations
-    as on other ranks, so that derivatives of any order reach the same exchanges.
-    """
-    if rows.shape[dim] > 0:
-        return rows
-    size = list(rows.shape)
-    size[dim] = count
-    return torch.cat([rows, rows.new_full(size, fill)], dim)
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -71,33 +58,6 @@ def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = N
     return result
 
 
-def can_defer(x: PatchTensor, size_bytes: int | None = None) -> bool:
-    """Whether what is made of ``x``, of so many bytes on this rank, may be computed when it is asked for."""
-    if not x.region.lazy or torch.is_grad_enabled():
-        return False
-    known = x.local_or_recipe
-    if size_bytes is None:
-        size_bytes = known.shape.numel() * known.dtype.itemsize
-    return (
-        size_bytes >= lazy.LEAST_BYTES
-        and type(x) is PatchTensor
-        and known.dtype.is_floating_point
-        and x.strides is None
-        and not x.row_stride
-        and known.shape.numel() > 0
-        and known.device.type != "meta"
-        and not torch.is_autocast_enabled(known.device.type)
-        and not torch.compiler.is_compiling()
-    )
-
-
-def materialize_if_costly(x: PatchTensor) -> PatchTensor:
-    """Rows that are dear to compute, or keep more alive than they are, are computed at their next consumer."""
-    if x.is_deferred and (x.recipe.expensive or x.recipe.consumers or x.recipe.held_bytes > x.recipe.size_bytes):
-        x.materialize()
-    return x
-
-
 def shares_memory(local: Tensor, other: Tensor) -> bool:
     """Whether it sees what is written to the other."""
     if torch.compiler.is_compiling():
@@ -110,10 +70,11 @@ def replicated_operand(tensor: Tensor, like: PatchTensor) -> Tensor:
     tensor = gather_replicated(tensor)
     if type(tensor) not in _PLAIN and is_dtensor(tensor):
         raise UnsupportedOpError(refusal(tensor))
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        known = like.region.replicas.get(id(tensor))
-        if known is not None and known[0] is tensor:
-            return known[1]
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return tensor
+    known = like.region.replicas.get(id(tensor))
+    if known is not None and known[0] is tensor:
+        return known[1]
     return collectives.replicated_operand(tensor, like.comm.name)
 
 
@@ -169,13 +130,6 @@ def gather_partial(x: PatchTensor, func: Any) -> Tensor:
 def whole_operand(tensor: Tensor, like: PatchTensor, func: Any) -> Tensor:
     """All of an operand, to be met by this rank's rows; its gradient is what all ranks add to it."""
     return gather_partial(tensor, func) if isinstance(tensor, PatchTensor) else replicated_operand(tensor, like)
-
-
-def joined(parts: Sequence[Any], dim: int) -> Any:
-    """Parts of a tensor, or of several, put together."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts), dim)
-    return type(parts[0])(joined(each, dim) for each in zip(*parts))
 
 
 def in_compute_dtype(x: PatchTensor) -> PatchTensor:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.rule_table import RULES, Rule, RuleEntry
-from distpatch.torch_utils.tree import map_tensors
 
 R = TypeVar("R", bound=Rule)
 
@@ -100,11 +99,6 @@ def written(x: PatchTensor) -> PatchTensor:
     if base is not None and x.local.numel() == 0 and type(x.local.grad_fn).__name__.startswith("AsStrided"):
         x.local = base.reshape(-1).narrow(0, 0, 0).view(x.local.shape)
     return x
-
-
-def none_of(result: Any, dim: int) -> Any:
-    """No rows of one tensor or several; no view, so that a write to them is recorded as on other ranks."""
-    return map_tensors(lambda t: t.narrow(dim, 0, 0).clone(), result)
 
 
 def nth(dim: int, ndim: int) -> int:

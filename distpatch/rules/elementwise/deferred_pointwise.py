@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from distpatch.lazy.buffer_reuse import own
 from distpatch.lazy.deferred_ops import defer
-from distpatch.lazy.recipe import MOST_HELD, MOST_STEPS, Recipe
-from distpatch.rules.core.operands import can_defer
+from distpatch.lazy.recipe import MOST_HELD, Recipe
+from distpatch.rules.core.executor import deferrable
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
 
@@ -48,23 +49,15 @@ def defer_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     in_place = in_place or bool(kwargs.get("inplace"))
     if in_place and not (args[0] is lead and lead.is_deferred):
         return None
-    if not can_defer(lead) or any(not _alike(x, lead) for x in sharded):
-        return None
-    if any(x.as_recipe.format is not lead.as_recipe.format for x in sharded):
-        return None
-    first = next(arg for arg in args if isinstance(arg, Tensor))  # it says how the result stands in memory
-    if first.shape != lead.shape and lead.as_recipe.format is not torch.contiguous_format:
-        return None
     kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-    values: list[Any] = []
-    for arg in args:
-        operand = arg if isinstance(arg, PatchTensor) or not isinstance(arg, Tensor) else _small(arg, lead)
-        if operand is None or isinstance(operand, (list, tuple)):
-            return None
-        values.append(operand)
-    for x in sharded:
-        if x.is_deferred and ((x.recipe.expensive and x.recipe.consumers) or x.recipe.steps >= MOST_STEPS):
-            x.materialize()
+    values = [_small(arg, lead) if _is_plain(arg) else arg for arg in args]
+    first = next(arg for arg in args if isinstance(arg, Tensor))  # it says how the result stands in memory
+    if any(value is None or isinstance(value, (list, tuple)) for value in values):
+        return None
+    if (recipes := deferrable(sharded, lead, fused=True)) is None:
+        return None
+    if first.shape != lead.shape and recipes[0].format is not torch.contiguous_format:
+        return None
     recipe = _recipe(function, values, kwargs, lead, has_inplace, out)
     if recipe is None:
         return None
@@ -77,6 +70,10 @@ def defer_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         own(recipe, lead)
         return lead
     return PatchTensor(recipe, lead.row_layout, lead.region)
+
+
+def _is_plain(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and not isinstance(arg, PatchTensor)
 
 
 @lru_cache(maxsize=1024)
@@ -99,15 +96,6 @@ def _form(func: Any) -> tuple[Any, bool, Any, bool] | None:
     except (TypeError, ValueError):
         has_inplace = False
     return func, has_inplace, getattr(torch, known) if known in _WITH_OUT else None, in_place
-
-
-def _alike(x: PatchTensor, lead: PatchTensor) -> bool:
-    return (
-        type(x) is PatchTensor
-        and x.row_layout == lead.row_layout
-        and x.ndim == lead.ndim
-        and (x.comm is lead.comm and x.strides is None and not x.row_stride)
-    )
 
 
 def _small(tensor: Tensor, lead: PatchTensor) -> Tensor | None:
@@ -135,19 +123,19 @@ def _recipe(
     shape[row] = lead.as_recipe.num_rows
     constants = [None if i in places else value for i, value in enumerate(values)]
 
-    def step(parts: list[Tensor], mine: list[bool]) -> Tensor:
+    def step(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
         operands = list(constants)
         for i, part in zip(places, parts):
             operands[i] = part
-        if has_inplace and mine[0] and places[0] == 0:
+        if has_inplace and places[0] == 0 and any(rows is parts[0] for rows in spare):
             return func(*operands, **kwargs, inplace=True)
         if out is not None:
-            for part, own in zip(parts, mine):
-                if own and part.dtype == sample.dtype and _covers(part, shape, row):
-                    return out(*operands, **kwargs, out=part)
+            for rows in spare:
+                if rows.dtype == sample.dtype and _covers(rows, shape, row):
+                    return out(*operands, **kwargs, out=rows)
         return func(*operands, **kwargs)
 
-    recipe = defer(op_name(func), lead.as_recipe, parents, step, shape=shape, dtype=sample.dtype)
+    recipe = defer(op_name(func), parents, step, shape=shape, dtype=sample.dtype)
     return recipe if recipe.held_bytes <= MOST_HELD * recipe.size_bytes else None
 
 

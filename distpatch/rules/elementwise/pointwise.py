@@ -10,7 +10,7 @@ from torch import Tensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.aliasing import mutates, written_tensors
 from distpatch.rules.core.fresh_buffers import shard_like
-from distpatch.rules.core.operands import can_defer, local_operand, local_slice, replicated_operand, wrap
+from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule, written
 from distpatch.rules.elementwise.deferred_pointwise import defer_pointwise
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
@@ -22,22 +22,23 @@ from distpatch.torch_utils.tree import map_tensors, tensors_in
 def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     """The rule of every element-wise function; broadcasting follows the global shapes."""
     lead: PatchTensor | None = None
+    alike = True
     for arg in args:
         if type(arg) is PatchTensor:
             if lead is None:
                 lead = arg
             elif arg.row_layout != lead.row_layout or arg.ndim != lead.ndim or arg.region.comm is not lead.region.comm:
+                alike = False
                 break
         elif isinstance(arg, (Tensor, list, tuple)):
+            alike = False
             break
-    else:
-        if lead is not None and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
-            if can_defer(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
-                return later
+    if lead is not None:
+        if lead.region.lazy and (later := defer_pointwise(func, args, kwargs)) is not None:
+            return later
+        if alike and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
             locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]
             return _wrap(func(*locals_, **kwargs), lead, lead.row_layout.dim - lead.ndim)
-    if lead is not None and can_defer(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
-        return later
     return _broadcast(func, args, kwargs)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from distpatch.errors import UnsupportedOpError
+from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.aliasing import mutates
-from distpatch.rules.core.operands import with_dummy_row
 from distpatch.rules.core.registry import keys
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.tensor.patch_tensor import PatchTensor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distpatch.comm.collectives import join_gradients
 from distpatch.layout.stencil import ceil_div
-from distpatch.lazy.row_patches import in_patches
+from distpatch.lazy.row_patches import in_patches, none_of, with_dummy_row
 from distpatch.rules.core.operands import (
     autocast,
     check_group,
@@ -25,10 +25,9 @@ from distpatch.rules.core.operands import (
     precise,
     redistribute,
     whole_operand,
-    with_dummy_row,
     wrap,
 )
-from distpatch.rules.core.registry import none_of, rule
+from distpatch.rules.core.registry import rule
 from distpatch.rules.linalg.einsum import contract
 from distpatch.rules.linalg.kept_scores import keeps_scores, planned
 from distpatch.rules.linalg.matmul import batched

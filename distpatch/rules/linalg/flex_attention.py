@@ -16,7 +16,8 @@ from torch.nn.attention import flex_attention as module
 from torch.overrides import handle_torch_function, has_torch_function
 
 from distpatch.layout.rows import BlockLayout
-from distpatch.rules.core.operands import whole_operand, with_dummy_row, wrap
+from distpatch.lazy.row_patches import with_dummy_row
+from distpatch.rules.core.operands import whole_operand, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor
 

@@ -6,7 +6,7 @@ Never E[x²] - E[x]²: centred moments are merged by Chan's formula (``collectiv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,13 @@ from distpatch.comm.collectives import merge_moments, replicated_operand, stack_
 from distpatch.comm.communicator import communicator_of
 from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import Interval
-from distpatch.lazy.deferred_ops import defer
+from distpatch.lazy.deferred_ops import Step
 from distpatch.lazy.recipe import Recipe
+from distpatch.lazy.row_patches import rows_now
 from distpatch.profiling.op_costs import representative_chunks
-from distpatch.rules.core.operands import needs_grad
+from distpatch.rules.core.executor import deferrable, run_rows
+from distpatch.rules.core.operands import needs_grad, wrap
+from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import kind_of, sizes_of
 from distpatch.torch_utils.memory_format import memory_format
 
@@ -146,18 +149,6 @@ class Norm:
         return t.repeat_interleave(channels // self.groups, 1) if self.groups else t.unsqueeze(0)
 
 
-def defer_norm(rows: Recipe, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Recipe, Tensor, Tensor]:
-    """As ``normalize``: the statistics now, the rows when they are asked for."""
-    mean, var = norm.statistics(rows)
-    weight, bias = (t if t is None else t.detach() for t in (weight, bias))
-    scale = scaling(rows, mean, var, weight, bias, norm.eps)
-
-    def step(parts: list[Tensor], mine: list[bool]) -> Tensor:
-        return scale(parts[0], parts[0] if mine[0] else None)
-
-    return defer(norm.op, rows, [rows], step), mean, var
-
-
 def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """``(local - mean) / sqrt(var + eps) * weight + bias``; and the mean and var, without gradients.
 
@@ -166,30 +157,38 @@ def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: N
     if needs_grad(local, weight, bias):
         return _Normalize.apply(local, weight, bias, norm)
     mean, var = norm.statistics(local)
-    return _scaled(local, mean, var, weight, bias, norm), mean, var
-
-
-def _scaled(local: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
     local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
     if local.numel() == 0:
-        return torch.empty_like(local)
-    scale = scaling(local, mean, var, weight, bias, norm.eps)
+        return torch.empty_like(local), mean, var
+    step, along = scaling(local, mean, var, weight, bias, norm.eps), max(norm.row_layout.dim, 2)
+    out = rows_now(step, [local], along, shape=local.shape, chunk_rows=_chunk_rows(local, along))
+    return out, mean, var
+
+
+def normalize_rows(
+    x: PatchTensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
+) -> tuple[PatchTensor, Tensor, Tensor]:
+    """The same of a sharded tensor: the statistics now; the rows may be deferred, and those of ``x`` may be, too."""
+    if x.row_layout.dim < 2 or deferrable([x], x) is None:
+        out, mean, var = normalize(x.local, weight, bias, norm)
+        return wrap(out, x), mean, var
+    rows = x.as_recipe
+    mean, var = norm.statistics(rows)
+    weight, bias = (t if t is None else t.detach() for t in (weight, bias))
+    return run_rows(norm.op, [x], scaling(rows, mean, var, weight, bias, norm.eps), shape=rows.shape), mean, var
+
+
+def _chunk_rows(local: Tensor, along: int) -> int | None:
+    """Rows of the dim ``along`` that a second reading finds in the cache; None on devices without a large one."""
     sizes = sizes_of(local.device)
-    if not sizes.reads_twice:
-        return scale(local, None)
-    along, out = max(norm.row_layout.dim, 2), torch.empty_like(local)
-    chunk_rows = sizes.statistics_bytes * local.shape[along] // (local.numel() * local.element_size())
-    for lo, hi in representative_chunks(_intervals(local.shape[along], chunk_rows)):
-        scale(local.narrow(along, lo, hi - lo), out.narrow(along, lo, hi - lo))
-    return out
-
-
-Scaling = Callable[[Tensor, "Tensor | None"], Tensor]  # (rows, where to write) -> the rows, scaled
+    if not sizes.reads_twice or torch.compiler.is_compiling():
+        return None
+    return max(sizes.statistics_bytes * local.shape[along] // max(local.numel() * local.element_size(), 1), 1)
 
 
 def scaling(
     like: Tensor | Recipe, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Scaling:
+) -> Step:
     """``(rows - mean) / sqrt(var + eps) * weight + bias`` of any rows of a tensor like this one.
 
     On a CPU in this order: torch's kernel has ``rows * scale + shift``, which far from 0 rounds twice what cancels.
@@ -202,20 +201,21 @@ def scaling(
         shape = [*middle.shape, *[1] * (like.ndim - 2)]
         centre, by, to = (t.to(precise).view(shape) for t in (middle, scale, shift))
 
-        def centred(rows: Tensor, out: Tensor | None) -> Tensor:
-            result = torch.sub(rows, centre, out=out)
+        def centred(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
+            result = torch.sub(parts[0], centre, out=spare[0] if spare else None)
             return result.mul_(by).add_(to)
 
         return centred
     mean, var, bias = middle, var.to(precise), shift.to(precise)
     weight = None if weight is None else weight.to(precise)
 
-    def normalized(rows: Tensor, out: Tensor | None) -> Tensor:
+    def normalized(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
         """Batch norm in evaluation is this formula, in one pass, computed in fp32 for half precision."""
+        rows = parts[0]
         if len(mean) == 1:
             result = F.batch_norm(rows, mean[0], var[0], weight, bias[0], eps=eps)
-            return result if out is None else out.copy_(result)
-        result = torch.empty_like(rows) if out is None else out
+            return spare[0].copy_(result) if spare else result
+        result = spare[0] if spare else torch.empty_like(rows)
         for sample, part in enumerate(rows.split(1)):
             result[sample] = F.batch_norm(part, mean[sample], var[sample], weight, bias[sample], eps=eps)[0]
         return result

@@ -11,19 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
-from distpatch.lazy.recipe import Recipe
 from distpatch.rules.core.operands import (
     along_rows,
     autocast,
     beside_rows,
-    can_defer,
-    materialize_if_costly,
     precise,
     replicated_operand,
     wrap,
 )
 from distpatch.rules.core.registry import R, named, rule
-from distpatch.rules.reductions.moments import Norm, defer_norm, normalize
+from distpatch.rules.reductions.moments import Norm, normalize, normalize_rows
 from distpatch.tensor.patch_tensor import PatchTensor, RowCopy, gather_replicated
 from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.op_names import op_name
@@ -92,18 +89,6 @@ def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
     return Norm(groups, eps, input.row_layout, input.comm.name, op_name(func))
 
 
-def _normalized(
-    input: PatchTensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
-) -> tuple[PatchTensor, Tensor, Tensor]:
-    """The rows by their own statistics, when they are asked for; and these, mean and variance, now."""
-    out: Tensor | Recipe
-    if can_defer(input) and input.row_layout.dim >= 2:
-        out, mean, var = defer_norm(materialize_if_costly(input).as_recipe, weight, bias, norm)
-    else:
-        out, mean, var = normalize(input.local, weight, bias, norm)
-    return wrap(out, input), mean, var
-
-
 @norm_rule(*named("group_norm"), keeps_format=True)
 def group_norm(
     func: Any,
@@ -120,7 +105,7 @@ def group_norm(
     if input.row_layout.dim == 1 or input.shape[1] % num_groups:
         return NotImplemented
     input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
-    return _normalized(input, weight, bias, _norm(func, input, num_groups, eps))[0]
+    return normalize_rows(input, weight, bias, _norm(func, input, num_groups, eps))[0]
 
 
 @norm_rule(F.batch_norm, keeps_format=True)
@@ -172,7 +157,7 @@ def instance_norm(
         return _fixed(func, input, *stats)
     F._verify_spatial_size(list(input.shape))  # type: ignore[attr-defined]
     norm = _norm(func, input, input.shape[1], eps)
-    out, mean, var = _normalized(input, weight, bias, norm)
+    out, mean, var = normalize_rows(input, weight, bias, norm)
     _keep_running(running_mean, running_var, mean, var, norm.count(input.local_or_recipe), momentum)
     return out
 

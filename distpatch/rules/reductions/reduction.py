@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.collectives import stack_ranks
+from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.operands import (
     autocast,
     kept,
@@ -19,7 +20,6 @@ from distpatch.rules.core.operands import (
     on_some_rows,
     precise,
     sum_ranks,
-    with_dummy_row,
 )
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.reductions.moments import merge_ranks, moments

@@ -17,14 +17,12 @@ from torch import Tensor
 
 from distpatch.layout.rows import Bounds, RowLayout, even_bounds
 from distpatch.layout.transfers import padded
-from distpatch.lazy.deferred_ops import defer
+from distpatch.rules.core.executor import run_rows
 from distpatch.rules.core.operands import (
-    can_defer,
     check_group,
     fetch,
     in_memory_of,
     local_rows_of,
-    materialize_if_costly,
     normalize_dims,
     redistribute,
     replicated_operand,
@@ -93,31 +91,12 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     at = nth(dim, lead.ndim)
     if at == lead.row_layout.dim:
         return assembled(func, tensors, [(k, 0, t.shape[at]) for k, t in enumerate(tensors)])
-    if (later := _defer_cat(func, tensors, lead, at)) is not None:
-        return later
+    sharded = [t for t in tensors if isinstance(t, PatchTensor) and t.row_layout == lead.row_layout]
+    if len(sharded) == len(tensors):
+        for t in sharded:
+            check_group(t, lead, func)
+        return run_rows(op_name(func), sharded, lambda parts, *_: func(parts, at))
     return wrap(func([local_rows_of(t, lead, lead.row_layout.dim - lead.ndim, func) for t in tensors], at), lead)
-
-
-def _defer_cat(func: Any, tensors: Sequence[Tensor], lead: PatchTensor, at: int) -> PatchTensor | None:
-    """When it is asked for, where all are of the same kind and rows; else None."""
-    size_bytes = sum(t.local_or_recipe.shape.numel() * t.dtype.itemsize for t in tensors if isinstance(t, PatchTensor))
-    recipes = []
-    for t in tensors:
-        if (
-            not isinstance(t, PatchTensor)
-            or t.row_layout != lead.row_layout
-            or t.dtype != lead.dtype
-            or not can_defer(t, size_bytes)
-        ):
-            return None
-        if t.comm is not lead.comm or t.ndim != lead.ndim:
-            return None
-        recipes.append(materialize_if_costly(t).as_recipe)
-    sizes = [[n for d, n in enumerate(t.shape) if d != at] for t in tensors]
-    if any(own != sizes[0] for own in sizes):
-        return None
-    shape = [sum(t.shape[at] for t in tensors) if d == at else n for d, n in enumerate(recipes[0].shape)]
-    return wrap(defer(op_name(func), recipes[0], recipes, lambda parts, mine: func(parts, at), shape=shape), lead)
 
 
 @rule(*named("stack"), any_order=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
-from distpatch.lazy.deferred_ops import defer
 from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
-from distpatch.rules.core.operands import can_defer, dim_order, local_rows_of, wrap
+from distpatch.rules.core.executor import run_rows
+from distpatch.rules.core.operands import dim_order, local_rows_of, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.rule_table import Rule
@@ -124,31 +124,15 @@ def convert(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     kwargs = {k: _kind(a) if isinstance(a, PatchTensor) else a for k, a in kwargs.items()}
     if not isinstance(x, PatchTensor):
         return func(x, *args, **kwargs)
-    if can_defer(x) and (later := _defer_cast(func, x, args, kwargs)) is not None:
-        return later
-    result = func(x.local, *args, **kwargs)
-    return x if result is x.local else wrap(result, x)
+    cast_alone = kwargs.get("memory_format", torch.preserve_format) is torch.preserve_format
+    return run_rows(
+        op_name(func), [x], lambda parts, *_: func(parts[0], *args, **kwargs), may_defer=cast_alone, fused=True
+    )
 
 
 def _kind(x: PatchTensor) -> Tensor:
     """A tensor of its dtype and device."""
     return x.recipe.sample() if x.is_deferred else x.local
-
-
-def _defer_cast(func: Any, x: PatchTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PatchTensor | None:
-    """In another dtype alone, when it is asked for; None where something else is asked for."""
-    recipe = x.as_recipe
-    sample = recipe.sample()
-    result = func(sample, *args, **kwargs)
-    if result is sample:
-        return x
-    if result.device != sample.device or result.dtype == sample.dtype or not result.dtype.is_floating_point:
-        return None
-    if kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format:
-        return None
-    return wrap(
-        defer(op_name(func), recipe, [recipe], lambda parts, mine: parts[0].to(result.dtype), dtype=result.dtype), x
-    )
 
 
 @rule(torch.Tensor.is_contiguous, any_order=True)

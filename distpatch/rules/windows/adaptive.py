@@ -18,11 +18,12 @@ from torch import Tensor
 from distpatch.comm.collectives import stack_ranks
 from distpatch.layout.stencil import AreaStencil
 from distpatch.layout.transfers import plan_stencil
-from distpatch.rules.core.halo import run_stencil
-from distpatch.rules.core.operands import on_some_rows, per_dim, sum_ranks, wrap
+from distpatch.lazy.row_patches import with_dummy_row
+from distpatch.rules.core.halo import run_stencil, spatial_dims
+from distpatch.rules.core.operands import on_some_rows, per_dim, precise, sum_ranks, wrap
 from distpatch.rules.core.registry import named, rule
-from distpatch.rules.windows.filters import averaged, precise
-from distpatch.rules.windows.pooling import global_indices, spatial_dims
+from distpatch.rules.windows.filters import averaged
+from distpatch.rules.windows.pooling import global_indices
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors
@@ -51,7 +52,7 @@ def adaptive_avg_pool(func: Any, input: PatchTensor, output_size: Sizes) -> Any:
         counts = -(-(row + 1) * parts.rows_in // parts.rows_out) - row * parts.rows_in // parts.rows_out
         return _merged(total.div(counts.view([-1] + [1] * (input.ndim - 1 - dim))).to(dtype), input, parts)
     if parts.rows_in % parts.rows_out == 0:
-        return run_stencil(lambda rows, start, lo, hi: pool(rows, hi - lo), input, parts, func)
+        return run_stencil(func, input, parts, lambda rows, start, lo, hi: pool(rows, hi - lo))
     columns = on_some_rows(lambda rows: pool(rows, rows.shape[dim]), input.local.to(precise(dtype)), dim)
     x = averaged(wrap(columns, input), parts.rows_out, func)
     return wrap(x.local.to(dtype), x)
@@ -85,7 +86,7 @@ def adaptive_max_pool(func: Any, input: PatchTensor, output_size: Sizes, return_
     elif _small(parts):
         result = _merge_maxima(func, input, parts, pool, return_indices)
     else:
-        result = run_stencil(pool_parts, input, parts, func)
+        result = run_stencil(func, input, parts, pool_parts)
     return result if return_indices else result[0]
 
 
@@ -127,11 +128,10 @@ def _merge_maxima(
     return_indices: bool,
 ) -> tuple[Tensor, ...]:
     """The maxima of the ranks' shares of each part; of equal ones the first, as on one device."""
-    dim, (name, op), lowest = x.row_layout.dim, (x.region.comm.name, op_name(func)), -math.inf
+    dim, name, op = x.row_layout.dim, x.region.comm.name, op_name(func)
     own = []
     for rows, start in _own_parts(x, parts):
-        blank = rows.new_full([1 if d == dim else n for d, n in enumerate(rows.shape)], lowest)
-        own.append(pool(rows if rows.shape[dim] else torch.cat([rows, blank], dim), start, 1))
+        own.append(pool(with_dummy_row(rows, dim, -math.inf), start, 1))
     kinds = zip(*own, strict=True) if return_indices else [[values for values, _ in own]]
     ranks = [stack_ranks(torch.cat(list(kind), dim), name, op) for kind in kinds]
     merged: list[list[Tensor]] = [[] for _ in ranks]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distpatch.layout.stencil import AreaStencil, FilterStencil, float32
 from distpatch.rules.core.halo import run_stencil
+from distpatch.rules.core.operands import precise
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import memory_format
 
@@ -61,11 +62,6 @@ FILTERS = {
 }
 
 
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which torch's kernels add up values of this one."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def filtered(x: PatchTensor, stencil: FilterStencil, filter: Filter, antialias: bool, func: Any) -> PatchTensor:
     """The rows resized by a filter, in fp32 or better."""
     make = _antialias_taps if antialias else _filter_taps
@@ -95,7 +91,7 @@ def _resampled(
         assert total is not None
         return total.contiguous(memory_format=memory_format(rows))
 
-    return run_stencil(weighted_sum, x, stencil, func)
+    return run_stencil(func, x, stencil, weighted_sum)
 
 
 def _centre(stencil: FilterStencil, row: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,4 +148,4 @@ def enlarged(
     def crop(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
         return resize(rows).narrow(x.row_layout.dim, lo - start * times, hi - lo)
 
-    return run_stencil(crop, x, stencil, func, growth=times)
+    return run_stencil(func, x, stencil, crop, growth=times)

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from distpatch.errors import LayoutError
 from distpatch.layout.rows import EMPTY, RowLayout
-from distpatch.layout.stencil import Interval, ceil_div
-from distpatch.lazy.deferred_ops import defer_stencil
-from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import fewest_calls
-from distpatch.rules.core.operands import can_defer, crop, fetch, materialize_if_costly, on_some_rows, wrap
+from distpatch.layout.stencil import Interval
+from distpatch.rules.core.executor import run_rows
+from distpatch.rules.core.operands import crop, fetch, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import memory_format
@@ -45,36 +43,35 @@ def pad(
     rank, last = input.region.comm.rank, input.row_layout.world_size - 1
     pads[at : at + 2] = above if rank == 0 else 0, below if rank == last else 0
     pads = pads[: len(pad)]
-    if mode in {"constant", "replicate"} and not any(cut) and min(pads) >= 0 and can_defer(input):
-        return wrap(
-            _defer_pad(materialize_if_costly(input).as_recipe, pads, mode, value),
-            input,
-            input.row_layout.with_bounds(bounds),
-        )
-    result = wrap(_pad_local(input.local, pads, mode, value, at), input, input.row_layout.with_bounds(bounds))
+    may_defer = mode in {"constant", "replicate"} and not any(cut) and min(pads) >= 0
+    result = _padded(input, pads, mode, value, input.row_layout.with_bounds(bounds), may_defer)
     return crop(result, cut[0], result.row_layout.size - cut[1]) if any(cut) else result
 
 
-def _defer_pad(rows: Recipe, pads: Sequence[int], mode: str, value: float | None) -> Recipe:
-    """When it is asked for: at the first and last rows of the result, rows of padding."""
-    at = 2 * (rows.ndim - 1 - rows.dim)
+def _padded(
+    x: PatchTensor, pads: Sequence[int], mode: str, value: float | None, layout: RowLayout, may_defer: bool
+) -> PatchTensor:
+    """At the first and last rows of the result, rows of padding; the rest padded in the other dims."""
+    rows, dim = x.local_or_recipe, x.row_layout.dim
+    at, size = 2 * (rows.ndim - 1 - dim), rows.shape[dim]
     above, below = pads[at : at + 2] if len(pads) > at else (0, 0)
-    shape = [n + sum(pads[2 * (rows.ndim - 1 - d) :][:2]) for d, n in enumerate(rows.shape)]
-    last = max(rows.num_rows - 1, 0)
+    shape = list(rows.shape)
+    for d, (before, after) in enumerate(zip(pads[::2], pads[1::2]), 1):
+        shape[-d] += before + after
+    least = 1 + max(above, below) if mode == "reflect" else 1  # rows that padding may be made of
 
     def need(lo: int, hi: int) -> Interval:
-        """One row at least: padding may be made of it."""
-        return min(max(lo - above, 0), last), min(max(hi - above, 1), rows.num_rows)
+        return max(min(lo - above, size - least), 0), min(max(hi - above, least), size)
 
-    def pad_part(part: Tensor, lo: int, hi: int) -> Tensor:
+    def pad_part(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
         start, stop = need(lo, hi)
         own = list(pads)
         if above or below:
             own[at : at + 2] = max(start + above - lo, 0), max(hi - above - stop, 0)
-        result = F.pad(part, own, mode, value)
-        return result.narrow(rows.dim, lo - (start + above - own[at]), hi - lo) if above or below else result
+        result = F.pad(parts[0], own, mode, value)
+        return result if result.shape[dim] == hi - lo else result.narrow(dim, lo - (start + above - own[at]), hi - lo)
 
-    return defer_stencil("pad", rows, need, pad_part, shape)
+    return run_rows("pad", [x], pad_part, need=need, shape=shape, layout=layout, may_defer=may_defer)
 
 
 def _have_edges(rows: RowLayout, above: int, below: int, mode: str) -> bool:
@@ -83,21 +80,6 @@ def _have_edges(rows: RowLayout, above: int, below: int, mode: str) -> bool:
         return True
     held = (above, rows.bounds[1]), (below, rows.size - rows.bounds[-2])
     return mode != "circular" and all(pad == 0 or (pad < own if mode == "reflect" else own > 0) for pad, own in held)
-
-
-def _pad_local(local: Tensor, pads: Sequence[int], mode: str, value: float | None, at: int) -> Tensor:
-    """Always a copy, and one. torch's non-constant modes refuse tensors without rows, and index with 32 bits."""
-    dim, calls = local.ndim - 1 - at // 2, 1 if mode == "constant" else fewest_calls(local.numel())
-    if calls > 1:
-        parts = local.split(ceil_div(local.shape[dim], calls), dim)
-        edges = [[*pads] for _ in parts]
-        for k, own in enumerate(edges):
-            if len(own) > at:
-                own[at : at + 2] = own[at] if k == 0 else 0, own[at + 1] if k == len(parts) - 1 else 0
-        return torch.cat([F.pad(part, own, mode, value) for part, own in zip(parts, edges)], dim)
-    if mode == "constant":
-        return F.pad(local, pads, mode, value)
-    return on_some_rows(lambda rows: F.pad(rows, pads, mode, value), local, dim)
 
 
 def _pad_rows(x: PatchTensor, above: int, below: int, mode: str, func: Any) -> PatchTensor:

@@ -12,15 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.layout.stencil import FilterStencil, NearestStencil, ceil_div
-from distpatch.lazy.deferred_ops import defer_stencil
-from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import fewest_calls
-from distpatch.rules.core.fallback import fallback
+from distpatch.layout.stencil import FilterStencil, Interval, NearestStencil, ceil_div
+from distpatch.rules.core.executor import run_rows
 from distpatch.rules.core.halo import run_stencil
-from distpatch.rules.core.operands import can_defer, materialize_if_costly, needs_grad, on_some_rows, per_dim, wrap
+from distpatch.rules.core.operands import needs_grad, on_some_rows, per_dim, precise, wrap
 from distpatch.rules.core.registry import named, rule
-from distpatch.rules.windows.filters import FILTERS, enlarged, filtered, precise
+from distpatch.rules.windows.filters import FILTERS, enlarged, filtered
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import in_memory_order, memory_order
 from distpatch.torch_utils.op_names import op_name
@@ -50,7 +47,7 @@ def interpolate(
         sizes = [int(n * f) for n, f in zip(shape, factors)]
     valid = (size is None) != (factors is None) and not (size and recompute_scale_factor) and 0 not in sizes
     if not valid or not (nearest or smooth or mode == "area") or (smooth and not input.dtype.is_floating_point):
-        return fallback(func, input, size, scale_factor, *how)  # or torch says what is wrong
+        return NotImplemented  # or torch says what is wrong
     if mode == "area":
         return getattr(F, f"adaptive_avg_pool{spatial}d")(input, sizes)
     factors = None if recompute_scale_factor else factors
@@ -58,7 +55,7 @@ def interpolate(
     # 7 rows by 1.1 are 7 rows: a copy, or resized by 1.1, as kernel, device and direction have it.
     unclear = factors is not None and any(1 < n == m and f != 1 for n, m, f in zip(shape, sizes, factors))
     if unclear and (not nearest or (mode == "nearest" and spatial != 2 and needs_grad(input.local))):
-        return fallback(func, input, size, scale_factor, *how)
+        return NotImplemented
     return (_nearest if nearest else _smooth)(input, resize)
 
 
@@ -103,26 +100,20 @@ def _nearest(x: PatchTensor, resize: Resize) -> PatchTensor:
         source = (out * stencil.scale).long().clamp(max=rows_in - 1)
         return rows.index_select(x.row_layout.dim, source - start)
 
-    times = stencil.repeats or 1
-    source = x if stencil.repeats else run_stencil(pick, x, stencil, resize.func)
+    times, dim = stencil.repeats or 1, x.row_layout.dim
+    source = x if stencil.repeats else run_stencil(resize.func, x, stencil, pick)
+
+    def enlarge(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
+        rows = resize(parts[0], times)
+        return rows if rows.shape[dim] == hi - lo else rows.narrow(dim, lo % times, hi - lo)
+
+    def need(lo: int, hi: int) -> Interval:
+        return lo // times, ceil_div(hi, times)
+
     layout = source.row_layout.with_bounds(tuple(times * bound for bound in source.row_layout.bounds))
-    if can_defer(source):
-        return wrap(_defer_nearest(materialize_if_costly(source).as_recipe, resize, times), x, layout)
-    rows, dim = source.local, x.row_layout.dim
-    calls = fewest_calls(rows.shape[:2].numel() * math.prod(resize.sizes) // rows_out * rows.shape[dim] * times)
-    parts = rows.split(ceil_div(rows.shape[dim], calls), dim) if calls > 1 else (rows,)
-    results = [on_some_rows(lambda part: resize(part, times), part, dim) for part in parts]
-    return wrap(results[0] if len(results) == 1 else torch.cat(results, dim), x, layout)
-
-
-def _defer_nearest(rows: Recipe, resize: Resize, times: int) -> Recipe:
-    shape = [*rows.shape[:2], *resize.sizes]
-    shape[rows.dim] = rows.num_rows * times
-
-    def enlarge(part: Tensor, lo: int, hi: int) -> Tensor:
-        return resize(part, times).narrow(rows.dim, lo % times, hi - lo)
-
-    return defer_stencil(op_name(resize.func), rows, lambda lo, hi: (lo // times, ceil_div(hi, times)), enlarge, shape)
+    shape = [*x.shape[:2], *resize.sizes]
+    shape[dim] = source.local_or_recipe.shape[dim] * times
+    return run_rows(op_name(resize.func), [source], enlarge, need=need, shape=shape, layout=layout)
 
 
 def _smooth(x: PatchTensor, resize: Resize) -> PatchTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,8 +14,7 @@ from distpatch.errors import LayoutError
 from distpatch.layout.rows import RowLayout, aligned_bounds, even_bounds
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.rules.core.aliasing import copied
-from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.halo import run_stencil, slab_of
+from distpatch.rules.core.halo import batched, run_stencil, run_windows
 from distpatch.rules.core.operands import on_some_rows, per_dim, redistribute, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.windows.transposed import written
@@ -25,6 +25,7 @@ Sizes = int | Sequence[int]
 
 
 @rule(F.unfold, asks_if_empty=True)
+@batched(4)
 def unfold(
     func: Any,
     input: PatchTensor,
@@ -34,9 +35,6 @@ def unfold(
     stride: Sizes = 1,
 ) -> Any:
     """(N, C, H, W) to (N, C * window, L): L counts the windows row by row, so it is sharded as the rows are."""
-    if input.ndim == 3:  # unbatched
-        batch = cast(PatchTensor, input.unsqueeze(0))
-        return unfold(func, batch, kernel_size, dilation, padding, stride).squeeze(0)
     kernel, dilations, pads, strides = (per_dim(n, 2) for n in (kernel_size, dilation, padding, stride))
     if input.row_layout.dim < 2:  # whole images, or channels, which stay one after the other
         local = on_some_rows(
@@ -47,16 +45,16 @@ def unfold(
         comm = input.region.comm
         input = redistribute(input, RowLayout(2, even_bounds(input.shape[2], comm.size)), func)
     windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
-    columns = windows[1].out_rows(input.shape[3])
-    _check(func, input, [windows[0].out_rows(input.shape[2]), columns])
 
     def blocks(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
-        return func(rows, kernel, dilations, (0, pads[1]), strides).unflatten(2, (hi - lo, columns))
+        found: Tensor = func(rows, kernel, dilations, (0, pads[1]), strides)
+        return found.unflatten(2, (hi - lo, -1))
 
-    return run_stencil(blocks, input, windows[0], func).flatten(2)
+    return run_windows(func, input, windows, blocks).flatten(2)
 
 
 @rule(F.fold, asks_if_empty=True)
+@batched(3)
 def fold(
     func: Any,
     input: PatchTensor,
@@ -67,9 +65,6 @@ def fold(
     stride: Sizes = 1,
 ) -> Any:
     """(N, C * window, L) to (N, C, H, W): each row sums what the windows over it hold for it."""
-    if input.ndim == 2:  # unbatched
-        batch = cast(PatchTensor, input.unsqueeze(0))
-        return fold(func, batch, output_size, kernel_size, dilation, padding, stride).squeeze(0)
     size, kernel, dilations, pads, strides = (
         per_dim(n, 2) for n in (output_size, kernel_size, dilation, padding, stride)
     )
@@ -82,20 +77,18 @@ def fold(
         return _repeated(x, local, 1, pixels)
     windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
     blocks = [window.out_rows(n) for window, n in zip(windows, size, strict=True)]
-    _check(func, input, blocks)
     x = cast(PatchTensor, input.unflatten(2, blocks))
     if x.row_layout.dim != 2:  # a single row of windows, sharded by columns
         x = redistribute(x, RowLayout(2, even_bounds(blocks[0], x.region.comm.size)), func)
     stencil = TransposedStencil(kernel[0], strides[0], pads[0], dilations[0])
-    extra = size[0] - stencil.out_rows(blocks[0])
-    stencil = TransposedStencil(kernel[0], strides[0], pads[0], dilations[0], extra)
+    stencil = replace(stencil, extra=size[0] - stencil.out_rows(blocks[0]))
 
     def write(rows: Tensor, cut: int, more: int) -> Tensor:
         height = (rows.shape[2] - 1) * stencil.stride + stencil.span - 2 * cut + more
-        return func(rows.flatten(2), (height, size[1]), kernel, dilations, (cut, pads[1]), strides)
+        image: Tensor = func(rows.flatten(2), (height, size[1]), kernel, dilations, (cut, pads[1]), strides)
+        return image
 
-    slab, (lo, hi), layout = slab_of(x, stencil, func)
-    return wrap(written(write, slab, stencil, lo, hi), x, layout)
+    return run_stencil(func, x, stencil, lambda rows, *place: written(write, stencil, rows, 2, *place))
 
 
 @rule(torch.Tensor.unfold, view=True, asks_if_empty=True)
@@ -105,7 +98,7 @@ def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, ste
         return wrap(input.local.unfold(at, size, step), input)
     stencil = WindowStencil(size, step)
     _check(func, input, [stencil.out_rows(input.row_layout.size)])
-    windows = run_stencil(lambda rows, start, lo, hi: rows.unfold(at, size, step), input, stencil, func, view=True)
+    windows = run_stencil(func, input, stencil, lambda rows, start, lo, hi: rows.unfold(at, size, step), view=True)
     return copied(windows, input, func)
 
 
@@ -130,7 +123,7 @@ def pixel_unshuffle(func: Any, input: PatchTensor, downscale_factor: int) -> Pat
 @rule(*named("channel_shuffle", "native_channel_shuffle"), keeps_format=True)
 def channel_shuffle(func: Any, input: PatchTensor, groups: int) -> Any:
     if input.row_layout.dim == 1:
-        return fallback(func, input, groups)
+        return NotImplemented
     return wrap(on_some_rows(lambda rows: func(rows, groups), input.local, input.row_layout.dim), input)
 
 

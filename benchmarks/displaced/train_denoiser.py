@@ -1,6 +1,6 @@
-"""Train a small denoiser of latents, for ``displaced.py``: it has to work, not to paint well.
+"""Train a small denoiser of latents, for ``benchmarks.displaced``: it has to work, not to paint well.
 
-    python -m benchmarks.train_denoiser --seconds 100
+    python -m benchmarks.displaced.train_denoiser --seconds 100
 
 An ``UNet2DModel`` with attention on latents of the demo VAE, of crops of the photographs that scikit-image ships.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchrun_examples.train_demo_vae import PHOTOGRAPHS, load_photograph, random_crop
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEMO_VAE = ROOT / "torchrun_examples" / "demo_vae"
 WEIGHTS = ROOT / "out" / "denoiser"
 SIDE = 128  # pixels of a crop

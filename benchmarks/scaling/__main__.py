@@ -1,6 +1,6 @@
 """Stable Diffusion's VAE decoder on 1, 2, 4 ... ranks: what was planned, and what was measured.
 
-    python benchmarks/scaling.py --size 512 --json scaling.json --plot docs/scaling.png
+    python -m benchmarks.scaling --size 512 --json scaling.json --plot docs/scaling.png
 
 Each world size runs by itself, one thread a rank (one GPU a rank where there are enough), with random weights in
 float32. Planned numbers come from fake tensors alone, before anything runs. On a CPU with fewer cores than ranks
@@ -17,14 +17,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from crew import Crew, machine, wide_console
-from decode_worker import FORMATS, build_decoder, draw_latents
 from rich.progress import Progress
 from rich.table import Table
 
 import distpatch
+from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.decoder import FORMATS, build_decoder, draw_latents
 
-WORKER = Path(__file__).parent / "scaling_worker.py"
+WORKER = "benchmarks.scaling.worker"
 MIB = 1 << 20
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

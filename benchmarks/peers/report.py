@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from decode import MIB
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks._harness.resident import MIB
 
 NOT_FOR_IT = "NotImplementedError"  # raised in peer_runs.py, where a peer does not do such networks
 LEGEND = (

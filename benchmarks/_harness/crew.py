@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parents[2]
 Answer = dict[str, Any]
 PATIENCE_SECONDS = 60
 WIDE = 120  # columns of a table that goes to a file
@@ -23,13 +24,13 @@ WIDE = 120  # columns of a table that goes to a file
 class Crew:
     """The processes of one contestant, one a rank: idle in a blocking read until they are asked.
 
-    Each runs ``script`` with ``config`` (JSON) as its argument, in the environment that torchrun would
+    Each runs ``module`` with ``config`` (JSON) as its argument, in the environment that torchrun would
     give it, with ``threads`` CPU threads; it answers ``ask`` by calling ``serve``. ``python``: another interpreter.
     """
 
     def __init__(
         self,
-        script: Path,
+        module: str,
         config: Mapping[str, Any],
         ranks: int,
         threads: int,
@@ -47,10 +48,11 @@ class Crew:
             "MKL_NUM_THREADS": str(threads),
             **env,
         }
-        command = [python, str(script), json.dumps({**config, "threads": threads})]
+        command = [python, "-m", module, json.dumps({**config, "threads": threads})]
         self.processes = [
             subprocess.Popen(
                 command,
+                cwd=ROOT,
                 env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
-"""Peak memory over activation size, a line a contestant: what ``memory.py --plot`` draws.
+"""Peak memory over activation size, a line a contestant: what ``--plot`` draws.
 
-python benchmarks/memory_plot.py memory.json docs/memory.png    # again, from the numbers
+python -m benchmarks.memory.plot memory.json docs/memory.png    # again, from the numbers
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stable Diffusion's VAE decoder: one process against ranks, side by side.
 
-    python benchmarks/decode.py --size 512 --rounds 7 --json decode.json
+    python -m benchmarks.decode --size 512 --rounds 7 --json decode.json
 
 All contestants are started once and take turns (A B C A B C ...), one at a time, so that whatever else
 the machine does falls on all alike: read the ratios of the rounds. Random weights, float32, on GPUs where there are
@@ -20,14 +20,13 @@ from statistics import median
 from typing import Annotated, Any, Literal
 
 import typer
-from crew import Crew, machine, wide_console
 from rich.progress import Progress
 from rich.table import Table
 
-WORKER = Path(__file__).parent / "decode_worker.py"
-MIB = 1 << 20
-# glibc then returns freed activations at once: the resident peak is what is in use.
-PROMPT_FREE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.resident import MIB, PROMPT_FREE
+
+WORKER = "benchmarks.decode.worker"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

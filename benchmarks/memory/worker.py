@@ -1,4 +1,4 @@
-"""One rank of one contestant of ``memory.py``: builds what is measured, then measures what it is asked to."""
+"""One rank of one contestant of ``benchmarks.memory``: builds what is measured, then measures what it is asked to."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from crew import serve
-from decode_worker import FORMATS, build_decoder, draw_latents, reset_resident_peak, resident_peak
 from torch import Tensor, nn
 
 import distpatch
+from benchmarks._harness.crew import serve
+from benchmarks._harness.decoder import FORMATS, build_decoder, draw_latents
+from benchmarks._harness.resident import reset_resident_peak, resident_peak
 from distpatch import launch
-from distpatch.layout.rows import even_bounds
-from distpatch.profiling.live_memory import LivePeak
 
 CONV_CHANNELS = 128
 BLOCK_ROWS = 64  # of a drawn image: random ones, the next block the same at another scale
@@ -50,21 +49,26 @@ class Conv:
 
             self.model = Conv2dAdapter(self.model, parallel_context=parallel_context(_group(ranks), -2, ndim=4))
 
-    def bounds(self, rows: int) -> tuple[int, int]:
-        rank = dist.get_rank() if self.ranks > 1 else 0
-        bounds = even_bounds(rows, self.ranks)
+    def bounds(self, rows: int) -> list[int]:
+        """Even shares of the ranks; the first ones take the longer ones."""
+        share, extra = divmod(rows, self.ranks)
+        return [rank * share + min(rank, extra) for rank in range(self.ranks + 1)]
+
+    def own(self, rows: int) -> tuple[int, int]:
+        """This rank's share."""
+        bounds, rank = self.bounds(rows), dist.get_rank() if self.ranks > 1 else 0
         return bounds[rank], bounds[rank + 1]
 
     def draw(self, rows: int) -> Tensor:
         """This rank's rows of an image of so many rows."""
-        lo, hi = self.bounds(rows)
+        lo, hi = self.own(rows)
         generator = torch.Generator().manual_seed(1)
         block = torch.randn(1, CONV_CHANNELS, BLOCK_ROWS, self.size, generator=generator)
         local = torch.empty(1, CONV_CHANNELS, hi - lo, self.size, memory_format=self.format)
         for row in range(lo, hi):
             torch.mul(block[:, :, row % BLOCK_ROWS], 1 / (1 + row // BLOCK_ROWS), out=local[:, :, row - lo])
         if self.kind == "distpatch" and self.ranks > 1:
-            return distpatch.PatchTensor.from_local(local, _group(self.ranks), bounds=even_bounds(rows, self.ranks))
+            return distpatch.PatchTensor.from_local(local, _group(self.ranks), bounds=self.bounds(rows))
         return local
 
     def run(self, image: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ class Conv:
 
 
 class Decode:
-    """The Stable Diffusion decoder of ``decode.py``."""
+    """The Stable Diffusion decoder of ``benchmarks.decode``."""
 
     def __init__(self, kind: str, size: int, memory_format: str, ranks: int, options: dict[str, Any]) -> None:
         self.vae = build_decoder(FORMATS[memory_format])
@@ -91,7 +95,7 @@ class Decode:
 
             parallelize_decoder(self.vae, _group(ranks))
 
-    def bounds(self, rows: int) -> tuple[int, int]:
+    def own(self, rows: int) -> tuple[int, int]:
         """Every rank has the whole picture."""
         return 0, rows
 
@@ -108,7 +112,7 @@ CASES = {"conv": Conv, "decode": Decode}
 
 
 class Worker:
-    """The orders that ``memory.py`` gives; each answers with a dict of numbers."""
+    """The orders that ``benchmarks.memory`` gives; each answers with a dict of numbers."""
 
     def __init__(self, subject: Conv | Decode) -> None:
         self.subject = subject
@@ -139,7 +143,7 @@ class Worker:
 
     def live(self) -> dict[str, Any]:
         image = self.subject.draw(self.subject.size)
-        with LivePeak() as peak:
+        with distpatch.LivePeak() as peak:
             self._run(image)
         return {"live_bytes": peak.peak_bytes, "live_op": peak.peak_op}
 
@@ -151,7 +155,7 @@ class Worker:
     def compare(self, path: str) -> dict[str, Any]:
         """Largest difference of what ``resident`` computed from what is saved, over the largest value there."""
         assert self.result is not None
-        saved, (lo, hi) = torch.load(path, mmap=True), self.subject.bounds(self.subject.size)
+        saved, (lo, hi) = torch.load(path, mmap=True), self.subject.own(self.subject.size)
         difference = largest = 0.0
         for row in range(lo, hi, BLOCK_ROWS):
             stop = min(row + BLOCK_ROWS, hi)

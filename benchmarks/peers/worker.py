@@ -1,4 +1,4 @@
-"""One rank of one peer of ``peers.py``: builds the network, then measures what it is asked to.
+"""One rank of one peer of ``benchmarks.peers``: builds the network, then measures what it is asked to.
 
 Whatever a peer raises is an answer, not the end: the table shows it.
 """
@@ -16,20 +16,20 @@ from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
-import before_diffusers
 import torch
-from crew import serve
-from decode_worker import FORMATS, build_decoder, draw_latents, one_device, ready, reset_resident_peak, resident_peak
-from peer_runs import RUNS, STACK_CHANNELS, Place, Run, Stack, plain
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distpatch
+from benchmarks._harness.crew import serve
+from benchmarks._harness.decoder import FORMATS, build_decoder, draw_latents
+from benchmarks._harness.resident import one_device, ready, reset_resident_peak, resident_peak
+from benchmarks.peers import torchvision_names
+from benchmarks.peers.contestants import RUNS, STACK_CHANNELS, Place, Run, Stack, plain
 from distpatch import launch
-from distpatch.profiling.live_memory import LivePeak
 
-assert before_diffusers
+assert torchvision_names
 PATIENCE = timedelta(seconds=60)  # a peer whose ranks wait for each other has failed
 PACKAGES = ("torch", "diffusers", "distvae", "patch_conv", "nvidia-physicsnemo", "distpatch")
 
@@ -72,7 +72,7 @@ class Traffic(TorchDispatchMode):
 
 
 class Worker:
-    """The orders that ``peers.py`` gives; each answers with numbers, or with the peer's ``problem``."""
+    """The orders that ``benchmarks.peers`` gives; each answers with numbers, or with the peer's ``problem``."""
 
     def __init__(self, build: Callable[[], Run], exact: Callable[[], Tensor], given: Tensor, ranks: int) -> None:
         self.build, self.exact, self.given, self.ranks = build, exact, given, ranks
@@ -125,7 +125,7 @@ class Worker:
 
     def live(self) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
-            with LivePeak() as peak:
+            with distpatch.LivePeak() as peak:
                 self._call(self.given)
             return {"live_bytes": peak.peak_bytes}
 
@@ -169,7 +169,7 @@ class Worker:
 
 def main(peer: str, workload: str, size: int, memory_format: str, ranks: int, threads: int, device: str | None) -> None:
     torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # as decode_worker.py
+    torch.backends.cudnn.allow_tf32 = False  # as decode/worker.py
     layout = FORMATS[memory_format]
     with ExitStack() as stack:
         group, here = None, one_device(device)
@@ -195,4 +195,4 @@ def main(peer: str, workload: str, size: int, memory_format: str, ranks: int, th
 if __name__ == "__main__":
     main(**json.loads(sys.argv[1]))
     sys.stdout.flush()
-    os._exit(0)  # as decode_worker.py
+    os._exit(0)  # as decode/worker.py

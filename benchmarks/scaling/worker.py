@@ -1,4 +1,4 @@
-"""One rank of ``scaling.py``: builds the decoder, then decodes and measures."""
+"""One rank of ``benchmarks.scaling``: builds the decoder, then decodes and measures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from crew import serve
-from decode_worker import FORMATS, build_decoder, draw_latents
 
 import distpatch
+from benchmarks._harness.crew import serve
+from benchmarks._harness.decoder import FORMATS, build_decoder, draw_latents
 from distpatch import launch
 
 
@@ -50,4 +50,4 @@ def main(size: int, threads: int, ranks: int, device: str) -> None:
 if __name__ == "__main__":
     main(**json.loads(sys.argv[1]))
     sys.stdout.flush()
-    os._exit(0)  # as decode_worker.py
+    os._exit(0)  # as decode/worker.py

@@ -1,6 +1,6 @@
 """Displaced steps: what they cost in exactness, what they send, and what of it is waited for.
 
-    python -m benchmarks.train_denoiser                                        # once, under two minutes
+    python -m benchmarks.displaced.train_denoiser                                        # once, under two minutes
     torchrun --nproc_per_node=2 -m benchmarks.displaced quality               # PSNR against one device
     torchrun --nproc_per_node=2 -m benchmarks.displaced hidden --delay-ms 5   # time of 20 steps, and bytes
 
@@ -24,9 +24,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 import distpatch
-from benchmarks.train_denoiser import WEIGHTS, load_vae, scheduler
+from benchmarks.displaced.train_denoiser import WEIGHTS, load_vae, scheduler
 from distpatch import launch
-from distpatch.diffusion.displaced import POLICIES
 from tests.support.transports.delay import delayed
 
 TEXT = 64
@@ -82,7 +81,7 @@ def quality(
         _print(console, f"{side} x {side} pixels, {group.size()} ranks, warm-up of 1 + 1 steps: PSNR in dB\n")
         _print(console, "| policy | " + " | ".join(f"{count} steps" for count in counts) + " |")
         _print(console, "|---" * (len(counts) + 1) + "|")
-        for policy in POLICIES:
+        for policy in distpatch.DISPLACED_POLICIES:
             row = [f"{measured(policy, count, 1):.1f}" for count in counts]
             _print(console, f"| {policy} | " + " | ".join(row) + " |")
         lengths = warmup or [0, 1, 4, 9]

@@ -1,6 +1,6 @@
 """Peak memory of one convolution and of Stable Diffusion's decoder: plain torch, the peers, distpatch.
 
-    python benchmarks/memory.py --case conv --conv-size 1024 --rounds 5 --json memory.json --plot memory.png
+    python -m benchmarks.memory --case conv --conv-size 1024 --rounds 5 --json memory.json --plot memory.png
 
 Memory is measured in fresh processes, one contestant after the other: the resident peak (``VmHWM``) over
 what was resident before the pass, the image included, with a malloc that returns freed memory at once, and
@@ -20,13 +20,14 @@ from statistics import median
 from typing import Annotated, Any, Literal
 
 import typer
-from crew import Crew, machine, wide_console
-from decode import MIB, PROMPT_FREE
-from memory_worker import CONV_CHANNELS
 from rich.progress import Progress
 from rich.table import Table
 
-WORKER = Path(__file__).parent / "memory_worker.py"
+from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.resident import MIB, PROMPT_FREE
+from benchmarks.memory.worker import CONV_CHANNELS
+
+WORKER = "benchmarks.memory.worker"
 SIZES = {"conv": (1024, 2048), "decode": (512, 1024)}
 # Channels of the largest activation at the full size: what the convolution reads, the last up-sampling writes.
 CHANNELS = {"conv": CONV_CHANNELS, "decode": 256}
@@ -236,7 +237,7 @@ def main(
                 json_file.write_text(json.dumps(report, indent=1) + "\n")
     console.print(LEGEND)
     if plot_file is not None:
-        from memory_plot import draw
+        from benchmarks.memory.plot import draw
 
         draw(results, plot_file)
 

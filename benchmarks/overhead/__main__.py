@@ -1,7 +1,7 @@
 """What a sharded tensor costs an operation: microseconds over plain torch, beside DTensor.
 
-    python benchmarks/overhead.py --json overhead.json
-    torchrun --nproc_per_node=2 benchmarks/overhead.py     # with the exchange of real ranks
+    python -m benchmarks.overhead --json overhead.json
+    torchrun --nproc_per_node=2 -m benchmarks.overhead     # with the exchange of real ranks
 
 The tensors are tiny, (1, 4, 8, 8), so that the time is the bookkeeping's. The kinds of tensor take turns
 round by round; an overhead is the median over the rounds of a round's difference from plain torch.
@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from crew import machine
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -29,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import distpatch
+from benchmarks._harness.crew import machine
 from distpatch import launch
 
 SHAPE = (1, 4, 8, 8)

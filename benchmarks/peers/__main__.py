@@ -1,7 +1,7 @@
 """distpatch beside every system that can do (part of) its job, on the same networks.
 
-    python benchmarks/peers.py --install                # the peers, each where its pins cannot clash: out/peers/
-    python benchmarks/peers.py --size 512 --rounds 3 --json peers.json --plot peers.png
+    python -m benchmarks.peers --install                # the peers, each where its pins cannot clash: out/peers/
+    python -m benchmarks.peers --size 512 --rounds 3 --json peers.json --plot peers.png
 
 Two networks: Stable Diffusion's decoder, and a stack of convolution, GroupNorm and SiLU. Random weights, fp32, on
 GPUs where there are any. All peers are started once and take turns; a peer of several ranks has one thread each, a
@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from crew import Crew, machine, wide_console
-from decode import PROMPT_FREE
-from peer_report import LEGEND, Result, plot, show
 from rich.console import Console
 from rich.progress import Progress
 
-ROOT = Path(__file__).parents[1]
-WORKER = Path(__file__).parent / "peer_worker.py"
+from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.resident import PROMPT_FREE
+from benchmarks.peers.report import LEGEND, Result, plot, show
+
+ROOT = Path(__file__).parents[2]
+WORKER = "benchmarks.peers.worker"
 INSTALLED = ROOT / "out" / "peers"
 
 
@@ -37,7 +38,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True)
 class Peer:
-    """One contestant: ``run`` names its function in peer_runs.py; ``packages`` what pip installs for it.
+    """One contestant: ``run`` names its function in contestants.py; ``packages`` what pip installs for it.
 
     ``own_python``: it has an environment of its own, because its dependencies clash with or exceed the others'.
     """
@@ -95,7 +96,7 @@ class Bench:
     def run(self, rounds: int) -> list[Result]:
         for peer, result in zip(self.peers, self.results, strict=True):
             if not peer.is_installed:
-                result.problem = "not installed: python benchmarks/peers.py --install"
+                result.problem = "not installed: python -m benchmarks.peers --install"
         with self._crews() as crews:
             for order in ["warm_up", *["time"] * rounds]:
                 for result, crew in crews:

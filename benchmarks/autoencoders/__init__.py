@@ -1,0 +1,1 @@
+"""Every autoencoder of diffusers, converted, against one device."""

@@ -1,0 +1,1 @@
+"""Stable Diffusion's decoder: one process against ranks."""

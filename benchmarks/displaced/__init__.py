@@ -1,0 +1,1 @@
+"""Displaced steps: exactness, bytes and what is waited for."""

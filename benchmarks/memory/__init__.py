@@ -1,0 +1,1 @@
+"""Peak memory of one convolution and of a decode."""

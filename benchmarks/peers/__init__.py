@@ -1,0 +1,1 @@
+"""distpatch beside every system that can do part of its job."""

@@ -1,0 +1,1 @@
+"""Planned and measured, by number of ranks."""
