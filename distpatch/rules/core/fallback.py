@@ -21,7 +21,7 @@ from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
-_HOME = Path(__file__).parents[1]
+_HOME = Path(__file__).parents[2]
 
 
 def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
