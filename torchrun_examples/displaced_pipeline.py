@@ -63,7 +63,7 @@ def main(
         console.print(
             f"{steps} steps at {size} x {size} on {group.size()} rank(s): {seconds:.1f} s; sent by rank 0: "
             f"{sent.sent_bytes / 2**20:.1f} MiB, of these {behind / 2**20:.1f} MiB behind the computation, which "
-            f"waited {sum(wait.blocked_s for wait in sent.is_deferred):.2f} s for what the others sent so"
+            f"waited {sum(wait.blocked_s for wait in sent.waits):.2f} s for what the others sent so"
         )
         if compare:
             alone = launch.on_rank0(group, lambda: generate(pipe, call))

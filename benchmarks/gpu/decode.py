@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import distpatch
 from benchmarks.gpu.cases import difference, normal
-from benchmarks.gpu.measure import gather_partial
+from benchmarks.gpu.measure import measured
 from benchmarks.gpu.nets import SdDecoder, UNet, WanDecoder, seeded
 from benchmarks.gpu.section import Row, Section
 
@@ -74,7 +74,7 @@ def variant(
         distpatch.convert_model(own, fallback="error", **options)
     try:
         error = None if right is None else difference(own.decode(z), right)
-        return {**gather_partial(lambda: own.decode(z), device, 1 if pixels >= LARGE_PIXELS else 3), "error": error}
+        return {**measured(lambda: own.decode(z), device, 1 if pixels >= LARGE_PIXELS else 3), "error": error}
     finally:
         if options is not None:
             distpatch.restore_model(own)
@@ -96,10 +96,10 @@ def other_nets(section: Section) -> None:
 
 def _beside(section: Section, label: str, build: object, inputs: list[Tensor]) -> None:
     model = seeded(build).to(section.device, BF16).requires_grad_(False)  # type: ignore[arg-type]
-    section.row(f"{label}: plain, bf16", lambda: gather_partial(lambda: model(*inputs), section.device, 1), peer=True)
+    section.row(f"{label}: plain, bf16", lambda: measured(lambda: model(*inputs), section.device, 1), peer=True)
 
     def converted() -> Row:
         distpatch.convert_model(model, fallback="error")
-        return gather_partial(lambda: model(*inputs), section.device, 1)
+        return measured(lambda: model(*inputs), section.device, 1)
 
     section.row(f"{label}: converted, bf16", converted)

@@ -74,7 +74,7 @@ def launches(device: torch.device) -> Iterator[dict[str, float]]:
     counted.update(launches=len(events), device_ms=sum(event.time_range.elapsed_us() for event in events) / 1e3)
 
 
-def gather_partial(call: Call, device: torch.device, rounds: int = 3) -> dict[str, float]:
+def measured(call: Call, device: torch.device, rounds: int = 3) -> dict[str, float]:
     """All of the above, after one call that warms up."""
     call()
     timed = times(call, device, rounds)

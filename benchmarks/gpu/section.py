@@ -73,7 +73,7 @@ class Section:
         self._write({"row": name, "status": NOT_RUN, "why": why})
 
     def _write(self, row: Row) -> None:
-        self.row_layout.append(row)
+        self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -139,7 +139,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None) -> Tensor:
         ctx.layout, ctx.name = layout, name
-        gather_partial = (((0, layout.size),),) * layout.world_size
+        all_rows = (((0, layout.size),),) * layout.world_size
         shape = [layout.size if d == layout.dim else n for d, n in enumerate(local.shape)]
         # The kernels that will read it must be the same on all ranks: not by what few rows look like.
         format = torch.contiguous_format if layout.is_tiny else memory_format(local)
@@ -150,7 +150,7 @@ class _Gather(torch.autograd.Function):
         across, parts = _parts(shape, layout.dim, local.element_size(), sizes_of(local.device).bucket_bytes)
 
         def fetch(rows: Tensor) -> Tensor:
-            return fetch_rows(rows, layout.dim, layout.bounds, gather_partial, name, op, False)[0]
+            return fetch_rows(rows, layout.dim, layout.bounds, all_rows, name, op, False)[0]
 
         if parts == 1:
             rows = fetch(local)

@@ -71,10 +71,10 @@ def _link(comm: Communicator, place: torch.device) -> Link:
     sizes = (SMALL_BYTES, MIDDLE_BYTES, BIG_BYTES)
     small, middle, big = (_median_seconds(exchange(size), place, 4 * ROUNDS) for size in sizes)
     bandwidth = (BIG_BYTES - MIDDLE_BYTES) / max(big - middle, 1e-9)
-    representative_chunks = Protocol("small", (MIDDLE_BYTES - SMALL_BYTES) / max(middle - small, 1e-9), small, 0.0)
+    of_few_bytes = Protocol("small", (MIDDLE_BYTES - SMALL_BYTES) / max(middle - small, 1e-9), small, 0.0)
     start = max(middle - MIDDLE_BYTES / bandwidth, min(small, middle))
     name = f"{comm.size} ranks on {_name(place)}, measured"
-    return Link(name, bandwidth, start, 0.0, small=(representative_chunks,), small_bytes=MIDDLE_BYTES)
+    return Link(name, bandwidth, start, 0.0, small=(of_few_bytes,), small_bytes=MIDDLE_BYTES)
 
 
 def _seconds(work: Callable[[], object], place: torch.device, budget: float) -> float:

@@ -164,9 +164,9 @@ class Nested(nn.Module):
 
 def test_copies_and_pickles_of_a_converted_model_are_refused() -> None:
     model = distpatch.convert_model(tiny_kl(channels=SMALL), splits=2)
-    for wait_or_raise in (copy.deepcopy, pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
+    for duplicate in (copy.deepcopy, pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
         with pytest.raises(DistPatchError, match="can be neither copied"):
-            wait_or_raise(model)
+            duplicate(model)
     torch.save(model.state_dict(), io.BytesIO())
     copied = copy.deepcopy(distpatch.restore_model(model))
     assert_same(decoded(copied), decoded(model), 0.0, "copied")

@@ -343,8 +343,8 @@ def test_what_is_sent_and_waited_for() -> None:
         assert t.count("all_gather") == 0 and {record.op for record in t.records if record.kind == "p2p"} == {"output"}
         batches = len(steps.plan.batches)
         assert 1 < batches < len(steps.plan.sites)
-        assert len(t.is_deferred) == 2 * batches - batches  # of the first traced step: what was started in the trace
-        assert all(wait.behind_s > 0.05 > wait.blocked_s for wait in t.is_deferred[-batches:])
+        assert len(t.waits) == 2 * batches - batches  # of the first traced step: what was started in the trace
+        assert all(wait.behind_s > 0.05 > wait.blocked_s for wait in t.waits[-batches:])
         assert "behind the computation" in t.table()
 
     with delayed(0.05):

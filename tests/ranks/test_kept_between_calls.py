@@ -102,9 +102,9 @@ def test_what_is_kept_is_plain_in_the_restored_model(name: str, then: Any, world
             net.conv.register_forward_hook(lambda module, args, out: seen.update(out=out))
         outputs = [net(x), net(x + 1)]
         if converted:
-            assert any(isinstance(t, PatchTensor) for t in [*gather_partial(net), *seen.values()])
+            assert any(isinstance(t, PatchTensor) for t in [*tensors_of(net), *seen.values()])
             assert distpatch.restore_model(net) is net
-            assert not any(isinstance(t, PatchTensor) for t in [*gather_partial(net), *seen.values()])
+            assert not any(isinstance(t, PatchTensor) for t in [*tensors_of(net), *seen.values()])
         with torch.no_grad(), distpatch.trace() as t:
             outputs.append(net(x + 2))
         assert not t.records or not converted
@@ -122,7 +122,7 @@ def test_what_is_kept_is_plain_in_the_restored_model(name: str, then: Any, world
     compare(ranked(net, body, world), right, name)
 
 
-def gather_partial(net: nn.Module) -> list[Tensor]:
+def tensors_of(net: nn.Module) -> list[Tensor]:
     return [*tensors_in(net, modules=True), *tensors_in(dict(vars(type(net))), modules=True)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 
 import distpatch
 from distpatch.errors import UnsupportedOpError
-from distpatch.rules.core.registry import keys
+from distpatch.layout.stencil import WindowStencil
+from distpatch.rules.core.halo import run_windows
+from distpatch.rules.core.registry import keys, rule
 from distpatch.tensor.rule_table import RULES
 from tests.support.oracle import H, case, check, random_tensor
 from tests.support.threads import run_ranks
@@ -184,3 +187,23 @@ def test_register_rule_for_an_autograd_function(forgotten: None) -> None:
 
     check(Scale.apply, X, heights=(7,))
     assert (2, 3, 7, 5) in seen
+
+
+def my_max_pool(x: Tensor, kernel_size: int) -> Tensor:
+    if torch.overrides.has_torch_function_unary(x):
+        return torch.overrides.handle_torch_function(my_max_pool, (x,), x, kernel_size)
+    return F.max_pool2d(x, kernel_size)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_the_window_operation_of_contributing(dim: int) -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"   ```python\n(.*?)   ```", text, re.DOTALL)
+    names = {"rule": rule, "my_max_pool": my_max_pool, "WindowStencil": WindowStencil, "run_windows": run_windows}
+    exec(compile(textwrap.dedent(code), "CONTRIBUTING.md", "exec"), names)
+    shape = [2, 3, 8, 6]
+    shape[dim] = H
+    try:
+        check(lambda x: my_max_pool(x, 2), tuple(shape), dim=dim, heights=(7, 2), p2p=1)
+    finally:
+        del RULES[my_max_pool]

@@ -41,9 +41,9 @@ def test_even_bounds(rows: int, world: int) -> None:
 
 @given(bounds_of(), st.integers(1, 5))
 def test_aligned_bounds(bounds: Bounds, unit: int) -> None:
-    row_aligned = aligned_bounds(bounds, unit)
-    assert row_aligned[-1] == bounds[-1]
-    assert all(a % unit == 0 and 0 <= b - a < unit for a, b in zip(row_aligned[:-1], bounds[:-1], strict=True))
+    aligned = aligned_bounds(bounds, unit)
+    assert aligned[-1] == bounds[-1]
+    assert all(a % unit == 0 and 0 <= b - a < unit for a, b in zip(aligned[:-1], bounds[:-1], strict=True))
 
 
 @pytest.mark.parametrize("bounds", [(), (0,), (1, 4), (0, 3, 2), (0, -1, 2)], ids=str)

@@ -144,8 +144,8 @@ class HAT(nn.Module):
         self.table = nn.Parameter(torch.randn((2 * size - 1) ** 2, self.heads))
         self.overlapping = nn.Unfold(size + 2, stride=size, padding=1)
         place = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")).flatten(1)
-        is_displaced = place[:, :, None] - place[:, None] + size - 1
-        self.register_buffer("which", is_displaced[0] * (2 * size - 1) + is_displaced[1])
+        offset = place[:, :, None] - place[:, None] + size - 1
+        self.register_buffer("which", offset[0] * (2 * size - 1) + offset[1])
 
     def windows(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
@@ -210,15 +210,15 @@ class DAT(nn.Module):
         x = self.enter(image)
         b, c, h, w = x.shape
         offsets = self.offsets(x).tanh().permute(0, 2, 3, 1) * 0.2
-        representative_chunks = offsets.shape[1] * offsets.shape[2]
+        points_each = offsets.shape[1] * offsets.shape[2]
         points = (offsets + self.grid(*offsets.shape[1:3], x)).clamp(-1, 1)
         sampled = F.grid_sample(x, points[..., (1, 0)], mode="bilinear", align_corners=True).reshape(
-            b, c, 1, representative_chunks
+            b, c, 1, points_each
         )
-        k, v = (layer(sampled).reshape(b, c, representative_chunks) for layer in (self.k, self.v))
+        k, v = (layer(sampled).reshape(b, c, points_each) for layer in (self.k, self.v))
         scores = torch.einsum("b c m, b c n -> b m n", self.q(x).reshape(b, c, h * w), k)
-        is_displaced = self.grid(h, w, x).reshape(1, h * w, 1, 2) - points.reshape(b, 1, representative_chunks, 2)
-        bias = F.grid_sample(self.table.expand(b, -1, -1, -1), is_displaced[..., (1, 0)] * 0.5, align_corners=True)
+        offset = self.grid(h, w, x).reshape(1, h * w, 1, 2) - points.reshape(b, 1, points_each, 2)
+        bias = F.grid_sample(self.table.expand(b, -1, -1, -1), offset[..., (1, 0)] * 0.5, align_corners=True)
         weights = (scores + bias.squeeze(1)).softmax(-1)
         return torch.einsum("b m n, b c n -> b c m", weights, v).reshape(b, c, h, w)
 
