@@ -176,7 +176,7 @@ def with_dummy_row(rows: Tensor, dim: int, fill: Any = 0, count: int = 1) -> Ten
     """
     if rows.shape[dim] > 0:
         return rows
-    blank = rows.new_full([count if d == dim else n for d, n in enumerate(rows.shape)], fill)
+    blank = rows.new_full([count if d == dim % rows.ndim else n for d, n in enumerate(rows.shape)], fill)
     return torch.cat([rows, blank], dim).contiguous(memory_format=memory_format(rows))
 
 
