@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from distpatch.errors import DistPatchError
-from distpatch.model.convert import STATE, is_converted, unwrap
+from distpatch.model.calls import conversion_of
+from distpatch.model.convert import unwrap
 from distpatch.tensor.patch_tensor import LeftTensor, PatchTensor, handed_back
+from distpatch.tensor.region import Region
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
@@ -26,21 +28,22 @@ def restore_model(model: M) -> M:
     Raises ``DistPatchError`` where the model is not converted, or keeps sharded tensors and the group is closed, and
     ``RankError`` where it keeps some and a rank is missing or keeps others.
     """
-    if not is_converted(model):
+    conversion = conversion_of(model)
+    if conversion is None:
         raise DistPatchError(f"restore_model: this {type(model).__name__} is not converted")
-    region = model.__dict__[STATE].region
-    if kept := list(_kept(model)):
+    region = conversion.region
+    if kept := list(_kept(model, region)):
         names = ", ".join(f"{where} {tuple(x.shape)}" for where, x in kept)
-        if region.comm.name and getattr(region.comm, "closed", False):
+        if region.comm.closed:
             raise DistPatchError(
                 f"restore_model: {type(model).__name__} keeps sharded tensors that cannot be gathered, as the process "
                 f"group is closed: {names}. Restore models before destroy_process_group, or drop these (= None)."
             )
-        region.comm.enter(f"{type(model).__name__}: restore_model", names)
+        region.comm.begin_call(f"{type(model).__name__}: restore_model", names)
         known: dict[int, tuple[Tensor, Tensor]] = {}
 
         def gathered(tensor: Tensor) -> Tensor:
-            if not _is_kept(tensor, model):
+            if not _is_kept(tensor, region):
                 return tensor
             if id(tensor) not in known:
                 known[id(tensor)] = tensor, handed_back(tensor)
@@ -78,18 +81,17 @@ def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
                     yield cls, name, value
 
 
-def _kept(model: nn.Module) -> Iterator[tuple[str, PatchTensor]]:
+def _kept(model: nn.Module, region: Region) -> Iterator[tuple[str, PatchTensor]]:
     """Every sharded tensor that the model keeps, and where; in the same order on all ranks."""
     names = {module: name for name, module in model.named_modules()}
     for holder, name, value in _held(model):
         where = holder.__name__ if isinstance(holder, type) else names[holder] or type(holder).__name__
         for tensor in tensors_in(value, modules=True):
-            if _is_kept(tensor, model):
+            if _is_kept(tensor, region):
                 assert isinstance(tensor, PatchTensor)
                 yield f"{where}.{name}", tensor
 
 
-def _is_kept(tensor: Tensor, model: nn.Module) -> bool:
+def _is_kept(tensor: Tensor, region: Region) -> bool:
     """Whether it is sharded, and not of another converted model."""
-    own = (None, model.__dict__[STATE].region.conversion)
-    return isinstance(tensor, PatchTensor) and tensor.region.conversion in own
+    return isinstance(tensor, PatchTensor) and tensor.region.conversion in (None, region.conversion)

@@ -1,7 +1,7 @@
 """``flex_attention``: queries stay, keys and values are fetched; masks are asked with the queries' global numbers.
 
-Of torch's functions it alone asks no tensor for a rule of its own. It is given that question here, in its
-module, for all who look it up there; plain tensors take the way that they took before.
+Of torch's functions it alone does not dispatch ``__torch_function__``. A wrapper, which does, takes its place in its
+module and where it was imported by name (torch_utils/patches.py); plain tensors take the way that they took before.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.operands import gather_partial, replicated_operand, wrap
 from distpatch.rules.core.registry import ANY_ORDER, rule
 from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils import patches
 
 _plain: Callable[..., Any] = module.flex_attention
 
@@ -32,7 +33,7 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwar
     return _plain(*operands, *args, **kwargs)
 
 
-module.flex_attention = flex_attention
+patches.register(module, "flex_attention", flex_attention, by_name=True)
 ANY_ORDER.add(flex_attention)
 
 

@@ -15,6 +15,7 @@ from distpatch.rules.core.operands import normalize_dims, sizes_of, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.shapes.concatenation import assembled
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.torch_utils.private import variable_functions
 
 
 def _moved(x: PatchTensor, local: Tensor, order: Sequence[int]) -> PatchTensor:
@@ -108,7 +109,7 @@ def broadcast_tensors(func: Any, *tensors: Any) -> tuple[Tensor, ...]:
 _AT_LEAST = ("atleast_1d", "atleast_2d", "atleast_3d")
 
 
-@rule(*named(*_AT_LEAST), *(getattr(torch._C._VariableFunctions, name) for name in _AT_LEAST))
+@rule(*named(*_AT_LEAST), *(getattr(variable_functions, name) for name in _AT_LEAST))
 def at_least(func: Any, *tensors: Any) -> Any:
     """Dims of size 1 are added to tensors of fewer dims; one tensor gives one, several a tuple."""
     several = len(tensors) > 1 or not isinstance(tensors[0], Tensor)

@@ -16,7 +16,7 @@ from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.memory_format import dense_strides
 from distpatch.torch_utils.op_names import op_name
-from distpatch.torch_utils.private import is_compiling
+from distpatch.torch_utils.private import DisableTorchFunctionSubclass, is_compiling
 from distpatch.torch_utils.tree import tensors_in
 
 
@@ -57,7 +57,7 @@ def nbytes(func: Any, x: PatchTensor) -> int:
     *_getters(*_TOLD_BY_WRAPPER),
 )
 def from_wrapper(func: Any, *args: Any, **kwargs: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 

@@ -18,9 +18,10 @@ from distpatch.rules.core.operands import crop, fetch, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.private import nn_builtins
 
 
-@rule(*named("pad"), torch._C._nn.pad)  # Dynamo sees what F.pad calls
+@rule(*named("pad"), nn_builtins.pad)  # Dynamo sees what F.pad calls
 def pad(
     func: Any, input: PatchTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> PatchTensor:
