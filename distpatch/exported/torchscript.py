@@ -269,20 +269,20 @@ def _with_meanings(called: Any, arguments: Sequence[Any]) -> Callable[..., Any]:
     return call
 
 
-def _asking(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A call of a scripted function, which asks its arguments for a rule, wherever in them they are."""
+def _replace_call(scripted_type: Any) -> None:
+    """Calls of a scripted function ask their arguments for a rule, wherever in them they are."""
 
-    @functools.wraps(plain)
+    @functools.wraps(scripted_type.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         sharded = [t for t in tensors_in((args, kwargs)) if isinstance(t, (PatchTensor, RowCopy))]
         if sharded:
             return handle_torch_function(self, sharded, *args, **kwargs)
-        return plain(self, *args, **kwargs)
+        return patch.original(self, *args, **kwargs)
 
-    return call
+    patch = patches.register(scripted_type, "__call__", call)
 
 
 # Torch's own calls of them ask nobody, or only arguments that are in no list.
 for _type in (torch.jit.ScriptFunction, ScriptMethod):
-    patches.register(_type, "__call__", _asking(_type.__call__))
+    _replace_call(_type)
     RULES.kinds[_type] = scripted

@@ -13,9 +13,11 @@ from distpatch.model.calls import conversion_of
 from distpatch.model.convert import unwrap
 from distpatch.tensor.patch_tensor import LeftTensor, PatchTensor, handed_back
 from distpatch.tensor.region import Region
+from distpatch.torch_utils import patches
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
+SHOWN = 5
 
 
 def restore_model(model: M) -> M:
@@ -58,12 +60,29 @@ def restore_model(model: M) -> M:
             else:
                 holder.__dict__[name] = plain
     unwrap(model)
-    sharded = {id(cls) for cls in (PatchTensor, *PatchTensor.__subclasses__())}
-    for x in [x for x in gc.get_objects() if id(type(x)) in sharded]:
-        if "region" in x.__dict__ and x.region.conversion is region.conversion:
+    for x in _sharded_tensors():
+        if x.region.conversion is region.conversion:
             x.local  # noqa: B018  nothing waits for a model that is gone
             x.__class__ = LeftTensor
     return model
+
+
+def restore_torch() -> None:
+    """Put back the functions of torch that distpatch has replaced, until something is sharded again.
+
+    docs/torch-changes.md lists them. Raises ``DistPatchError`` while sharded tensors exist, which would meet torch's
+    own functions: hand them out (``distpatch.gather``) or drop them first. Converted models stay converted.
+    """
+    gc.collect()
+    if shapes := [tuple(x.shape) for x in _sharded_tensors()]:
+        raise DistPatchError(f"restore_torch: {len(shapes)} sharded tensors exist, of shapes {shapes[:SHOWN]}")
+    patches.uninstall()
+
+
+def _sharded_tensors() -> list[PatchTensor]:
+    """All that exist in this process, but those that a restored model has left behind."""
+    sharded = {id(cls) for cls in (PatchTensor, *PatchTensor.__subclasses__()) if cls is not LeftTensor}
+    return [x for x in gc.get_objects() if id(type(x)) in sharded and "region" in x.__dict__]
 
 
 def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:

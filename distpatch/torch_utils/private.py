@@ -100,7 +100,7 @@ def default_group() -> dist.ProcessGroup:
 
 
 def uses_torchcomms() -> bool:
-    """Whether torchcomms has the place of the process groups' backends: it makes no group that some ranks alone make."""
+    """Whether torchcomms has the place of the backends: it makes no group that some ranks alone make."""
     enabled: bool = getattr(c10d, "_use_torchcomms_enabled", bool)()
     return enabled
 
@@ -108,7 +108,7 @@ def uses_torchcomms() -> bool:
 def new_group(
     default: dist.ProcessGroup, members: list[int], name: str, backend: str | None, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """A group of these global ranks, in this order, which they alone make; of the default group's backend, or another."""
+    """A group of these global ranks, in this order, which they alone make; by default of the default's backend."""
     default_backend, store = c10d._world.pg_map[default]
     made: dist.ProcessGroup
     made, _ = c10d._new_process_group_helper(

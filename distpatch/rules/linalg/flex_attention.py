@@ -22,18 +22,16 @@ from distpatch.rules.core.registry import ANY_ORDER, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils import patches
 
-_plain: Callable[..., Any] = module.flex_attention
 
-
-@functools.wraps(_plain)
+@functools.wraps(module.flex_attention)
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     operands = (query, key, value)
     if has_torch_function(operands):
         return handle_torch_function(flex_attention, operands, *operands, *args, **kwargs)
-    return _plain(*operands, *args, **kwargs)
+    return _PATCH.original(*operands, *args, **kwargs)
 
 
-patches.register(module, "flex_attention", flex_attention, by_name=True)
+_PATCH = patches.register(module, "flex_attention", flex_attention, by_name=True)
 ANY_ORDER.add(flex_attention)
 
 

@@ -232,11 +232,11 @@ class _HookNode:
         return self._node.register_hook(on_rows)
 
 
-_own_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")  # a classmethod; since torch 2.14 one of C
-
-
 def _plain_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    return _own_apply.__get__(None, cls)(*args, **kwargs)
+    return _PATCH.original.__get__(None, cls)(*args, **kwargs)  # a classmethod; since torch 2.14 one of C
+
+
+_own_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
 
 
 @functools.wraps(getattr(_own_apply, "__func__", _own_apply))
@@ -282,4 +282,4 @@ def grad_fn(func: Any, x: PatchTensor) -> Any:
     return getattr(x, "node", None) or func(x.local)
 
 
-patches.register(torch.autograd.Function, "apply", classmethod(_apply))
+_PATCH = patches.register(torch.autograd.Function, "apply", classmethod(_apply))
