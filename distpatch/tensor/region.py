@@ -27,9 +27,6 @@ class CallState:
     buffers: frozenset[int] = frozenset()
 
 
-NO_CALL = CallState()
-
-
 @dataclass(frozen=True, eq=False)
 class Region:
     """Who takes part in a sharded computation, and how each rank computes its rows.
@@ -42,7 +39,7 @@ class Region:
     comm: Communicator
     options: Options = field(default_factory=options.default)
     warned: set[str] = field(default_factory=set)
-    call: CallState = NO_CALL
+    call: CallState = field(default_factory=CallState)
     kind: Kind | None = None
     conversion: object = None
 
@@ -52,12 +49,13 @@ class Region:
     @property
     def lasting(self) -> Region:
         """The region without what belongs to one call: as a compiled graph keeps it."""
-        return replace(self, call=NO_CALL, kind=None) if self.call is not NO_CALL or self.kind else self
+        call = self.call
+        return replace(self, call=CallState(), kind=None) if call.replicas or call.buffers or self.kind else self
 
     @property
     def handed_out(self) -> Region:
         """The region of what a caller is given: no longer the model's own."""
-        return replace(self, call=NO_CALL, conversion=None)
+        return replace(self, call=CallState(), conversion=None)
 
     def alike(self, other: Region) -> bool:
         """Whether what was compiled for one serves the other."""
