@@ -5,10 +5,12 @@ Rules say what is to be replaced (``register``) when they are imported; torch is
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import threading
 import types
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,10 @@ class Patch:
         self.in_place = True
         self.original = inspect.getattr_static(self.owner, self.name)
         self.inherited = self.name not in vars(self.owner)
+        taken = _bound_methods(self)
         setattr(self.owner, self.name, self.replacement)
+        _bind_anew(taken, self)
+        _warn_of_those_left(taken)
         if self.imported is not None:
             _rename(self.imported, self.replacement)
 
@@ -46,10 +51,12 @@ class Patch:
         if not self.in_place or inspect.getattr_static(self.owner, self.name) is not self.replacement:
             return
         self.in_place = False
+        taken = _bound_methods(self)
         if self.inherited:
             delattr(self.owner, self.name)
         else:
             setattr(self.owner, self.name, self.original)
+        _bind_anew(taken, self)
         if self.imported is not None:
             _rename(self.replacement, self.imported)
 
@@ -96,3 +103,52 @@ def _rename(old: Any, new: Any) -> None:
         for key, value in list(vars(module).items()):
             if value is old:
                 setattr(module, key, new)
+
+
+def _bound_methods(patch: Patch) -> list[Any]:
+    """What was taken from subclasses of the owner as they are now, such as ``f = MyFunction.apply``."""
+    now = inspect.getattr_static(patch.owner, patch.name)
+    if not isinstance(patch.replacement, classmethod):
+        return []
+    kinds = (types.MethodType, types.BuiltinMethodType)
+    methods = [method for method in gc.get_objects() if type(method) in kinds]
+    return [m for m in methods if _is_subclass(m.__self__, patch.owner) and m == now.__get__(None, m.__self__)]
+
+
+def _is_subclass(cls: Any, owner: type) -> bool:
+    return issubclass(type(cls), type) and cls is not owner and issubclass(cls, owner)
+
+
+def _bind_anew(methods: list[Any], patch: Patch) -> None:
+    """Whoever holds one of these bound methods (a module, a list, a dict, a closure, an object) gets that of now."""
+    if not methods:
+        return
+    now = inspect.getattr_static(patch.owner, patch.name)
+    new = {id(method): now.__get__(None, method.__self__) for method in methods}
+    for holder in gc.get_referrers(*methods):
+        if holder is not methods:
+            _replace_in(holder, new)
+
+
+def _replace_in(holder: Any, new: dict[int, Any]) -> None:
+    if type(holder) is types.CellType:
+        holder.cell_contents = new[id(holder.cell_contents)]
+    elif type(holder) is list:
+        holder[:] = [new.get(id(value), value) for value in holder]
+    else:
+        held = holder if type(holder) is dict else getattr(holder, "__dict__", None)
+        if type(held) is dict and "__module__" not in held:  # the dict of a class is not written to
+            held.update({key: new[id(value)] for key, value in held.items() if id(value) in new})
+
+
+def _warn_of_those_left(methods: list[Any]) -> None:
+    """What could not be replaced would lose gradients without a word."""
+    ours = 3  # the list, the loop, the argument
+    left = sorted({f"{m.__self__.__qualname__}.{m.__name__}" for m in methods if sys.getrefcount(m) > ours})
+    if left:
+        warnings.warn(
+            f"{', '.join(left)} was taken from its class before anything was sharded, and is held where distpatch "
+            "cannot replace it (docs/torch-changes.md): of sharded tensors it has no gradients. Take it after "
+            "distpatch.convert_model, or call it through its class.",
+            stacklevel=2,
+        )

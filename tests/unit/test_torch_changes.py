@@ -74,6 +74,71 @@ torch.testing.assert_close(distpatch.gather(result), right)
     )
 
 
+def test_apply_that_was_taken_before() -> None:
+    """Wherever it is held, the gradient of a sharded argument is there."""
+    run(
+        """
+import torch
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+class Holder:
+    def __init__(self):
+        self.twice = Twice.apply
+
+def closed_over(f):
+    return lambda x: f(x)
+
+twice, holder, listed, named, closure = Twice.apply, Holder(), [Twice.apply], {"twice": Twice.apply}, closed_over(Twice.apply)
+"""
+        + HELD.replace("before", "as_it_was")
+        + """
+for restored in (False, True):
+    y = distpatch.shard(x, None)
+    for f in (twice, holder.twice, listed[0], named["twice"], closure, Twice.apply):
+        leaf = x.clone().requires_grad_()
+        distpatch.gather(f(distpatch.shard(leaf, None))).sum().backward()
+        assert leaf.grad is not None and leaf.grad.eq(2).all(), f
+    del f, y
+    distpatch.restore_torch()
+    assert twice == holder.twice == listed[0] == named["twice"] == Twice.apply
+"""
+    )
+
+
+def test_apply_that_cannot_be_replaced() -> None:
+    """It is told, by the name of the class."""
+    run(
+        """
+import functools, warnings, torch, distpatch
+
+class Twice(torch.autograd.Function):
+    pass
+
+class Thrice(torch.autograd.Function):
+    pass
+
+partial, listed = functools.partial(Twice.apply), [Thrice.apply]
+
+def local():
+    taken = Thrice.apply
+    with warnings.catch_warnings(record=True) as caught:
+        distpatch.shard(torch.ones(1, 2, 4, 4), None)
+    return [str(warning.message) for warning in caught]
+
+(message,) = local()
+assert message.startswith("Thrice.apply, Twice.apply was taken"), message
+"""
+    )
+
+
 def test_sharded_tensors_keep_the_changes() -> None:
     """They would meet torch's own functions; what is sharded later brings the changes back."""
     run(
