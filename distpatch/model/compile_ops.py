@@ -48,8 +48,9 @@ def _enter(tensor: Tensor, dim: int, name: str, options: str, process: str) -> T
     return shard_input(tensor if isinstance(tensor, PatchTensor) else tensor.view(sizes), dim, region)
 
 
-def enter_compiled(tensor: Tensor, dim: int, region: Region) -> Tensor:
-    return torch.ops.distpatch.enter(tensor, dim, region.comm.name, region.options.packed, _THIS_PROCESS)
+def enter_compiled(tensor: Tensor, dim: int, name: str, options: Options) -> Tensor:
+    """As ``shard_input``, of the communicator of this name."""
+    return torch.ops.distpatch.enter(tensor, dim, name, options.packed, _THIS_PROCESS)
 
 
 def _gather(tensor: Tensor, op: str) -> Tensor:

@@ -188,7 +188,9 @@ def _compiled(
         raise LayoutError(problem)
     begin_call(region.comm.name, what, signature_of(given))
     state.thread.inside = True
-    sharded = map_tensors(lambda t: enter_compiled(t, dim, region) if is_image(t) else t, (args, kwargs))
+    sharded = map_tensors(
+        lambda t: enter_compiled(t, dim, region.comm.name, region.options) if is_image(t) else t, (args, kwargs)
+    )
     result = function(*sharded[0], **sharded[1])
     state.thread.inside = False
     for buffers, key, buffer in sharded_buffers(model):

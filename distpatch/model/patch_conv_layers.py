@@ -255,7 +255,7 @@ def _as_rows(x: Tensor, spatial: int, splits: Splits, sequential: bool, op: str)
         )
     dim = x.ndim - min(spatial, 2)
     if compiling:
-        return enter_compiled(x, dim, Region(ALONE, Options(splits, sequential)))
+        return enter_compiled(x, dim, ALONE.name, Options(splits, sequential))
     return shard_input(x, dim, Region(ALONE, replace(options.DEFAULT, splits=splits, sequential=sequential)))
 
 
