@@ -24,7 +24,7 @@ from distpatch.model.patch_conv_layers import (
     patch_conv_transpose2d,
     patch_conv_transpose3d,
 )
-from distpatch.model.restore import restore_model
+from distpatch.model.restore import restore_model, restore_torch
 from distpatch.planning.calibrate import calibrate
 from distpatch.planning.fake_run import plan, smallest_plan
 from distpatch.planning.hardware import Device, Link
@@ -71,6 +71,7 @@ __all__ = [
     "register_pointwise",
     "register_rule",
     "restore_model",
+    "restore_torch",
     "save_image",
     "save_video",
     "scaling",

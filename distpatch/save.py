@@ -221,7 +221,7 @@ def _together(comm: Communicator, action: Callable[[], None] | None, x: Tensor, 
     except Exception as error:
         failure = error
     note = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    answers = comm.agree("save", f"{tuple(x.shape)} {x.dtype} {path}", {"failure": note})
+    answers = comm.rendezvous.require_same_call("save", f"{tuple(x.shape)} {x.dtype} {path}", {"failure": note})
     failed = [f"rank {rank}: {a['failure']}" for rank, a in enumerate(answers) if a.get("failure")]
     if failed:
         raise DistPatchError(f"{path} could not be written; {'; '.join(failed)}") from failure

@@ -7,25 +7,23 @@ where ``self_test`` found that point to point gives wrong rows, or none, and sai
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from distpatch.comm.transport import Batch, Transport, Works, as_bytes
-from distpatch.profiling.trace import Recorder
+from distpatch.comm.transport import Batch, Layer, Transport, Works, as_bytes
 
 
-class ByAllGather(Transport):
-    """Every rank of the group starts every batch, also one with nothing to send; it has ended when it returns."""
+class ByAllGather(Layer):
+    """Every rank of the group posts every batch, also one with nothing to send; it has ended when it returns."""
 
-    collective = True
+    def __init__(self, inner: Transport, rank: int, size: int) -> None:
+        super().__init__(inner)
+        self.rank, self.size = rank, size
 
-    def __init__(self, inner: Transport, rank: int, size: int, recorder: Recorder) -> None:
-        self.inner, self.rank, self.size, self.recorder = inner, rank, size, recorder
-
-    def start(self, batch: Batch) -> Works:
+    def post(self, batch: Batch) -> Works:
         messages = {peer: as_bytes(message) for peer, message in zip(batch.to, batch.outgoing, strict=True)}
         in_order = [messages[peer] for peer in sorted(messages)]
         sizes = torch.tensor([messages[peer].numel() if peer in messages else 0 for peer in range(self.size)])
-        table = self._gather(batch.op, sizes.to(batch.device)).tolist()  # table[a][b]: bytes from rank a to rank b
+        # table[a][b]: bytes from rank a to rank b
+        table = self.inner.all_gather(sizes.to(batch.device), batch.op).tolist()
         longest = max(map(sum, table))
         if longest == 0:
             return []
@@ -33,19 +31,11 @@ class ByAllGather(Transport):
         if in_order:
             flat = torch.cat(in_order)
             mine[: flat.numel()] = flat
-        everyone = self._gather(batch.op, mine)
+        everyone = self.inner.all_gather(mine, batch.op)
         for peer, message in zip(batch.source, batch.landing, strict=True):
             start, size = sum(table[peer][: self.rank]), table[peer][self.rank]
             as_bytes(message).copy_(everyone[peer, start : start + size])
         return []
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        self.inner.all_reduce(tensor)
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
-    def _gather(self, op: str, mine: Tensor) -> Tensor:
-        passes = self.size - 1
-        with self.recorder.transfer("all_gather", op, passes * mine.nbytes, passes, mine.device):
-            return self.inner.all_gather(mine)
+    def background_problem(self) -> str:
+        return "point to point is broken between these ranks (self_test): no transfer can run behind the computation"

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.comm.communicator import Communicator, communicator_of, wait_or_raise
+from distpatch.comm.communicator import communicator_of
 from distpatch.comm.row_exchange import fetch_rows
+from distpatch.comm.transport import Moments
+from distpatch.comm.watched import ring_traffic
 from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
 from distpatch.torch_utils.chunk_sizes import sizes_of
@@ -124,6 +126,19 @@ def share_out(local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor
 def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
     """Every rank's (small) tensor, stacked along a new first dim in rank order."""
     return _Stack.apply(tensor, name, op) if name else tensor.unsqueeze(0)
+
+
+def gather_moments(counts: Sequence[int], own: Tensor, name: str, op: str) -> Moments:
+    """What a normalisation's statistics are merged of (``merge_moments``): how many samples, and their moments.
+
+    ``counts``: how many samples each rank has; ``own``: mean and centred second moment of this rank's, (2, ...). All
+    ranks' by ``stack_ranks``, or what the transport knows instead, where no compiler has to see the collective.
+    """
+    if not torch.compiler.is_compiling():
+        known = communicator_of(name).transport(own.device).known_moments(counts, own, op)
+        if known is not None:
+            return known
+    return counts, stack_ranks(own, name, op)
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -314,21 +329,14 @@ class _Stack(torch.autograd.Function):
 
 @torch.library.custom_op("distpatch::all_reduce", mutates_args=())
 def _all_reduce(tensor: Tensor, name: str, op: str) -> Tensor:
-    comm = communicator_of(name)
     total = tensor.clone(memory_format=torch.contiguous_format)
-    transport = comm.transport(total.device)
-    with comm.recorder.transfer(*_ring(comm, "all_reduce", op, total), total.device):
-        wait_or_raise(comm, op, lambda: transport.all_reduce(total), None)
+    communicator_of(name).transport(total.device).all_reduce(total, op)
     return total
 
 
 @torch.library.custom_op("distpatch::all_gather", mutates_args=())
 def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
-    comm = communicator_of(name)
-    mine = tensor.contiguous()
-    transport = comm.transport(mine.device)
-    with comm.recorder.transfer(*_ring(comm, "all_gather", op, mine), mine.device):
-        return wait_or_raise(comm, op, lambda: transport.all_gather(mine), None)
+    return communicator_of(name).transport(tensor.device).all_gather(tensor.contiguous(), op)
 
 
 for _op in (_all_reduce, _all_gather):  # as transfers (comm/row_exchange.py)
@@ -350,15 +358,7 @@ def _(tensor: Tensor, name: str, op: str) -> Tensor:
 def _simulate(kind: str, tensor: Tensor, name: str, op: str) -> None:
     """Record what a rank of a simulated group would send."""
     comm = communicator_of(name)
-    comm.planned(*_ring(comm, kind, op, tensor))
-
-
-def _ring(comm: Communicator, kind: str, op: str, tensor: Tensor) -> tuple[str, str, int, int]:
-    """Kind, op, bytes and messages of a ring: each rank passes on what it has to its neighbour, size - 1 times."""
-    passes = (2 if kind == "all_reduce" else 1) * (comm.size - 1)
-    share = tensor.numel() * tensor.element_size()
-    sent = passes * share // comm.size if kind == "all_reduce" else passes * share
-    return kind, op, sent, passes
+    comm.planned(kind, op, *ring_traffic(kind, tensor.numel() * tensor.element_size(), comm.size))
 
 
 def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:

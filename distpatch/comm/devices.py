@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distpatch.comm.transport import backend_name
+from distpatch.comm.choose_transport import backend_name
 from distpatch.errors import RankError
 
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
+from distpatch.comm.rendezvous import Rendezvous
 from distpatch.errors import RankError
+from distpatch.torch_utils import private
 
 
 def by_members(
@@ -26,27 +27,14 @@ def by_members(
     process has made, of which ranks that differ in that wait for each other under different names, and from
     torch 2.14 it counts, so that the next group that all ranks make has different names.
     """
-    if getattr(c10d, "_use_torchcomms_enabled", bool)():
+    if private.uses_torchcomms():
         raise RankError(
             "torchcomms (TORCH_DISTRIBUTED_USE_TORCHCOMMS) cannot make a group of some ranks by these ranks alone, "
             "which distpatch needs: start the program without it"
         )
-    default = c10d._get_default_group()
-    default_backend, store = c10d._world.pg_map[default]
+    default = private.default_group()
     with _unbound(default):
-        pg, _ = c10d._new_process_group_helper(
-            len(members),
-            members.index(default.rank()),
-            list(members),
-            dist.Backend(backend or default_backend),
-            store,
-            c10d.GroupName(name),
-            timeout=timeout,
-            group_desc="distpatch",
-        )
-    c10d._world.pg_group_ranks[pg] = {rank: place for place, rank in enumerate(members)}
-    made: dist.ProcessGroup = pg
-    return made
+        return private.new_group(default, list(members), name, backend, timeout)
 
 
 @contextlib.contextmanager
@@ -63,8 +51,13 @@ def _unbound(default: Any) -> Iterator[None]:
         default.bound_device_id = bound
 
 
+def rendezvous_of(group: dist.ProcessGroup) -> Rendezvous:
+    """Where the group's ranks meet."""
+    return Rendezvous(group.get_group_store(), group.rank(), group.size(), timeout_of(group))
+
+
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long the group's ranks wait for each other."""
-    backend = group._get_backend(torch.device(group._device_types[0]))
+    backend = private.backend_of(group, torch.device(private.devices_of(group)[0]))
     timeout: timedelta = backend.options._timeout
     return timeout

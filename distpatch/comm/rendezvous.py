@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,18 +13,21 @@ from torch.distributed.distributed_c10d import Store
 from distpatch.errors import RankError
 
 GRACE = timedelta(seconds=2)  # between the first and the last rank that notices a failed collective
+Payload = dict[str, object]
 
 
-class Meeting:
-    """One rank's place among those that meet at ``store``, which is None for a rank alone."""
+class Rendezvous:
+    """One rank's place among those that meet at ``store``. ``call``: how many times they have met so far."""
 
-    store: Store
+    has_peers = True  # other ranks may exist that can be told something
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.call = 0
 
-    def agree(self, what: str, signature: str, payload: dict[str, object] | None = None) -> list[dict[str, object]]:
+    def require_same_call(
+        self, what: str, signature: str | Callable[[], str], payload: Payload | None = None
+    ) -> list[Payload]:
         """Meet all ranks of the group, which must all come with the same signature.
 
         Returns every rank's payload. Raises ``RankError`` on every rank if one is missing for longer
@@ -31,7 +35,10 @@ class Meeting:
         writes the verdict, and all follow it: a rank that arrives as the others give up cannot go on
         alone.
         """
-        answers, missing = self.meet({"what": what, "signature": signature, **(payload or {})}, self.timeout)
+        if self.size == 1:
+            return [payload or {}]
+        signature = signature if isinstance(signature, str) else signature()
+        answers, missing = self.collect({"what": what, "signature": signature, **(payload or {})}, self.timeout)
         if missing:
             raise RankError(
                 f"{what}: rank(s) {missing} of {self.size} did not call it within "
@@ -45,8 +52,8 @@ class Meeting:
             raise RankError(f"the ranks were called differently (this is rank {self.rank}):\n{called}")
         return answers
 
-    def meet(self, mine: dict[str, object], patience: timedelta) -> tuple[list[dict[str, Any]], list[int]]:
-        """What every rank brought to this meeting, and the ranks that did not come within ``patience``.
+    def collect(self, mine: Payload, patience: timedelta) -> tuple[list[dict[str, Any]], list[int]]:
+        """Meet all ranks: what every rank brought, and the ranks that did not come within ``patience``.
 
         Where one is missing there are no answers. The first rank that knows the outcome writes the verdict.
         """
@@ -102,3 +109,23 @@ class Meeting:
 
     def _note_key(self, rank: int) -> str:
         return f"distpatch/{self.call}/note/{rank}"
+
+
+class NoPeers(Rendezvous):
+    """Of a rank that is alone, or whose group is simulated: there is nobody to meet, and nobody to tell."""
+
+    has_peers = False
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size, self.timeout, self.call = rank, size, GRACE, 0
+
+    def require_same_call(
+        self, what: str, signature: str | Callable[[], str], payload: Payload | None = None
+    ) -> list[Payload]:
+        return [payload or {}] * self.size
+
+    def collect(self, mine: Payload, patience: timedelta) -> tuple[list[dict[str, Any]], list[int]]:
+        return [mine] * self.size, []
+
+    def leave_note(self, note: str) -> None:
+        return None

@@ -12,22 +12,23 @@ strides are ambiguous for shards of one row, and must not decide it.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from distpatch.comm.communicator import Communicator, Parts, communicator_of, wait_or_raise
-from distpatch.comm.transport import Batch, Works
+from distpatch.comm.communicator import Communicator, communicator_of
+from distpatch.comm.transport import Batch
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.transfers import TransferPlan, plan_transfer
 from distpatch.torch_utils.private import keep_in_order
 
-# What leaves the sharded computation, or stands in for an operation without a rule, is never an earlier step's.
+Parts: TypeAlias = "list[tuple[int, list[Tensor]]]"  # by peer: the pieces of one message, in order
+
+# Rows of these are never those of an earlier step: what leaves the sharded computation, or is gathered for an
+# operation without a rule.
 AT_ONCE = frozenset({"gather", "output"})
 
 
@@ -68,11 +69,10 @@ def _fetch(
         pieces[part.interval][part.start : part.stop] = wire[lo:hi]
     sends = [(peer, [wire[lo:hi] for lo, hi in cut]) for peer, cut in plan.sends]
     recvs = [(peer, [pieces[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
-    if comm.policy is None or op in AT_ONCE or not local.is_floating_point():
-        transfer(comm, op, sends, recvs, local.device)
-    else:
-        known = (dim, tuple(bounds), tuple(needs), local.dtype, tuple(wire.shape[1:]))
-        comm.policy.exchange(op, known, sends, recvs, local.device)
+    key = None  # rows of this call alone
+    if local.is_floating_point() and op not in AT_ONCE:
+        key = (dim, tuple(bounds), tuple(needs), local.dtype, tuple(wire.shape[1:]))
+    _exchange(comm, op, sends, recvs, local.device, key)
     return fetched
 
 
@@ -102,59 +102,33 @@ def _return(
         total[lo:hi] += wires[part.interval][part.start : part.stop]
     sends = [(peer, [wires[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
     landing = [(peer, [total.new_empty((hi - lo, *shape[1:])) for lo, hi in cut]) for peer, cut in plan.sends]
-    transfer(comm, op, sends, landing, total.device)
+    _exchange(comm, op, sends, landing, total.device)
     for (_, cut), (_, landed) in zip(plan.sends, landing, strict=True):
         for (lo, hi), rows in zip(cut, landed, strict=True):
             total[lo:hi] += rows
     return total.permute(_inverse(order))
 
 
-def transfer(comm: Communicator, op: str, sends: Parts, recvs: Parts, device: torch.device) -> None:
+def _exchange(
+    comm: Communicator,
+    op: str,
+    sends: Parts,
+    recvs: Parts,
+    device: torch.device,
+    key: tuple[Any, ...] | None = None,
+) -> None:
     """Send and receive, one message a peer: NCCL has no tags to tell several apart."""
+    if comm.size == 1:
+        return
     landing = [_buffer(parts) for _, parts in recvs]
     outgoing = [_message(parts) for _, parts in sends]
-    post(comm, Batch(op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing, device))
+    batch = Batch(op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing, device, key)
+    comm.transport(device).exchange(batch)
     for (_, parts), message in zip(recvs, landing, strict=True):
         if len(parts) > 1:
             sizes = [part.numel() for part in parts]
             for part, rows in zip(parts, message.split(sizes), strict=True):
                 part.copy_(rows.view(part.shape))
-
-
-def post(comm: Communicator, batch: Batch) -> None:
-    """Exchange messages; returns when they landed (on a GPU: for the stream that computes). Raises ``RankError``."""
-    if comm.size == 1:
-        return
-    transport = comm.transport(batch.device)  # on ranks with no message too: the first time is collective
-    if transport.collective:  # records what it sends itself
-        start(comm, batch).wait()
-    elif not batch.empty:
-        with comm.recorder.transfer("p2p", batch.op, batch.sent_bytes, len(batch.to), batch.device):
-            start(comm, batch).wait()
-
-
-@dataclass
-class Transfer:
-    """A batch of messages under way; their tensors must be left alone until it was waited for."""
-
-    comm: Communicator
-    op: str
-    works: Works = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
-
-    def wait(self) -> None:
-        """Until all have landed (on a GPU: for the stream that computes). Raises ``RankError``."""
-        for work, peer in self.works:
-            wait_or_raise(self.comm, self.op, work.wait, peer)
-        self.works = []
-
-
-def start(comm: Communicator, batch: Batch) -> Transfer:
-    """As ``post``, but returns at once."""
-    under_way = Transfer(comm, batch.op)
-    transport = comm.transport(batch.device)
-    wait_or_raise(comm, batch.op, lambda: under_way.works.extend(transport.start(batch)), None)
-    return under_way
 
 
 def _simulate(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from distpatch.comm import devices
+from distpatch.comm.all_gather_transport import ByAllGather
 from distpatch.comm.collectives import stack_ranks, sum_partials
 from distpatch.comm.communicator import Communicator, Group, communicator
 from distpatch.comm.rendezvous import GRACE
-from distpatch.comm.row_exchange import fetch_rows, post
+from distpatch.comm.row_exchange import fetch_rows
 from distpatch.comm.transport import Batch
 from distpatch.errors import RankError
 from distpatch.layout.rows import even_bounds
@@ -96,11 +97,12 @@ def self_test(group: Group, *, fallback: bool = True) -> SelfTest:
     """
     comm = communicator(group, connect=False)
     report = SelfTest(comm.size)
-    if comm.size == 1 or comm.group is None:  # alone, or simulated
+    if not comm.has_peers:
         return report
-    _, missing = comm.meet({}, comm.timeout)
+    timeout = comm.rendezvous.timeout
+    _, missing = comm.rendezvous.collect({}, timeout)
     if missing:
-        report.absent, report.faults = missing, _absent(comm, missing, "start", comm.timeout)
+        report.absent, report.faults = missing, _absent(comm, missing, "start", timeout)
         return report
     tested = _Tester(comm, report)
     with devices.current(tested.device):
@@ -118,7 +120,7 @@ def self_test(group: Group, *, fallback: bool = True) -> SelfTest:
 
 def _test_all(tested: _Tester, fallback: bool) -> None:
     comm, report = tested.comm, tested.report
-    comm.by_collectives = False
+    comm.use()  # nothing but the transport itself
     for number, pairs in enumerate(rounds(comm.size), 1):
         partner = pairs.get(comm.rank)
         if not tested.run(f"point to point, round {number}", partial(tested.pair, partner)):
@@ -130,10 +132,12 @@ def _test_all(tested: _Tester, fallback: bool) -> None:
     if broken:
         if not fallback or any(fault.test in {"all_gather", "all_reduce"} for fault in report.faults):
             return
-        comm.by_collectives = True
+        comm.use(lambda inner: ByAllGather(inner, comm.rank, comm.size))
     known = len(report.faults)
     finished = tested.run("halo", tested.halo) and tested.run("gather", tested.gather)
-    report.by_collectives = comm.by_collectives = broken and finished and len(report.faults) == known
+    report.by_collectives = broken and finished and len(report.faults) == known
+    if not report.by_collectives:
+        comm.use()
 
 
 class _Tester:
@@ -152,7 +156,7 @@ class _Tester:
             faults = body()
         except RuntimeError as error:  # RankError too
             faults = [Fault(test, None, comm.rank, str(error))]
-            comm.broken = True
+            comm.give_up()
         link, self.link = self.link, None
         mine = {
             "faults": [asdict(fault) for fault in faults[:SHOWN]],
@@ -160,8 +164,8 @@ class _Tester:
             "link": astuple(link) if link else None,
         }
         # Others may have waited for a message, one timeout long, before they come here.
-        patience = 2 * comm.timeout + GRACE
-        answers, missing = comm.meet(mine, patience)
+        patience = 2 * comm.rendezvous.timeout + GRACE
+        answers, missing = comm.rendezvous.collect(mine, patience)
         if missing:
             self.report.absent = missing
             self.report.faults += [*faults, *_absent(comm, missing, test, patience)]
@@ -174,7 +178,7 @@ class _Tester:
         if any(answer["broken"] for answer in answers):
             if self.device.type == "cuda" or test == "set-up":
                 return False  # its stream waits for a message that will not come
-            comm.broken = True
+            comm.give_up()
             comm.connect()
         return True
 
@@ -193,7 +197,7 @@ class _Tester:
             started = time.perf_counter()
             batch = Batch("self-test", [partner], [sent], [partner], [landed], self.device)
             try:
-                post(comm, batch)
+                comm.transport(self.device).exchange(batch)
                 self._await(landed, partner)
             except RankError as error:
                 return [Fault(test, partner, comm.rank, str(error))]
@@ -212,10 +216,11 @@ class _Tester:
             return
         arrived = torch.cuda.Event()
         arrived.record()
-        deadline = time.monotonic() + 0.8 * self.comm.timeout.total_seconds()  # before the backend's watchdog
+        patience = self.comm.rendezvous.timeout.total_seconds()
+        deadline = time.monotonic() + 0.8 * patience  # before the backend's watchdog
         while not arrived.query():
             if time.monotonic() > deadline:
-                self.comm.broken = True
+                self.comm.give_up()
                 raise RankError(f"rank {self.comm.rank} timed out waiting for rank {partner}")
             time.sleep(EVENT_SECONDS * 0.1)
 

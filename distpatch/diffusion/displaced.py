@@ -8,16 +8,18 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from distpatch.comm.communicator import SimulatedCommunicator
-from distpatch.diffusion.displaced_steps import POLICIES, Displaced
+from distpatch.diffusion.displaced_steps import Displaced
+from distpatch.diffusion.stale_transport import POLICIES
 from distpatch.errors import DistPatchError
-from distpatch.model.convert import STATE
+from distpatch.model.calls import Conversion, conversion_of
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.tree import tensors_in
 
 __all__ = ["POLICIES", "Displaced", "displaced", "synchronize"]
+CPU = torch.device("cpu")
 
 
 class _Open(threading.local):
@@ -42,7 +44,7 @@ def displaced(
 
     The first ``warmup_steps + 1`` forwards wait for their exchanges, as in DistriFusion. After them halo rows,
     keys and values, and the statistics of group, instance and layer norms are those that ``policy`` says
-    (``POLICIES``); all else that ranks exchange is waited for as ever. A forward of other argument shapes begins
+    (``POLICIES``); all else that ranks exchange is waited for. A forward of other argument shapes begins
     another picture, with a warm-up; so does another prompt (``watch_prompt``: plain arguments of two or three dims
     are compared with the first step's; where they are other tensors in memory their values are, which a GPU has to
     be waited for). A forward that takes another path than the one before is run again, exchanges waited for.
@@ -54,18 +56,19 @@ def displaced(
     leaving, messages under way are waited for and all buffers freed. Raises ``DistPatchError`` where the model is
     not converted or open already, ``ValueError`` for an option out of range, ``RankError`` where the ranks differ.
     """
-    state: Any = model.__dict__.get(STATE)
-    _check(model, state, warmup_steps, policy, layers_per_message)
-    steps = Displaced(model, warmup_steps, policy, layers_per_message, watch_prompt)
+    conversion = _check(model, warmup_steps, policy, layers_per_message)
+    comm = conversion.region.comm
+    steps = Displaced(comm, warmup_steps, policy, layers_per_message, watch_prompt)
     named = dict(model.named_modules())
     texts = [name for name in named if any(f".{name}".endswith(f".{end}") for end in once_per_prompt)]
     for end in once_per_prompt:
         if not any(f".{name}".endswith(f".{end}") for name in texts):
             raise ValueError(f"once_per_prompt: {type(model).__name__} has no module named {end!r}")
-    comm = steps.comm
     if comm.name:
         options = f"{policy} {warmup_steps} {layers_per_message} {texts} {watch_prompt}"
-        comm.enter("displaced", f"({type(model).__name__}, {options})")
+        comm.begin_call("displaced", f"({type(model).__name__}, {options})")
+        if comm.size > 1 and (problem := comm.transport(comm.device or CPU).background_problem()):
+            raise DistPatchError(f"displaced: {problem}")
     with ExitStack() as undo:
         if steps.is_displaced:
             for index, module in enumerate(named.values()):
@@ -73,10 +76,9 @@ def displaced(
                 undo.callback(module.register_forward_pre_hook(hook).remove)
         for name in texts:
             undo.callback(_once(named[name], name, steps))
-        state.steps = steps
+        undo.enter_context(conversion.each_call_is_a_step(steps))
         _open.contexts.append(steps)
         undo.callback(_open.contexts.remove, steps)
-        undo.callback(setattr, state, "steps", None)
         try:
             yield steps
         finally:
@@ -95,16 +97,13 @@ def synchronize() -> None:
         steps.synchronize()
 
 
-def _check(model: nn.Module, state: Any, warmup_steps: int, policy: str, layers_per_message: int) -> None:
-    if state is None:
+def _check(model: nn.Module, warmup_steps: int, policy: str, layers_per_message: int) -> Conversion:
+    conversion = conversion_of(model)
+    if conversion is None:
         raise DistPatchError(
             f"displaced: this {type(model).__name__} is not converted; call distpatch.convert_model first"
         )
-    if isinstance(state.region.comm, SimulatedCommunicator):
-        raise DistPatchError("displaced: a group that is simulated sends nothing, behind the computation or otherwise")
-    if state.region.comm.by_collectives:
-        raise DistPatchError("displaced: point to point is broken between these ranks (self_test): nothing runs behind")
-    if state.steps is not None:
+    if conversion.steps is not None:
         raise DistPatchError(f"displaced: the steps of this {type(model).__name__} are displaced already")
     if policy not in POLICIES:
         raise ValueError(f"displaced: policy is one of {', '.join(POLICIES)}; got {policy!r}")
@@ -113,6 +112,7 @@ def _check(model: nn.Module, state: Any, warmup_steps: int, policy: str, layers_
             f"displaced: warmup_steps is at least 0 and layers_per_message at least 1; "
             f"got {warmup_steps} and {layers_per_message}"
         )
+    return conversion
 
 
 def _entered(steps: Displaced, index: int, module: nn.Module, args: Any) -> None:

@@ -17,6 +17,7 @@ from distpatch.layout.rows import RowLayout
 from distpatch.model.convert import convert_model, is_image
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.region import Region
+from distpatch.torch_utils import private
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,7 +37,7 @@ def guidance_mesh(group: dist.ProcessGroup | None = None) -> DeviceMesh:
     if len(ranks) % 2:
         raise LayoutError(f"guidance_mesh: {len(ranks)} ranks cannot be split into two halves of equal size")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    served = {device.type for device in group._device_types}  # type: ignore[union-attr]
+    served = {device.type for device in private.devices_of(group)}
     device_type = accelerator.type if accelerator is not None and accelerator.type in served else "cpu"
     mesh = torch.tensor(ranks).view(-1, 2).t()
     half, place = (mesh == dist.get_rank()).nonzero()[0].tolist()

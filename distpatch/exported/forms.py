@@ -19,6 +19,7 @@ from distpatch.rules.core.fallback import fallback
 from distpatch.rules.core.registry import named, nth
 from distpatch.tensor.patch_tensor import gather_replicated
 from distpatch.tensor.rule_table import RULES, RuleEntry
+from distpatch.torch_utils import private
 
 Form = Callable[..., Any]
 FORMS: dict[str, Form] = {}
@@ -271,7 +272,7 @@ def assert_metadata(a: Tensor, size: Any = None, stride: Any = None, dtype: Any 
 
 @form("_weight_norm")
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
-    return torch._weight_norm(gather_replicated(v), gather_replicated(g), dim)
+    return private.weight_norm(gather_replicated(v), gather_replicated(g), dim)
 
 
 def _public(function: Form) -> Callable[..., Any]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._ops import OpOverload, OpOverloadPacket
 
 from distpatch.exported import norms
 from distpatch.exported.forms import FORMS
 from distpatch.tensor.rule_table import RULES
+from distpatch.torch_utils.private import OpOverload, OpOverloadPacket, nn_builtins
 from distpatch.torch_utils.tree import map_tensors
 
 _FAMILIES = {"linalg": torch.linalg, "fft": torch.fft, "special": torch.special}
@@ -53,7 +53,7 @@ def _public(packet: OpOverloadPacket) -> Callable[..., Any] | None:
     if name in FORMS:
         return FORMS[name]
     family, _, rest = name.partition("_")
-    places = [(torch, name), (torch.Tensor, name), (torch._C._nn, name), (F, name)]
+    places = [(torch, name), (torch.Tensor, name), (nn_builtins, name), (F, name)]
     if family in _FAMILIES:
         places.append((_FAMILIES[family], rest))
     found = [vars(place).get(at) or getattr(place, at, None) for place, at in places]

@@ -18,6 +18,8 @@ from torch.overrides import handle_torch_function
 from distpatch.errors import UnsupportedOpError
 from distpatch.tensor.patch_tensor import PatchTensor, RowCopy
 from distpatch.tensor.rule_table import RULES
+from distpatch.torch_utils import patches
+from distpatch.torch_utils.private import ScriptMethod, parse_schema
 from distpatch.torch_utils.tree import tensors_in
 
 Values = dict[str, Any]  # of a graph, by name
@@ -128,7 +130,7 @@ def _function(func: Any) -> Callable[..., Any]:
     graph = func.inlined_graph
     run, results = _block(graph)
     names = [value.debugName() for value in graph.inputs()]
-    owner = [func.owner] if isinstance(func, torch._C.ScriptMethod) else []
+    owner = [func.owner] if isinstance(func, ScriptMethod) else []
     arguments = func.schema.arguments[len(owner) :]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -238,7 +240,7 @@ def _callable(node: Any, kind: str) -> Callable[..., Any]:
         return _CONTAINERS[kind]
     if "::" not in node.schema():
         raise Unknown(kind)
-    schema = torch._C.parse_schema(node.schema())
+    schema = parse_schema(node.schema())
     space, _, name = schema.name.partition("::")
     packet = getattr(getattr(torch.ops, space), name, None)
     called = getattr(packet, schema.overload_name or "default", None)
@@ -267,20 +269,20 @@ def _with_meanings(called: Any, arguments: Sequence[Any]) -> Callable[..., Any]:
     return call
 
 
-def _asking(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A call of a scripted function, which asks its arguments for a rule, wherever in them they are."""
+def _replace_call(scripted_type: Any) -> None:
+    """Calls of a scripted function ask their arguments for a rule, wherever in them they are."""
 
-    @functools.wraps(plain)
+    @functools.wraps(scripted_type.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         sharded = [t for t in tensors_in((args, kwargs)) if isinstance(t, (PatchTensor, RowCopy))]
         if sharded:
             return handle_torch_function(self, sharded, *args, **kwargs)
-        return plain(self, *args, **kwargs)
+        return patch.original(self, *args, **kwargs)
 
-    return call
+    patch = patches.register(scripted_type, "__call__", call)
 
 
 # Torch's own calls of them ask nobody, or only arguments that are in no list.
-for _type in (torch.jit.ScriptFunction, torch._C.ScriptMethod):
-    _type.__call__ = _asking(_type.__call__)  # type: ignore[method-assign]
+for _type in (torch.jit.ScriptFunction, ScriptMethod):
+    _replace_call(_type)
     RULES.kinds[_type] = scripted

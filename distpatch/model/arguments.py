@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
-from distpatch.comm.communicator import Communicator, SimulatedCommunicator
+from distpatch.comm.communicator import Communicator
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.user_classes import is_wrapper
+from distpatch.torch_utils.private import FakeTensor, FunctionalTensor
 from distpatch.torch_utils.tree import streams_in
 
 
@@ -74,7 +73,7 @@ def _foreign(tensor: Tensor, comm: Communicator) -> str | None:
             "(x.unbind()), or pad them to one size (torch.nested.to_padded_tensor)"
         )
     if isinstance(tensor, FakeTensor):
-        if comm.size == 1 or isinstance(comm, SimulatedCommunicator):
+        if not comm.has_peers:
             return None
         return f"a {name} has no values to send to other ranks: use distpatch.plan for a call on fake tensors"
     if is_wrapper(type(tensor)) and not isinstance(tensor, FunctionalTensor):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,31 @@ from torch import Tensor, nn
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.lazy.buffer_reuse import deferred_rows
 from distpatch.model.arguments import is_image, problem_of, signature_of
-from distpatch.model.compile_ops import enter
 from distpatch.rules.core.operands import in_order
-from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, handed_back, on_rank0
-from distpatch.tensor.region import Region
+from distpatch.tensor.options import Options
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, handed_back, on_rank0, shard_input
+from distpatch.tensor.region import CallState, Region
 from distpatch.tensor.user_classes import kind_of
 from distpatch.torch_utils.tree import give_back, map_tensors, tensors_in
+
+T = TypeVar("T")
+STATE = "_distpatch"  # of a converted model: the attribute that holds its ``Conversion``
+
+
+class Steps(Protocol):
+    """What makes each call of a converted model a step: called in this order (diffusion/displaced_steps.py)."""
+
+    def problem(self, what: str) -> str | None:
+        """Why this call cannot be a step, or None."""
+
+    def payload(self, given: Any) -> dict[str, object]:
+        """What this rank tells the others before the step; ``given``: the arguments."""
+
+    def begin(self, signature: str, answers: list[dict[str, object]]) -> None:
+        """Choose what this step is; ``answers``: every rank's payload."""
+
+    def step(self, run: Callable[[], T]) -> T:
+        """Run the model, perhaps twice; returns what it returned."""
 
 
 class Thread(threading.local):
@@ -38,15 +57,24 @@ class Thread(threading.local):
 
 @dataclass
 class Conversion:
-    """What was done to a model, and what is needed to undo it."""
+    """What was done to a model, and what is needed to undo it. ``steps``: of what is open, if each call is a step."""
 
     region: Region
-    dim: int
-    output: str
-    tiled: bool = False
-    steps: Any = None  # the displaced context that is open (diffusion/displaced.py)
+    steps: Steps | None = None
     before: dict[str, Any] = field(default_factory=dict)
     thread: Thread = field(default_factory=Thread)
+
+    @property
+    def options(self) -> Options:
+        return self.region.options
+
+    @contextmanager
+    def each_call_is_a_step(self, steps: Steps) -> Iterator[None]:
+        self.steps = steps
+        try:
+            yield
+        finally:
+            self.steps = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DistPatchError(
@@ -54,6 +82,12 @@ class Conversion:
             "model and its group. Copy it before it is converted, or after distpatch.restore_model; its state dict "
             "can be saved at any time."
         )
+
+
+def conversion_of(model: nn.Module) -> Conversion | None:
+    """What ``convert_model`` did to a model, or None where it is not converted."""
+    conversion: Conversion | None = model.__dict__.get(STATE)
+    return conversion
 
 
 class Call:
@@ -71,7 +105,7 @@ class Call:
 
     @property
     def problem(self) -> str | None:
-        return problem_of(self.what, self.arguments, self.given, self.state.dim, self.state.region.comm)
+        return problem_of(self.what, self.arguments, self.given, self.state.options.dim, self.state.region.comm)
 
     @property
     def signature(self) -> str:
@@ -79,14 +113,13 @@ class Call:
 
     def enter(self, region: Region) -> Any:
         """The arguments with images sharded. Containers that hold any are copied."""
-        self.region = replace(
-            region, kind=self.kind, buffers=frozenset(id(buffer) for *_, buffer in _buffers(self.model))
-        )
+        call = CallState(region.call.replicas, frozenset(id(buffer) for *_, buffer in _buffers(self.model)))
+        self.region = replace(region, kind=self.kind, call=call)
         self.made = []
         return map_tensors(self._sharded, self.arguments, self._pulled, made=self.made)
 
     def _sharded(self, tensor: Tensor) -> Tensor:
-        return enter(tensor, self.state.dim, self.region) if is_image(tensor) else tensor
+        return shard_input(tensor, self.state.options.dim, self.region) if is_image(tensor) else tensor
 
     def _pulled(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """A generator that is an argument: what it yields enters as the model asks for it."""
@@ -98,7 +131,7 @@ class Call:
                     return
             given = list(tensors_in(value))
             if any(map(is_image, given)):
-                self.region.comm.enter(f"{self.what}, value {number} of an iterator", signature_of(given))
+                self.region.comm.begin_call(f"{self.what}, value {number} of an iterator", signature_of(given))
             yield map_tensors(self._sharded, value)
 
     def leave(self, result: Any) -> Any:
@@ -110,7 +143,7 @@ class Call:
         result = map_tensors(self._leave, result, self._streamed)
         self._give_back()
         for buffers, key, buffer in sharded_buffers(self.model):
-            buffers[key] = self._leave(buffer) if self.state.output == "gather" else handed_back(buffer)
+            buffers[key] = self._leave(buffer) if self.state.options.output == "gather" else handed_back(buffer)
         for rows in deferred_rows():  # in a cache: what they are made of may change
             if (owner := rows.owner()) is not None:
                 owner.local  # noqa: B018
@@ -161,7 +194,7 @@ def inside(
     what: str,
     signature: str,
     problem: str | None = None,
-    steps: Any = None,
+    steps: Steps | None = None,
     given: Any = None,
 ) -> Iterator[None]:
     """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait."""
@@ -169,7 +202,7 @@ def inside(
         yield
         return
     comm = state.region.comm
-    answers = comm.enter(what, signature, None if steps is None else steps.payload(given))
+    answers = comm.begin_call(what, signature, None if steps is None else steps.payload(given))
     if problem:
         raise LayoutError(problem)
     with state.thread.as_if(inside=True):
@@ -186,18 +219,18 @@ def leave(tensor: Tensor, state: Conversion) -> Any:
     """A tensor of a result, as the caller wants it."""
     if not isinstance(tensor, PatchTensor):
         return gather_replicated(tensor)
-    if torch.compiler.is_dynamo_compiling() and state.output != "shard":
+    if torch.compiler.is_dynamo_compiling() and state.options.output != "shard":
         whole_output = torch.ops.distpatch.gather(tensor, "output")
-        return whole_output if state.output == "gather" or state.region.comm.rank == 0 else None
+        return whole_output if state.options.output == "gather" or state.region.comm.rank == 0 else None
     comm, kind = tensor.region.comm, tensor.region.kind
-    if state.output == "gather":
+    if state.options.output == "gather":
         one = comm.size == 1  # then the rows are all of it, and nobody else's: no copy
         gathered = tensor.local if one else gather_replicated(tensor, "output")
         return gathered if kind is None else kind.of(gathered)
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)
     ordered.local  # noqa: B018  nothing waits for a model that has returned
-    if state.output == "shard":
+    if state.options.output == "shard":
         ordered.region = ordered.region.handed_out
         return ordered
     first = on_rank0(ordered, "output")

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from distpatch import exported as _exported
 from distpatch.comm import devices
 from distpatch.comm.collectives import in_one_thread, replicated_operands
-from distpatch.comm.communicator import Communicator, Group, SimulatedCommunicator, communicator
+from distpatch.comm.communicator import Communicator, Group, communicator
 from distpatch.comm.dtensors import is_dtensor, same_part
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.model.arguments import is_image, problem_of, signature_of
-from distpatch.model.calls import Call, Conversion, inside, leave, sharded_buffers
-from distpatch.model.compile_ops import enter_compiled, meet
+from distpatch.model.calls import STATE, Call, Conversion, inside, leave, sharded_buffers
+from distpatch.model.compile_ops import begin_call, enter_compiled
 from distpatch.model.known_torch_bugs import warn_of_known_faults
+from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
-from distpatch.tensor.region import Region
+from distpatch.tensor.region import CallState, Region
+from distpatch.torch_utils import private
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 __all__ = ["convert_model", "is_converted", "is_image"]
@@ -31,7 +33,6 @@ assert _exported  # imported for the table of rules
 M = TypeVar("M", bound=nn.Module)
 
 ENTRY_POINTS = ("forward", "encode", "decode")
-STATE = "_distpatch"
 _ABSENT = object()
 SAMPLED = 1 << 16  # elements of each parameter that the ranks compare when a model is converted
 
@@ -74,26 +75,17 @@ def convert_model(
     Returns the model. Raises ``DistPatchError`` where it is converted already, ``RankError`` where a rank
     is missing, is no member, or has other weights or options, ``ValueError`` for an option out of range.
     """
-    _check_options(model, splits, dim, output, fallback)
-    if min_numel < 0 or (workspace_bytes is not None and workspace_bytes < 1):
-        raise ValueError(f"min_numel and workspace_bytes are positive; got {min_numel} and {workspace_bytes}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert_model takes an nn.Module, got {type(model).__name__}")
+    if is_converted(model):
+        raise DistPatchError(f"this {type(model).__name__} is converted already; call distpatch.restore_model first")
+    options = Options(splits, sequential, dim, output, fallback, tiled, min_numel, workspace_bytes, lazy)
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
     warn_of_known_faults(model)
     comm = communicator(group, devices.of_model(model))
-    if comm.size > 1 and not isinstance(comm, SimulatedCommunicator):
-        comm.agree("convert_model", _identity(model, comm, splits, sequential, dim, output, fallback))
-    region = Region(
-        comm,
-        splits,
-        sequential,
-        fallback,
-        min_numel,
-        workspace_bytes,
-        lazy,
-        conversion=object(),
-    )
-    state = Conversion(region, dim, output, tiled)
+    comm.rendezvous.require_same_call("convert_model", lambda: _identity(model, comm, options))
+    state = Conversion(Region(comm, options, conversion=object()))
     wrappers = {
         name: _entry(getattr(model, name), name, state, model)
         for name in ENTRY_POINTS
@@ -121,23 +113,6 @@ def is_converted(model: nn.Module) -> bool:
     return STATE in model.__dict__
 
 
-def _check_options(model: nn.Module, splits: int | str, dim: int, output: str, fallback: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert_model takes an nn.Module, got {type(model).__name__}")
-    if is_converted(model):
-        raise DistPatchError(f"this {type(model).__name__} is converted already; call distpatch.restore_model first")
-    if splits != "auto" and not (isinstance(splits, int) and splits >= 1):
-        raise ValueError(f'splits is a number of at least 1, or "auto"; got {splits!r}')
-    if not isinstance(dim, int):
-        raise ValueError(f"dim is a number, got {dim!r}")
-    for name, value, choices in (
-        ("output", output, ("gather", "shard", "rank0")),
-        ("fallback", fallback, ("warn", "allow", "error")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} is one of {choices}; got {value!r}")
-
-
 def _tiles(model: Any, allowed: bool) -> str | None:
     """Why a model that is set to cut its input into tiles is not sharded, or None."""
     if allowed or not getattr(model, "use_tiling", False):
@@ -149,7 +124,7 @@ def _tiles(model: Any, allowed: bool) -> str | None:
     )
 
 
-def _identity(model: nn.Module, comm: Communicator, *options: Any) -> str:
+def _identity(model: nn.Module, comm: Communicator, options: Options) -> str:
     """What must be the same on all ranks: class, options, parameter shapes, and a sample of their bits.
 
     Ranks that built a model from different seeds would each compute rows of another picture. Of a DTensor (FSDP2)
@@ -171,7 +146,7 @@ def _identity(model: nn.Module, comm: Communicator, *options: Any) -> str:
             sums.append((sample * weights).sum().cpu())
     if sums:
         digest.update(str(torch.stack(sums).tolist()).encode())
-    return f"{type(model).__name__} with options {options}, state {digest.hexdigest()[:16]}"
+    return f"{type(model).__name__} with options ({options}), state {digest.hexdigest()[:16]}"
 
 
 def _entry(function: Callable[..., Any], name: str, state: Conversion, model: nn.Module) -> Callable[..., Any]:
@@ -186,7 +161,7 @@ def _entry(function: Callable[..., Any], name: str, state: Conversion, model: nn
             return _compiled(function, what, state, model, args, kwargs)
         call = Call(what, state, model, args, kwargs)
         steps = state.steps if name == "forward" else None
-        problem = _tiles(model, state.tiled) or call.problem
+        problem = _tiles(model, state.options.tiled) or call.problem
         if steps is not None:
             problem = problem or steps.problem(what)
 
@@ -204,16 +179,18 @@ def _compiled(
     function: Callable[..., Any], what: str, state: Conversion, model: nn.Module, args: Any, kwargs: Any
 ) -> Any:
     """As ``entry``, in a form that torch.compile can trace; the ranks meet whenever the graph runs."""
-    region = state.region
+    region, dim = state.region, state.options.dim
     given = list(tensors_in((args, kwargs)))
-    problem = _tiles(model, state.tiled) or problem_of(what, (args, kwargs), given, state.dim, region.comm)
+    problem = _tiles(model, state.options.tiled) or problem_of(what, (args, kwargs), given, dim, region.comm)
     if state.steps is not None:
         problem = f"{what}: a compiled call is never a displaced step: compile the modules inside the model instead"
     if problem:
         raise LayoutError(problem)
-    meet(region.comm.name, what, signature_of(given))
+    begin_call(region.comm.name, what, signature_of(given))
     state.thread.inside = True
-    sharded = map_tensors(lambda t: enter_compiled(t, state.dim, region) if is_image(t) else t, (args, kwargs))
+    sharded = map_tensors(
+        lambda t: enter_compiled(t, dim, region.comm.name, region.options) if is_image(t) else t, (args, kwargs)
+    )
     result = function(*sharded[0], **sharded[1])
     state.thread.inside = False
     for buffers, key, buffer in sharded_buffers(model):
@@ -227,7 +204,7 @@ def _region(state: Conversion, model: Any) -> Region:
     Those that FSDP2 keeps in parts are plain ones only inside the modules that gather them, and are spread there.
     """
     name = state.region.comm.name
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if private.functorch_transform() is not None:
         raise UnsupportedOpError(
             f"{type(model).__name__} is converted, and torch.func (grad, vjp, jvp, jacrev, hessian, vmap) has no rules "
             "for what moves between ranks: use torch.autograd.grad(create_graph=True), or torch.autograd.functional "
@@ -240,4 +217,5 @@ def _region(state: Conversion, model: Any) -> Region:
         in_one_thread(parameters[0].device)
     stand_ins = replicated_operands(parameters, name) if parameters else []
     pairs = zip(parameters, stand_ins, strict=True)
-    return replace(state.region, replicas={id(parameter): (parameter, other) for parameter, other in pairs})
+    replicas: dict[int, tuple[Tensor, Tensor]] = {id(parameter): (parameter, other) for parameter, other in pairs}
+    return replace(state.region, call=CallState(replicas))

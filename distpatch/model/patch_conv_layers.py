@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from distpatch import exported as _exported
 from distpatch.comm.communicator import ALONE
 from distpatch.errors import LayoutError
-from distpatch.model.compile_ops import enter, enter_compiled
+from distpatch.model.compile_ops import enter_compiled
 from distpatch.rules.core.operands import per_dim
-from distpatch.tensor.patch_tensor import PatchTensor, handed_back
+from distpatch.tensor import options
+from distpatch.tensor.options import Options, check_splits
+from distpatch.tensor.patch_tensor import PatchTensor, handed_back, shard_input
 from distpatch.tensor.region import Region
 
 __all__ = [
@@ -178,7 +180,7 @@ class PatchConv2d(nn.Conv2d):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        _check_splits(splits)
+        check_splits(splits)
         if conv2d is None:
             super().__init__(*args, **kwargs)
         else:
@@ -238,34 +240,34 @@ def _edges(padding: Sizes | str, kernel: Sequence[int], dilations: Sequence[int]
 
 def _as_rows(x: Tensor, spatial: int, splits: Splits, sequential: bool, op: str) -> Tensor:
     """The tensor as rows of this device alone; rows of a group's rank with these splits."""
-    _check_splits(splits)
+    check_splits(splits)
     compiling = torch.compiler.is_dynamo_compiling()
     if isinstance(x, PatchTensor):
-        return x if compiling else enter(x, 0, replace(x.region, splits=splits, sequential=sequential))
+        if compiling:
+            return x
+        region = x.region
+        how = replace(region.options, splits=splits, sequential=sequential)
+        return shard_input(x, 0, replace(region, options=how))
     if x.ndim not in (spatial + 1, spatial + 2):
         raise LayoutError(
             f"{op} in patches takes {spatial + 2} dims (B, C, ...), or {spatial + 1} without a batch; got a tensor of "
             f"shape {tuple(x.shape)}"
         )
-    region = Region(ALONE, splits, sequential)
     dim = x.ndim - min(spatial, 2)
-    return enter_compiled(x, dim, region) if compiling else enter(x, dim, region)
+    if compiling:
+        return enter_compiled(x, dim, ALONE.name, Options(splits, sequential))
+    return shard_input(x, dim, Region(ALONE, replace(options.DEFAULT, splits=splits, sequential=sequential)))
 
 
 def _back(result: Tensor, x: Tensor) -> Tensor:
     """What came of the rows, as the tensor that was given: plain, or of its own region."""
     compiling = torch.compiler.is_dynamo_compiling()
     if isinstance(x, PatchTensor):
-        return result if compiling else enter(result, 0, x.region)
+        return result if compiling else shard_input(result, 0, x.region)
     if compiling:
         gathered: Tensor = torch.ops.distpatch.gather(result, "patch_conv")
         return gathered
     return handed_back(result)
-
-
-def _check_splits(splits: Splits) -> None:
-    if splits != "auto" and not (isinstance(splits, int) and splits >= 1):
-        raise ValueError(f'splits is a number of at least 1, or "auto"; got {splits!r}')
 
 
 def _check_plain(conv2d: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

@@ -9,11 +9,15 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from distpatch.errors import DistPatchError
-from distpatch.model.convert import STATE, is_converted, unwrap
+from distpatch.model.calls import conversion_of
+from distpatch.model.convert import unwrap
 from distpatch.tensor.patch_tensor import LeftTensor, PatchTensor, handed_back
+from distpatch.tensor.region import Region
+from distpatch.torch_utils import patches
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
+SHOWN = 5
 
 
 def restore_model(model: M) -> M:
@@ -26,21 +30,22 @@ def restore_model(model: M) -> M:
     Raises ``DistPatchError`` where the model is not converted, or keeps sharded tensors and the group is closed, and
     ``RankError`` where it keeps some and a rank is missing or keeps others.
     """
-    if not is_converted(model):
+    conversion = conversion_of(model)
+    if conversion is None:
         raise DistPatchError(f"restore_model: this {type(model).__name__} is not converted")
-    region = model.__dict__[STATE].region
-    if kept := list(_kept(model)):
+    region = conversion.region
+    if kept := list(_kept(model, region)):
         names = ", ".join(f"{where} {tuple(x.shape)}" for where, x in kept)
-        if region.comm.name and getattr(region.comm, "closed", False):
+        if region.comm.closed:
             raise DistPatchError(
                 f"restore_model: {type(model).__name__} keeps sharded tensors that cannot be gathered, as the process "
                 f"group is closed: {names}. Restore models before destroy_process_group, or drop these (= None)."
             )
-        region.comm.enter(f"{type(model).__name__}: restore_model", names)
+        region.comm.begin_call(f"{type(model).__name__}: restore_model", names)
         known: dict[int, tuple[Tensor, Tensor]] = {}
 
         def gathered(tensor: Tensor) -> Tensor:
-            if not _is_kept(tensor, model):
+            if not _is_kept(tensor, region):
                 return tensor
             if id(tensor) not in known:
                 known[id(tensor)] = tensor, handed_back(tensor)
@@ -55,12 +60,29 @@ def restore_model(model: M) -> M:
             else:
                 holder.__dict__[name] = plain
     unwrap(model)
-    sharded = {id(cls) for cls in (PatchTensor, *PatchTensor.__subclasses__())}
-    for x in [x for x in gc.get_objects() if id(type(x)) in sharded]:
-        if "region" in x.__dict__ and x.region.conversion is region.conversion:
+    for x in _sharded_tensors():
+        if x.region.conversion is region.conversion:
             x.local  # noqa: B018  nothing waits for a model that is gone
             x.__class__ = LeftTensor
     return model
+
+
+def restore_torch() -> None:
+    """Put back the functions of torch that distpatch has replaced, until something is sharded again.
+
+    docs/torch-changes.md lists them. Raises ``DistPatchError`` while sharded tensors exist, which would meet torch's
+    own functions: hand them out (``distpatch.gather``) or drop them first. Converted models stay converted.
+    """
+    gc.collect()
+    if shapes := [tuple(x.shape) for x in _sharded_tensors()]:
+        raise DistPatchError(f"restore_torch: {len(shapes)} sharded tensors exist, of shapes {shapes[:SHOWN]}")
+    patches.uninstall()
+
+
+def _sharded_tensors() -> list[PatchTensor]:
+    """All that exist in this process, but those that a restored model has left behind."""
+    sharded = {id(cls) for cls in (PatchTensor, *PatchTensor.__subclasses__()) if cls is not LeftTensor}
+    return [x for x in gc.get_objects() if id(type(x)) in sharded and "region" in x.__dict__]
 
 
 def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
@@ -78,18 +100,17 @@ def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
                     yield cls, name, value
 
 
-def _kept(model: nn.Module) -> Iterator[tuple[str, PatchTensor]]:
+def _kept(model: nn.Module, region: Region) -> Iterator[tuple[str, PatchTensor]]:
     """Every sharded tensor that the model keeps, and where; in the same order on all ranks."""
     names = {module: name for name, module in model.named_modules()}
     for holder, name, value in _held(model):
         where = holder.__name__ if isinstance(holder, type) else names[holder] or type(holder).__name__
         for tensor in tensors_in(value, modules=True):
-            if _is_kept(tensor, model):
+            if _is_kept(tensor, region):
                 assert isinstance(tensor, PatchTensor)
                 yield f"{where}.{name}", tensor
 
 
-def _is_kept(tensor: Tensor, model: nn.Module) -> bool:
+def _is_kept(tensor: Tensor, region: Region) -> bool:
     """Whether it is sharded, and not of another converted model."""
-    own = (None, model.__dict__[STATE].region.conversion)
-    return isinstance(tensor, PatchTensor) and tensor.region.conversion in own
+    return isinstance(tensor, PatchTensor) and tensor.region.conversion in (None, region.conversion)

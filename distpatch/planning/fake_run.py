@@ -11,15 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensor,
-    FakeTensorMode,
-    in_kernel_invocation_manager,
-)
 
 from distpatch.comm.communicator import SimulatedCommunicator
 from distpatch.errors import DistPatchError, UnsupportedOpError
@@ -33,6 +24,15 @@ from distpatch.profiling.op_costs import Meter, representative_only
 from distpatch.profiling.trace import trace
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import planned_as
+from distpatch.torch_utils.private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    detect_fake_mode,
+    in_kernel_invocation_manager,
+)
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 FEW_RANKS = 4  # all of which are run

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from distpatch.torch_utils.private import FakeTensor, TorchDispatchMode, has_storage, is_traceable_wrapper_subclass
 
 MIB = 1 << 20
 _PLAIN = {Tensor, Parameter, FakeTensor}
@@ -112,7 +112,7 @@ def stored_tensors(tree: Any) -> Iterator[Tensor]:
 
 def _plain_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors with memory of their own: of a wrapper subclass, those that it holds."""
-    if type(value) in _PLAIN and torch._C._has_storage(value):
+    if type(value) in _PLAIN and has_storage(value):
         if (value.fake_device.type if type(value) is FakeTensor else value.device.type) != "meta":
             yield value
     elif isinstance(value, Tensor) and "local" in getattr(value, "__dict__", ()):  # a PatchTensor
@@ -122,5 +122,5 @@ def _plain_tensors(value: Any) -> Iterator[Tensor]:
     elif is_traceable_wrapper_subclass(value):
         for name in value.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(value, name))
-    elif isinstance(value, Tensor) and torch._C._has_storage(value):
+    elif isinstance(value, Tensor) and has_storage(value):
         yield value

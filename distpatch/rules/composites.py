@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.rules.core.registry import named, nth, rule
-from distpatch.torch_utils.private import inlined
+from distpatch.torch_utils.private import inlined, variable_functions
 
-_VARIADIC = torch._C._VariableFunctions  # what the Python function of its name calls
 _AT_LEAST = ("atleast_1d", "atleast_2d", "atleast_3d")
 _ALONG = {"hstack": 1, "vstack": 0, "row_stack": 0, "dstack": 2, "column_stack": 1}
 
@@ -74,7 +73,7 @@ def broadcast_tensors(func: Any, *tensors: Any) -> tuple[Tensor, ...]:
     return tuple(t.expand(shape) for t in given)
 
 
-@composite(*named(*_AT_LEAST), *(getattr(_VARIADIC, name) for name in _AT_LEAST), view=True)
+@composite(*named(*_AT_LEAST), *(getattr(variable_functions, name) for name in _AT_LEAST), view=True)
 def at_least(func: Any, *tensors: Any) -> Any:
     """Dims of size 1 are added to tensors of fewer dims; one tensor gives one, several a tuple."""
     several = len(tensors) > 1 or not isinstance(tensors[0], Tensor)

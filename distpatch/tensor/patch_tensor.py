@@ -22,7 +22,7 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES
 from distpatch.tensor.user_classes import kind_of, plain
-from distpatch.torch_utils import memory_format
+from distpatch.torch_utils import memory_format, private
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
@@ -130,7 +130,7 @@ class PatchTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        inside = torch._C._functorch.peek_interpreter_stack()
+        inside = private.functorch_transform()
         hidden = "" if inside is None else f" (inside torch.func's {inside.key().name}, which hides the tensor)"
         raise UnsupportedOpError(
             f"{func} reached a sharded tensor below the table of rules{hidden}, where its rows could be taken "
@@ -181,7 +181,7 @@ class PatchTensor(torch.Tensor):
         if bounds is None:
             others = [size for d, size in enumerate(local.shape) if d != dim]
             signature = f"{dim} {others} {local.dtype}"
-            answers = comm.agree("from_local", signature, {"rows": local.shape[dim]})
+            answers = comm.rendezvous.require_same_call("from_local", signature, {"rows": local.shape[dim]})
             total = [0]
             for answer in answers:
                 total.append(total[-1] + int(str(answer["rows"])))
@@ -275,6 +275,14 @@ def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     if layout.is_tiny and not torch.compiler.is_compiling():
         result.strides = tensor.stride()
     return result
+
+
+def shard_input(tensor: Tensor, dim: int, region: Region) -> PatchTensor:
+    """An argument sharded evenly along ``dim``, or one that is sharded already, in this region."""
+    if isinstance(tensor, PatchTensor):
+        return PatchTensor(tensor.local, tensor.row_layout, region)
+    dim = check_dim(tensor, dim)
+    return shard_in(region, tensor, RowLayout(dim, even_bounds(tensor.shape[dim], region.comm.size)))
 
 
 def gather(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What all tensors of one sharded computation share: the ranks, and the options of ``convert_model``."""
+"""What all tensors of one sharded computation share: the ranks, the options, and what belongs to one call."""
 
 from __future__ import annotations
 
@@ -8,51 +8,58 @@ from typing import Any
 from torch import Tensor
 
 from distpatch.comm.communicator import Communicator
+from distpatch.tensor import options
+from distpatch.tensor.options import Options
 from distpatch.tensor.user_classes import Kind
+from distpatch.torch_utils import patches
+
+
+@dataclass(frozen=True, eq=False)
+class CallState:
+    """What belongs to one call of a converted model.
+
+    ``replicas``: the model's parameters by id, each with the stand-in that meets rows in this call, so that all their
+    gradients are summed over ranks together. ``buffers``: ids of the model's buffers, which stay plain tensors
+    whatever is written to them.
+    """
+
+    replicas: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    buffers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
     """Who takes part in a sharded computation, and how each rank computes its rows.
 
-    ``splits``, ``sequential``, ``min_numel``, ``workspace_bytes``: how convolutions are cut
-    (``convert_model``); ``lazy``: whether rows may be computed later (lazy/recipe.py). ``replicas``: the model's
-    parameters by id, each with the stand-in that meets rows in this call, so that all their gradients are
-    summed over ranks together. ``buffers``: ids of the model's buffers, which stay plain tensors whatever is
-    written to them. ``kind``: of which class results are once they are whole, where a user's own (user_classes.py).
-    ``conversion``: the converted model whose call it is, until a result is handed to the caller.
+    ``warned``: operations without a rule that were warned of. ``call``: of a converted model, under way. ``kind``: of
+    which class results are once they are gathered, where a user's own (user_classes.py). ``conversion``: the
+    converted model whose call it is, until a result is handed to the caller.
     """
 
     comm: Communicator
-    splits: int | str = 1
-    sequential: bool = True
-    fallback: str = "warn"
-    min_numel: int = 0
-    workspace_bytes: int | None = None
-    lazy: bool = False
+    options: Options = field(default_factory=options.default)
     warned: set[str] = field(default_factory=set)
-    replicas: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    buffers: frozenset[int] = frozenset()
+    call: CallState = field(default_factory=CallState)
     kind: Kind | None = None
     conversion: object = None
+
+    def __post_init__(self) -> None:
+        patches.install()  # before there are sharded tensors
 
     @property
     def lasting(self) -> Region:
         """The region without what belongs to one call: as a compiled graph keeps it."""
-        return replace(self, replicas={}, kind=None) if self.replicas or self.kind else self
+        call = self.call
+        return replace(self, call=CallState(), kind=None) if call.replicas or call.buffers or self.kind else self
 
     @property
     def handed_out(self) -> Region:
         """The region of what a caller is given: no longer the model's own."""
-        return replace(self, replicas={}, buffers=frozenset(), conversion=None)
+        return replace(self, call=CallState(), conversion=None)
 
     def alike(self, other: Region) -> bool:
         """Whether what was compiled for one serves the other."""
-        return self.comm is other.comm and self.options == other.options
-
-    @property
-    def options(self) -> tuple[int | str, bool, str, int, int | None]:
-        return self.splits, self.sequential, self.fallback, self.min_numel, self.workspace_bytes
+        return self.comm is other.comm and self.options.packed == other.options.packed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         return self

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from distpatch.errors import LayoutError
+from distpatch.torch_utils.private import DisableTorchFunctionSubclass, no_torch_dispatch, no_torch_function
 
 
 class Kind:
     """The class and the attributes of a tensor, without its data."""
 
     def __init__(self, tensor: Tensor) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             sample = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(type(tensor))
         sample.__dict__.update(tensor.__dict__)
         self.sample = sample
@@ -44,16 +45,16 @@ def is_own(cls: type) -> bool:
     """Whether it is a class of a user's own that torch asks what becomes of a function's result."""
     return (
         cls is not Tensor
-        and cls.__torch_function__ is not torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
+        and cls.__torch_function__ is not no_torch_function  # type: ignore[attr-defined]
         and not is_wrapper(cls)
-        and cls.__module__.partition(".")[0] != __package__
+        and cls.__module__.partition(".")[0] != __name__.partition(".")[0]
     )
 
 
 @lru_cache(maxsize=256)
 def is_wrapper(cls: type) -> bool:
     """Whether its tensors are not what torch's operators take them for, such as those of DTensor."""
-    return cls.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+    return cls.__torch_dispatch__ is not no_torch_dispatch  # type: ignore[attr-defined]
 
 
 def kind_of(tensor: Tensor) -> Kind | None:
@@ -65,5 +66,5 @@ def plain(tensor: Tensor) -> Tensor:
     """The same tensor, of torch's own class; gradients go through."""
     if type(tensor) is Tensor or not is_own(type(tensor)):
         return tensor
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return tensor.as_subclass(Tensor)

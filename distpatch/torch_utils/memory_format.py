@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
 
-from distpatch.torch_utils.private import FakeMode
+from distpatch.torch_utils.private import DisableTorchFunction, FakeMode, no_modes
 
 Order = tuple[int, ...]  # dims as they stand in memory, innermost first
 Strides = tuple[int, ...]
@@ -184,8 +183,8 @@ def _strides(
     torch.set_autocast_cache_enabled(False)
     try:  # nobody else sees these calls: no mode, no hook on what is saved for a backward pass
         with (
-            torch._C.DisableTorchFunction(),
-            _disable_current_modes(),
+            DisableTorchFunction(),
+            no_modes(),
             FakeMode() if by_device else nullcontext(),
             saved_tensors_hooks(lambda t: t, lambda t: t),
         ):

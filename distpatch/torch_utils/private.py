@@ -1,22 +1,69 @@
-"""The names of torch that are private, or that differ between its releases (2.11 to 2.14)."""
+"""The names of torch that are private, or that differ between its releases (2.11 to 2.14); no other file has any."""
 
 from __future__ import annotations
 
 import functools
 import types
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass, ScriptMethod, parse_schema
+from torch._guards import detect_fake_mode
 from torch._library.effects import EffectType
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed import distributed_c10d as c10d
+from torch.nn.modules._functions import BackwardHookFunction
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map
+
+__all__ = [
+    "BackwardHookFunction",
+    "DataDependentOutputException",
+    "DisableTorchFunction",
+    "DisableTorchFunctionSubclass",
+    "DynamicOutputShapeException",
+    "FakeCopyMode",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FunctionalTensor",
+    "OpOverload",
+    "OpOverloadPacket",
+    "ScriptMethod",
+    "TorchDispatchMode",
+    "detect_fake_mode",
+    "in_kernel_invocation_manager",
+    "is_traceable_wrapper_subclass",
+    "parse_schema",
+    "tree_map",
+]
 
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 storage_uses = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+has_storage = torch._C._has_storage
+foreach_copy = torch._foreach_copy_
+weight_norm = torch._weight_norm
+schemas_named = torch._C._jit_get_schemas_for_operator
+no_torch_function = torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
+no_torch_dispatch = torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+no_modes = _disable_current_modes
+has_setup_context = torch.autograd.function._is_setup_context_defined  # type: ignore[attr-defined]
+
+nn_builtins: Any = torch._C._nn
+variable_functions: Any = torch._C._VariableFunctions
 
 KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # the Function of checkpoint, up to 2.12
 
@@ -47,6 +94,52 @@ def forget_batch(group: dist.ProcessGroup) -> None:
     c10d._world.pg_coalesce_state.pop(group, None)
 
 
+def default_group() -> dist.ProcessGroup:
+    """The group of all ranks. Raises ``ValueError`` where it was not initialised."""
+    return c10d._get_default_group()
+
+
+def uses_torchcomms() -> bool:
+    """Whether torchcomms has the place of the backends: it makes no group that some ranks alone make."""
+    enabled: bool = getattr(c10d, "_use_torchcomms_enabled", bool)()
+    return enabled
+
+
+def new_group(
+    default: dist.ProcessGroup, members: list[int], name: str, backend: str | None, timeout: timedelta
+) -> dist.ProcessGroup:
+    """A group of these global ranks, in this order, which they alone make; by default of the default's backend."""
+    default_backend, store = c10d._world.pg_map[default]
+    made: dist.ProcessGroup
+    made, _ = c10d._new_process_group_helper(
+        len(members),
+        members.index(default.rank()),
+        members,
+        dist.Backend(backend or default_backend),
+        store,
+        c10d.GroupName(name),
+        timeout=timeout,
+        group_desc="distpatch",
+    )
+    c10d._world.pg_group_ranks[made] = {rank: place for place, rank in enumerate(members)}
+    return made
+
+
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
+    """What moves the group's tensors of a kind of device. Raises ``RuntimeError`` where nothing does."""
+    return group._get_backend(device)
+
+
+def devices_of(group: Any) -> list[torch.device]:
+    """The kinds of device that the group has backends for."""
+    return list(group._device_types)
+
+
+def end_batch(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Send the messages of a batch that was begun, on a backend that collects them."""
+    group._end_coalescing(device)
+
+
 def group_named(name: str) -> dist.ProcessGroup:
     """The open group of this name."""
     return torch._C._distributed_c10d._resolve_process_group(c10d.GroupName(name))
@@ -68,6 +161,16 @@ def inlined(func: Any) -> Any:
     steps = types.FunctionType(func.__code__, namespace, func.__name__, func.__defaults__)
     steps.__kwdefaults__ = func.__kwdefaults__
     return steps
+
+
+def fused_attention(*args: Any, **kwargs: Any) -> Any:
+    """Which kernel ``F.scaled_dot_product_attention`` would choose."""
+    return torch._fused_sdp_choice(*args, **kwargs)
+
+
+def functorch_transform() -> Any:
+    """The transform of torch.func that calls, or None."""
+    return torch._C._functorch.peek_interpreter_stack()
 
 
 def is_compiling() -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from distpatch.torch_utils.containers import (
     ATOMS,
@@ -21,6 +20,7 @@ from distpatch.torch_utils.containers import (
     remade,
     shallow,
 )
+from distpatch.torch_utils.private import tree_map
 
 Made = list[tuple[Any, Any]]
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
 import distpatch
+from distpatch.comm.choose_transport import using
 from distpatch.comm.collectives import stack_ranks, sum_partials
 from distpatch.comm.communicator import communicator
 from distpatch.comm.row_exchange import fetch_rows
-from distpatch.comm.transport import using
 from distpatch.layout.rows import even_bounds
 from tests.support.fake_groups import NCCL, Group, gpu
 from tests.support.oracle import assert_same, random_tensor
@@ -147,10 +147,10 @@ def test_a_batch_is_ended_before_its_group(monkeypatch: pytest.MonkeyPatch) -> N
             done.append(f"end on {device}")
             raise RuntimeError("nothing to end")
 
-    from distpatch.comm import transport
+    from distpatch.comm import point_to_point
 
     group: Any = Collects(**NCCL)
-    transport._end_batch(group, gpu(1))
+    point_to_point._end_batch(group, gpu(1))
     assert done == ["end on cuda:1", "abort"]
 
 

@@ -13,7 +13,9 @@ from torch import nn
 
 import distpatch
 from distpatch.comm import devices
-from distpatch.comm.transport import PointToPoint, Staged, between, using
+from distpatch.comm.choose_transport import between, using
+from distpatch.comm.point_to_point import PointToPoint
+from distpatch.comm.staged import Staged
 from tests.support.fake_groups import BOTH, CPU, GLOO, NCCL, Group, gpu
 from tests.support.threads import rank_outcomes, run_ranks
 

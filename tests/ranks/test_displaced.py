@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.comm.collectives import merge_moments
-from distpatch.diffusion.displaced_steps import POLICIES, _corrected
+from distpatch.diffusion.stale_transport import POLICIES, _corrected
 from tests.support.oracle import random_tensor
 from tests.support.simulation import Simulation
 from tests.support.threads import run_ranks
@@ -87,7 +86,8 @@ def test_corrected_statistics(own_variance: float) -> None:
     assert (variance < 0) == (own_variance < 0.1)
     expected = new_variance if variance < 0 else variance
 
-    merged = merge_moments(counts, means, variances * torch.tensor(counts))
-    last, own = torch.stack([means[0], 4 * variances[0]]), torch.stack([new_mean, 4 * new_variance])
-    total, got_mean, m2 = _corrected(merged, last, own, 4)
+    last = torch.stack([means, variances * torch.tensor(counts)], 1)
+    own = torch.stack([new_mean, 4 * new_variance])
+    (total,), corrected = _corrected(counts, last, own, rank=0)
+    got_mean, m2 = corrected[0]
     torch.testing.assert_close((got_mean, m2 / total), (mean, expected))

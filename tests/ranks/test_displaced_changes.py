@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.diffusion.displaced_steps import POLICIES, Displaced
+from distpatch.diffusion.displaced_steps import Displaced
+from distpatch.diffusion.stale_transport import POLICIES
 from tests.support.oracle import random_tensor
 from tests.support.threads import rank_outcomes, run_ranks
 from tests.support.transports.delay import delayed
@@ -182,7 +183,7 @@ def test_another_prompt_that_one_rank_sees_first() -> None:
 def test_reset_and_synchronize() -> None:
     def body(net: Net, steps: Displaced) -> None:
         distpatch.synchronize()
-        assert all(batch.under_way is None for batch in steps.plan.batches)
+        assert all(batch.works is None for batch in steps.schedule.shared)
         stale(net, steps, image(3))
         steps.reset()
         exact(net, steps, image(4))
@@ -238,7 +239,7 @@ def test_an_exception_in_the_middle_of_a_step(failing: tuple[int, ...]) -> None:
                 net(image(4), TEXT)
                 assert rank not in failing
             except ValueError:
-                assert rank in failing and steps.plan is None
+                assert rank in failing and steps.schedule is None
             net.fail = False
             exact(net, steps, image(5))
             exact(net, steps, image(6))
@@ -274,9 +275,9 @@ def test_leaving_early() -> None:
                 with torch.no_grad(), distpatch.displaced(net, warmup_steps=0) as steps:
                     for step in range(3):
                         net(image(step), TEXT)
-                    assert steps.plan is not None and steps.plan.buffer_bytes > 0
-                    held = [weakref.ref(b) for batch in steps.plan.batches for b in batch.landing.buffers.values()]
-                    held += [weakref.ref(b) for batch in steps.plan.batches for b in batch.outgoing.buffers.values()]
+                    assert steps.schedule is not None and steps.schedule.buffer_bytes > 0
+                    held = [weakref.ref(b) for batch in steps.schedule.shared for b in batch.landing.buffers.values()]
+                    held += [weakref.ref(b) for batch in steps.schedule.shared for b in batch.outgoing.buffers.values()]
                     if leave is not None:
                         raise leave
             except StopIteration:
@@ -341,8 +342,8 @@ def test_what_is_sent_and_waited_for() -> None:
             sent = sum(record.sent_bytes for record in t.records if (record.kind, record.op) == ("displaced", op))
             assert sent == 2 * sum(record.sent_bytes for record in plain.records if record.op == op) > 0
         assert t.count("all_gather") == 0 and {record.op for record in t.records if record.kind == "p2p"} == {"output"}
-        batches = len(steps.plan.batches)
-        assert 1 < batches < len(steps.plan.sites)
+        batches = len(steps.schedule.shared)
+        assert 1 < batches < len(steps.schedule.sites)
         assert len(t.waits) == 2 * batches - batches  # of the first traced step: what was started in the trace
         assert all(wait.behind_s > 0.05 > wait.blocked_s for wait in t.waits[-batches:])
         assert "behind the computation" in t.table()

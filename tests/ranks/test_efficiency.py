@@ -94,7 +94,7 @@ def guarded(model: nn.Module, shape: tuple[int, ...], grad: bool) -> list[Counte
     def body(rank: int) -> Counter[str]:
         own = copy.deepcopy(model)
         sharded = distpatch.shard(x.clone().requires_grad_(grad), dist.group.WORLD)
-        sharded.region.comm.store = Silent()
+        sharded.region.comm.rendezvous.store = Silent()
         with torch.set_grad_enabled(grad), NoHostSync() as mode:
             out = own(sharded)
             if grad:
@@ -125,7 +125,7 @@ def test_host_sync_would_be_noticed(
 
     def read(module: nn.Module, args: tuple[Any, ...]) -> None:
         if how == "store":
-            args[0].region.comm.store.get("key")
+            args[0].region.comm.rendezvous.store.get("key")
         else:
             getattr(args[0].local.sum(), how)()
 

@@ -47,8 +47,8 @@ CASES = {
     "operator, overload": case(lambda x: mine.scaled_tanh.default(x, 2.0), X),
     "operator on a copy of rows": case(lambda x: own.scaled_tanh(x[:, :, 0], 2.0), X),
     "operator on merged rows": case(lambda x: own.scaled_tanh(x.flatten(0, 2), 2.0), X),
-    "autograd function": case(own.Swish.apply, X, CHANNELS),
-    "autograd function of two layouts": case(own.Swish.apply, X, X, sharded=2),
+    "autograd function": case(lambda x, b: own.Swish.apply(x, b), X, CHANNELS),
+    "autograd function of two layouts": case(lambda x, b: own.Swish.apply(x, b), X, X, sharded=2),
     "autograd function in between": case(
         lambda x, w: F.conv2d(own.Swish.apply(F.conv2d(x, w, padding=1), w[0, :1, :1, :1]), w, padding=1),
         X,

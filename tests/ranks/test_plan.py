@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 import distpatch
 from tests.support.oracle import random_tensor
 from tests.support.threads import run_ranks
+from tests.support.zoo.models import sd_decoder
 from tests.support.zoo.unets import CONDITIONED, DOWN, UP
 
 
@@ -30,20 +31,6 @@ class Subject:
     build: Callable[[], nn.Module]
     args: tuple[Any, ...]
     method: str | None = None
-
-
-def sd_decoder() -> nn.Module:
-    """Stable Diffusion's decoder in its real size."""
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-    )
-    vae.encoder = vae.quant_conv = None
-    return vae.eval()
 
 
 def wan() -> nn.Module:

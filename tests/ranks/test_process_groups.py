@@ -17,7 +17,7 @@ import distpatch
 from distpatch.comm import devices, process_groups
 from distpatch.comm.collectives import sum_partials
 from distpatch.comm.communicator import Communicator, communicator, group_of
-from distpatch.diffusion.displaced_steps import async_comm_of
+from distpatch.diffusion.displaced_steps import background_of
 from tests.support.fake_groups import CPU, gpu
 from tests.support.threads import run_ranks
 
@@ -87,7 +87,7 @@ def after_a_failure(rank: int, groups: Any) -> None:
         comm = communicator(groups[0])
         before = comm.name
         comm.abort_call("gave up")
-        comm.enter("test", "")
+        comm.begin_call("test", "")
         assert comm.name != before and sum_over(comm) == 1
 
 
@@ -110,13 +110,13 @@ def the_group_of_a_pipeline(rank: int, groups: Any) -> None:
         assert sum_over(communicator(group_of([0, 3, 2]))) == 5
 
 
-def the_lane(rank: int, groups: Any) -> None:
+def the_background_group(rank: int, groups: Any) -> None:
     if rank:
-        assert sum_over(async_comm_of(communicator(groups[2]))) == 6
+        assert sum_over(background_of(communicator(groups[2]))) == 6
 
 
 MADE_BY_MEMBERS = [some_ranks, unequal_numbers_of_groups, after_a_failure, one_half_of_a_guidance_mesh]
-MADE_BY_MEMBERS += [a_guidance_mesh_of_some_ranks, the_group_of_a_pipeline, the_lane]
+MADE_BY_MEMBERS += [a_guidance_mesh_of_some_ranks, the_group_of_a_pipeline, the_background_group]
 
 
 @pytest.mark.parametrize("body", MADE_BY_MEMBERS, ids=lambda body: body.__name__)

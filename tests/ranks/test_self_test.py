@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import nn
 
 import distpatch
+from distpatch.comm.choose_transport import using
+from distpatch.comm.point_to_point import PointToPoint
 from distpatch.comm.self_test import SelfTest, rounds
-from distpatch.comm.transport import Batch, PointToPoint, Works, using
+from distpatch.comm.transport import Batch, Works
 from tests.support.threads import rank_outcomes, run_ranks
 
 
@@ -29,7 +31,7 @@ class Faulty(PointToPoint):
         super().__init__(pg)
         self.ends, self.kind, self.nth, self.counted = ends, kind, nth, counted
 
-    def start(self, batch: Batch) -> Works:
+    def post(self, batch: Batch) -> Works:
         outgoing = list(batch.outgoing)
         for index, peer in enumerate(batch.to):
             if (self.pg.rank(), peer) == self.ends and next(self.counted) >= self.nth:
@@ -37,7 +39,7 @@ class Faulty(PointToPoint):
                     return []
                 outgoing[index] = outgoing[index].clone()
                 outgoing[index][outgoing[index].numel() // 2] += 1
-        return super().start(replace(batch, outgoing=outgoing))
+        return super().post(replace(batch, outgoing=outgoing))
 
 
 def faulty(sender: int, receiver: int, kind: str, nth: int = 0) -> AbstractContextManager[None]:
@@ -112,11 +114,11 @@ def test_a_rank_that_stops_half_way_is_named() -> None:
     released = threading.Event()
 
     class Stops(PointToPoint):
-        def start(self, batch: Batch) -> Works:
+        def post(self, batch: Batch) -> Works:
             if dist.get_rank() == 2:
                 released.wait(30)
                 raise RuntimeError("stopped")
-            return super().start(batch)
+            return super().post(batch)
 
     def body(rank: int) -> SelfTest:
         report = distpatch.self_test(dist.group.WORLD)
@@ -167,8 +169,8 @@ def test_a_wrong_collective_is_named() -> None:
     """Then nothing can take the place of point to point."""
 
     class Wrong(Faulty):
-        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-            everyone = super().all_gather(tensor)
+        def all_gather(self, tensor: torch.Tensor, op: str) -> torch.Tensor:
+            everyone = super().all_gather(tensor, op)
             if dist.get_rank() == 0:
                 everyone[1].view(-1)[0] += 1  # of what rank 1 sent
             return everyone

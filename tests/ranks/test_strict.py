@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distpatch
-from distpatch.comm import row_exchange
 from distpatch.comm.communicator import communicator
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.comm.transport import Batch
@@ -102,7 +101,7 @@ def post(rank: int, verbs: str, sizes: tuple[int, ...] = (1, 1)) -> None:
         to, source = ([1 - rank], []) if verb == "s" else ([], [1 - rank])
         tensors = [torch.zeros(size)]
         batch = Batch("test", to, tensors * len(to), source, tensors * len(source), torch.device("cpu"))
-        row_exchange.post(comm, batch)
+        comm.transport(batch.device).exchange(batch)
 
 
 def test_crossed_sends_are_a_deadlock() -> None:
@@ -145,7 +144,7 @@ def test_it_is_as_late_as_it_may_be() -> None:
         hub, peer = hubs[0], 1 - rank
         outgoing, landing = torch.full((2,), float(rank)), torch.zeros(2)
         transport = End(hub, dist.group.WORLD)
-        works = transport.start(Batch("test", [peer], [outgoing], [peer], [landing], torch.device("cpu")))
+        works = transport.post(Batch("test", [peer], [outgoing], [peer], [landing], torch.device("cpu")))
         seen = [landing[0].item()]
         outgoing.fill_(rank + 10)  # too early
         met.wait()
@@ -168,11 +167,11 @@ def test_collectives() -> None:
     def body(rank: int) -> tuple[Any, ...]:
         transport = End(hub, dist.group.WORLD)
         total, flags = torch.tensor([1.0, rank]), torch.tensor([rank == 1, False])
-        transport.all_reduce(total)
-        transport.all_reduce(flags)
-        everyone = transport.all_gather(torch.tensor([[rank]]))
+        transport.all_reduce(total, "test")
+        transport.all_reduce(flags, "test")
+        everyone = transport.all_gather(torch.tensor([[rank]]), "test")
         with pytest.raises(RuntimeError, match=r"rank 0's \(1,\) of torch.float32, rank 1's \(2,\)"):
-            transport.all_reduce(torch.zeros(min(rank + 1, 2)))
+            transport.all_reduce(torch.zeros(min(rank + 1, 2)), "test")
         return total.tolist(), flags.tolist(), everyone.tolist()
 
     hub = Late()

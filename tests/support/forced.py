@@ -21,18 +21,15 @@ def defer_rows_of_any_size() -> None:
 
 def apply() -> None:
     """In this process, and in those that it starts."""
-    from distpatch.model import convert
-    from distpatch.tensor.region import Region
+    from distpatch.model.convert import convert_model
+    from distpatch.tensor import options
 
     global IS_ON
     IS_ON = True
     os.environ[VARIABLE] = "1"
     defer_rows_of_any_size()
-    defaults = Region.__init__.__defaults__
-    names = [name for name, field in Region.__dataclass_fields__.items() if name != "comm"]
-    changed = dict(zip(names, defaults, strict=True)) | {"splits": SPLITS, "lazy": True}
-    Region.__init__.__defaults__ = tuple(changed[name] for name in names)
-    convert.convert_model.__kwdefaults__["splits"] = SPLITS
+    options.DEFAULT = options.Options(splits=SPLITS, lazy=True)
+    convert_model.__kwdefaults__["splits"] = SPLITS
 
 
 if os.environ.get(VARIABLE):

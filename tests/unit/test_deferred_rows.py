@@ -16,6 +16,7 @@ from distpatch.errors import DistPatchError
 from distpatch.layout.rows import RowLayout
 from distpatch.lazy import recipe
 from distpatch.profiling.live_memory import LivePeak
+from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.region import Region
 from distpatch.torch_utils import chunk_sizes
@@ -35,7 +36,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def sharded(x: Tensor) -> PatchTensor:
-    return PatchTensor(x, RowLayout(2, (0, x.shape[2])), Region(ALONE, splits=5, lazy=True))
+    return PatchTensor(x, RowLayout(2, (0, x.shape[2])), Region(ALONE, Options(splits=5, lazy=True)))
 
 
 def image(seed: int = 0) -> tuple[Tensor, PatchTensor]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,24 +15,17 @@ from torch import Tensor, nn
 import distpatch
 from distpatch.planning import fake_run
 from distpatch.rules.linalg import attention
+from tests.support.zoo.models import sd_decoder
 
 
 @cache
 def decoder() -> nn.Module:
     """Stable Diffusion's, of bfloat16, without data."""
     with torch.device("meta"):
-        vae = diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-            norm_num_groups=32,
-        )
-        vae.encoder = vae.quant_conv = None
+        vae = sd_decoder()
         for parameter in vae.parameters():
             parameter.data = parameter.data.bfloat16()
-    return vae.eval()
+    return vae
 
 
 def attention_calls(plan: distpatch.Plan) -> int:

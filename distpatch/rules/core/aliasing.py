@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.lazy import buffer_reuse
@@ -21,6 +20,7 @@ from distpatch.lazy.recipe import detached_recipe
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy
 from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.op_names import op_name
+from distpatch.torch_utils.private import DisableTorchFunctionSubclass, FakeTensor, OpOverloadPacket
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 _IN_PLACE_OPERATORS = {
@@ -49,7 +49,7 @@ def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _schema(func: Any) -> Any:
     """The schema of an operator of ``torch.ops``; of several overloads, one that writes."""
-    if isinstance(func, torch._ops.OpOverloadPacket):
+    if isinstance(func, OpOverloadPacket):
         schemas = [getattr(func, name)._schema for name in func.overloads()]
         return next((schema for schema in schemas if schema.is_mutable), schemas[0])
     return getattr(func, "_schema", None)
@@ -234,7 +234,7 @@ def _follow(copy: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             plain.strides,
         )
     else:
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             func(*args, **kwargs)
     copy.origin = replace(copy.origin, write=None)
     return cast(Tensor, copy)

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-import torch
-
 from distpatch.tensor.rule_table import RULES, Rule, RuleEntry, no_rule
 from distpatch.torch_utils.op_names import op_name
+from distpatch.torch_utils.private import schemas_named
 
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names of these too
 
@@ -65,6 +64,6 @@ def _signatures(func: Any) -> list[tuple[str, ...]]:
     """The arguments of a torch function in order, a tuple an overload."""
     if inspect.isfunction(func):
         return [tuple(inspect.signature(func).parameters)]
-    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{op_name(func)}")
+    schemas = schemas_named(f"aten::{op_name(func)}")
     named = [[a.name for a in schema.arguments if not a.kwarg_only] for schema in schemas]
     return [tuple("input" if name == "self" else name for name in names) for names in named]

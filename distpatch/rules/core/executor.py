@@ -52,7 +52,7 @@ def deferrable(
     operands: Sequence[PatchTensor], lead: PatchTensor, *, fused: bool = False, size_bytes: int | None = None
 ) -> list[Recipe] | None:
     """Recipes of the operands, if what is made of them, of so many bytes, may be computed when it is asked for."""
-    if not lead.region.lazy or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not lead.region.options.lazy or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     if size_bytes is None:
         size_bytes = sum(x.local_or_recipe.shape.numel() * x.dtype.itemsize for x in operands)

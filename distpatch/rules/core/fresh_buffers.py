@@ -33,7 +33,7 @@ def shard_like(target: Any, lead: PatchTensor, dim: int | None = None) -> bool:
 
 def shard_along(target: Tensor, lead: PatchTensor, layout: RowLayout) -> bool:
     """Whether the plain tensor is now sharded in this layout, in the lead's region."""
-    if id(target) in lead.region.buffers or not _is_alone(target):
+    if id(target) in lead.region.call.buffers or not _is_alone(target):
         return False
     rows = narrow_rows(target, layout, lead.rank).clone()
     torch.utils.swap_tensors(target, PatchTensor(rows, layout, lead.region))

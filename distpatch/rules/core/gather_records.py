@@ -18,7 +18,7 @@ def record(name: str, sharded: Sequence[PatchTensor]) -> None:
     """Count that these tensors are gathered, and say so or refuse, as the region wants it."""
     lead, region = sharded[0], sharded[0].region
     shapes = shapes_of(sharded)
-    if region.fallback == "error":
+    if region.options.fallback == "error":
         raise UnsupportedOpError(
             f"{name} has no sharded rule ({shapes}; rank {region.comm.rank}) and fallback='error' "
             "forbids to gather its arguments. Use fallback='warn' or 'allow', or register a rule "
@@ -26,7 +26,7 @@ def record(name: str, sharded: Sequence[PatchTensor]) -> None:
         )
     size_bytes = sum(t.numel() * t.element_size() for t in sharded)
     lead.comm.recorder.fallback(name, shapes, _call_site(), size_bytes)
-    if region.fallback == "warn" and name not in region.warned:
+    if region.options.fallback == "warn" and name not in region.warned:
         region.warned.add(name)
         warnings.warn(
             f"distpatch has no sharded rule for {name}: its arguments ({shapes}) are gathered on every "

@@ -103,15 +103,15 @@ def run_stencil(
     ``view``: the result is one, and never computed in parts; ``growth``: how many times longer a row becomes;
     ``shape``: of the result.
     """
-    region, dim = x.region, x.row_layout.dim
-    plan = plan_rank(x.row_layout, stencil, region.comm.rank)
+    options, dim = x.region.options, x.row_layout.dim
+    plan = plan_rank(x.row_layout, stencil, x.region.comm.rank)
     lo, hi = plan.rows
     patch_rows = hi - lo
     if weights is not None and shape is not None:
         shape[dim] = hi - lo
         numel = math.prod(shape)
-        patch_rows = choose_patch_rows(region, hi - lo, x.local_or_recipe, weights.weight, numel)
-        may_defer = patch_rows < hi - lo and pads and region.sequential and weights.match(x)
+        patch_rows = choose_patch_rows(options, hi - lo, x.local_or_recipe, weights.weight, numel)
+        may_defer = patch_rows < hi - lo and pads and options.sequential and weights.match(x)
         if may_defer and deferrable([x], x, size_bytes=numel * x.dtype.itemsize) is not None:
             return wrap(_later(func, x, stencil, kernel, weights, plan, shape, patch_rows), x, plan.layout)
         kernel = partial(_weighted, kernel, weights)
@@ -119,7 +119,7 @@ def run_stencil(
         rows = x.local.shape[dim]
         largest = x.local.numel() * max(growth * (hi - lo), rows) // max(rows, 1)
         patch_rows = max(ceil_div(hi - lo, fewest_calls(largest)), 1)
-    together = pads and weights is not None and not region.sequential
+    together = pads and weights is not None and not options.sequential
     slab = halo(x, plan.needs, func, fill)
     result = compute_now(kernel, slab, stencil, plan, patch_rows, pads=pads, view=view, together=together)
     return _wrapped(result, x, plan.layout)

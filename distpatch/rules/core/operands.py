@@ -72,7 +72,7 @@ def replicated_operand(tensor: Tensor, like: PatchTensor) -> Tensor:
         raise UnsupportedOpError(refusal(tensor))
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor
-    known = like.region.replicas.get(id(tensor))
+    known = like.region.call.replicas.get(id(tensor))
     if known is not None and known[0] is tensor:
         return known[1]
     return collectives.replicated_operand(tensor, like.comm.name)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.rule_table import RULES, Rule, RuleEntry
+from distpatch.torch_utils.private import OpOverload, OpOverloadPacket
 
 R = TypeVar("R", bound=Rule)
 
@@ -63,9 +64,9 @@ def register_rule(func: Any) -> Callable[[R], R]:
 def keys(func: Any) -> list[Any]:
     """What torch may ask a rule for when the function is called: of an operator, itself and its overloads."""
     func = getattr(func, "_opoverload", func)  # of a torch.library.custom_op
-    if isinstance(func, torch._ops.OpOverload) and func._overloadpacket.overloads() == [func._overloadname]:
+    if isinstance(func, OpOverload) and func._overloadpacket.overloads() == [func._overloadname]:
         func = func._overloadpacket
-    if isinstance(func, torch._ops.OpOverloadPacket):
+    if isinstance(func, OpOverloadPacket):
         return [func, *(getattr(func, name) for name in func.overloads())]
     return [func]
 

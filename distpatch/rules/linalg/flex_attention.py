@@ -1,7 +1,7 @@
 """``flex_attention``: queries stay, keys and values are fetched; masks are asked with the queries' global numbers.
 
-Of torch's functions it alone asks no tensor for a rule of its own. It is given that question here, in its
-module, for all who look it up there; plain tensors take the way that they took before.
+Of torch's functions it alone does not dispatch ``__torch_function__``. A wrapper, which does, takes its place in its
+module and where it was imported by name (torch_utils/patches.py); plain tensors take the way that they took before.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.operands import whole_operand, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils import patches
 
-_plain: Callable[..., Any] = module.flex_attention
 
-
-@functools.wraps(_plain)
+@functools.wraps(module.flex_attention)
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     operands = (query, key, value)
     if has_torch_function(operands):
         return handle_torch_function(flex_attention, operands, *operands, *args, **kwargs)
-    return _plain(*operands, *args, **kwargs)
+    return _PATCH.original(*operands, *args, **kwargs)
 
 
-module.flex_attention = flex_attention
+_PATCH = patches.register(module, "flex_attention", flex_attention, by_name=True)
 
 
 @rule(flex_attention, any_order=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 
 from distpatch.torch_utils.chunk_sizes import kind_of, planned_kind
+from distpatch.torch_utils.private import FakeTensor, fused_attention
 
 HALF = {torch.float16, torch.bfloat16}
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ def keeps_scores(
     if planned_kind() or type(query) is FakeTensor or torch.compiler.is_compiling():
         return not _fuses_on_cuda(query, key, value, mask, enable_gqa)
     try:
-        chosen = torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, enable_gqa=enable_gqa)
+        chosen = fused_attention(query, key, value, mask, 0.0, is_causal, enable_gqa=enable_gqa)
     except (NotImplementedError, RuntimeError):  # a device of which torch keeps no such list
         return True
     return bool(chosen == SDPBackend.MATH.value)

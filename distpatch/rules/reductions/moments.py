@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.comm.collectives import merge_moments, replicated_operand, stack_ranks, sum_partials
-from distpatch.comm.communicator import communicator_of
+from distpatch.comm.collectives import gather_moments, merge_moments, replicated_operand, stack_ranks, sum_partials
 from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.deferred_ops import Step
@@ -79,24 +78,21 @@ def _intervals(size: int, rows: int) -> list[Interval]:
 
 
 def merge_ranks(
-    layout: RowLayout, a_row: int, mean: Tensor, m2: Tensor, name: str, op: str
+    layout: RowLayout, a_row: int, mean: Tensor, m2: Tensor, name: str, op: str, *, normalises: bool = False
 ) -> tuple[int, Tensor, Tensor]:
-    """The moments of all ranks' rows, in one collective; each row has ``a_row`` samples."""
-    counts = [a_row * height for height in layout.heights]
+    """The moments of all ranks' rows, in one collective; each row has ``a_row`` samples.
+
+    ``normalises``: rows are normalised with them and they go nowhere else, so that the transport may know better.
+    """
+    counts: Sequence[int] = [a_row * height for height in layout.heights]
     if len(counts) == 1:
         return counts[0], mean, m2
-    ranks = stack_ranks(torch.stack([mean, m2]), name, op)
+    ranks = torch.stack([mean, m2])
+    if normalises:
+        counts, ranks = gather_moments(counts, ranks, name, op)
+    else:
+        ranks = stack_ranks(ranks, name, op)
     return merge_moments(counts, ranks[:, 0], ranks[:, 1])
-
-
-def merge_displaced(
-    layout: RowLayout, a_row: int, mean: Tensor, m2: Tensor, name: str, op: str
-) -> tuple[int, Tensor, Tensor]:
-    """As ``merge_ranks``; in a displaced step by its policy, except where a compiler has to see the collective."""
-    policy = None if torch.compiler.is_compiling() else communicator_of(name).policy
-    if policy is None:
-        return merge_ranks(layout, a_row, mean, m2, name, op)
-    return policy.moments(op, [a_row * height for height in layout.heights], mean, m2)
 
 
 @dataclass(frozen=True)
@@ -123,8 +119,8 @@ class Norm:
         count, mean, m2 = moments(local, tuple(range(2, local.ndim)), max(row, 2), exact=self.groups in {0, channels})
         mean, m2 = self._members(mean), self._members(m2)
         count, mean, m2 = merge_moments([count] * len(mean), mean, m2)
-        merge = merge_displaced if self.groups else merge_ranks
-        count, mean, m2 = merge(self.row_layout, self._a_row(local), mean, m2, self.name, self.op)
+        a_row, whole = self._a_row(local), self.row_layout
+        count, mean, m2 = merge_ranks(whole, a_row, mean, m2, self.name, self.op, normalises=self.groups > 0)
         return self._everyone(mean, channels), self._everyone(m2 / max(count, 1), channels)
 
     def count(self, local: Tensor | Recipe) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.layout.rows import RowLayout, even_bounds
 from distpatch.rules.core.aliasing import is_basic
@@ -21,6 +20,7 @@ from distpatch.rules.shapes.concatenation import assembled
 from distpatch.rules.shapes.slicing import slice_dim
 from distpatch.rules.shapes.take_rows import rows_by_number
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.torch_utils.private import FakeTensor
 from distpatch.torch_utils.tree import tensors_in
 
 Items = list[Any]  # an index, one item for each dim of the tensor (and None for each new one)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from distpatch.layout.rows import EMPTY, Needs, RowLayout, even_bounds
 from distpatch.rules.core.operands import fetch, wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
+from distpatch.torch_utils.private import FakeTensor
 
 
 def rows_by_number(x: PatchTensor, numbers: Tensor, func: Any) -> PatchTensor:

@@ -1,8 +1,8 @@
 """Gradients of sharded tensors: asked for, seen by hooks, and of ``autograd.Function`` s of one's own.
 
 Autograd knows the local tensors. ``Function.apply`` cannot be overridden for a kind of tensor, and would cut
-the graph: it is replaced here by one that, where an argument is sharded, runs the Function's ``forward`` and
-``backward`` on sharded tensors and puts a node in the local tensors' graph.
+the graph: it is replaced (torch_utils/patches.py) by one that, where an argument is sharded, runs the Function's
+``forward`` and ``backward`` on sharded tensors and puts a node in the local tensors' graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import handle_torch_function
 
 from distpatch.comm.collectives import narrow_rows
@@ -27,7 +26,8 @@ from distpatch.rules.tensor_api.metadata import COMPILED
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy, gather_replicated
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES
-from distpatch.torch_utils.private import KEEPS_INPUTS
+from distpatch.torch_utils import patches
+from distpatch.torch_utils.private import KEEPS_INPUTS, BackwardHookFunction, has_setup_context
 from distpatch.torch_utils.tree import tensors_in
 
 Kind = tuple[RowLayout, Region] | None  # of a tensor: sharded so, or replicated
@@ -191,7 +191,7 @@ def _on_rows(cls: Any) -> Any:
     """The Function of local tensors that runs ``cls`` on sharded ones. It has the same name in the graph."""
 
     def run(ctx: _Context, *args: Any) -> Any:
-        if not torch.autograd.function._is_setup_context_defined(cls.setup_context):
+        if not has_setup_context(cls.setup_context):
             return cls.forward(ctx, *args)
         result = cls.forward(*args)
         cls.setup_context(ctx, args, result)
@@ -232,11 +232,11 @@ class _HookNode:
         return self._node.register_hook(on_rows)
 
 
-_own_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")  # a classmethod; since torch 2.14 one of C
-
-
 def _plain_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    return _own_apply.__get__(None, cls)(*args, **kwargs)
+    return _PATCH.original.__get__(None, cls)(*args, **kwargs)  # a classmethod; since torch 2.14 one of C
+
+
+_own_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
 
 
 @functools.wraps(getattr(_own_apply, "__func__", _own_apply))
@@ -250,7 +250,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return _plain_apply(cls, *args, **kwargs)
     if RULES.has_rule(cls):
         return handle_torch_function(cls, tuple(tensors_in((args, kwargs))), *args, **kwargs)
-    if torch.autograd.function._is_setup_context_defined(cls.setup_context):
+    if has_setup_context(cls.setup_context):
         bound = inspect.signature(cls.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         args = bound.args
@@ -282,4 +282,4 @@ def grad_fn(func: Any, x: PatchTensor) -> Any:
     return getattr(x, "node", None) or func(x.local)
 
 
-torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[method-assign,assignment]
+_PATCH = patches.register(torch.autograd.Function, "apply", classmethod(_apply))

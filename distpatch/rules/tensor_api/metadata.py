@@ -17,7 +17,7 @@ from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.rule_table import Rule
 from distpatch.torch_utils.memory_format import dense_strides
 from distpatch.torch_utils.op_names import op_name
-from distpatch.torch_utils.private import is_compiling
+from distpatch.torch_utils.private import DisableTorchFunctionSubclass, is_compiling
 from distpatch.torch_utils.tree import tensors_in
 
 
@@ -39,7 +39,7 @@ _TOLD_BY_WRAPPER = """
     any_order=True,
 )
 def from_wrapper(func: Any, *args: Any, **kwargs: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 

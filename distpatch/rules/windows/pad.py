@@ -18,13 +18,14 @@ from distpatch.rules.core.operands import crop, fetch, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.private import nn_builtins
 
 
 def _keeps_format(*args: Any, **kwargs: Any) -> bool:
     return (args[2] if len(args) > 2 else kwargs.get("mode", "constant")) in {"reflect", "replicate"}
 
 
-@rule(torch._C._nn.pad, asks_if_empty=True)  # Dynamo sees what F.pad calls
+@rule(nn_builtins.pad, asks_if_empty=True)  # Dynamo sees what F.pad calls
 @rule(*named("pad"), asks_if_empty=True, keeps_format=_keeps_format)
 def pad(
     func: Any, input: PatchTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None

@@ -26,6 +26,7 @@ from torch import Tensor
 import distpatch
 from distpatch.comm.communicator import communicator
 from distpatch.layout.rows import Bounds, RowLayout
+from distpatch.tensor import options
 from distpatch.tensor.patch_tensor import shard_in
 from distpatch.tensor.region import Region
 from distpatch.torch_utils.tree import tensors_in
@@ -94,7 +95,7 @@ class Chain:
         tensors = [item.tensor(seed) for seed, item in enumerate(self.inputs)]
 
         def distribute(leaves: list[Tensor]) -> list[Tensor]:
-            region = Region(communicator(dist.group.WORLD), fallback="allow")
+            region = Region(communicator(dist.group.WORLD), replace(options.DEFAULT, fallback="allow"))
             return [
                 leaf if item.dim is None else shard_in(region, leaf, RowLayout(item.dim, item.bounds))
                 for leaf, item in zip(leaves, self.inputs, strict=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from distpatch.comm.transport import Batch, Transport, Work, Works, between, using
+from distpatch.comm.choose_transport import between, using
+from distpatch.comm.transport import Batch, Layer, Transport, Work, Works
 from tests.support.transports.staged import maybe
 
 
@@ -37,25 +38,26 @@ class Landed:
             place.copy_(message)
 
 
-class Delayed(Transport):
+class Delayed(Layer):
     """Messages take longer from when they are posted, collectives from when they are called."""
 
     def __init__(self, inner: Transport, delay_s: float) -> None:
-        self.inner, self.delay_s = inner, delay_s
+        super().__init__(inner)
+        self.delay_s = delay_s
 
-    def start(self, batch: Batch) -> Works:
+    def post(self, batch: Batch) -> Works:
         due = time.perf_counter() + self.delay_s
         landing = [message.clone() for message in batch.landing]
-        works = self.inner.start(replace(batch, landing=landing))
+        works = self.inner.post(replace(batch, landing=landing))
         return [*((Late(due, work), peer) for work, peer in works), (Landed(list(batch.landing), landing), None)]
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor, op: str) -> None:
         with self._late():
-            self.inner.all_reduce(tensor)
+            self.inner.all_reduce(tensor, op)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor, op: str) -> Tensor:
         with self._late():
-            return self.inner.all_gather(tensor)
+            return self.inner.all_gather(tensor, op)
 
     @contextlib.contextmanager
     def _late(self) -> Iterator[None]:

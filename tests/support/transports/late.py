@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distpatch.comm.transport import Batch, Transport, Works, using
+from distpatch.comm.choose_transport import using
+from distpatch.comm.transport import Batch, Transport, Works
 from tests.support.transports.staged import maybe
 
 CYCLES_PER_SECOND = 1.5e9  # of a GPU, about: ``torch.cuda._sleep`` counts cycles
@@ -138,7 +139,7 @@ class Late:
         with self._paused(lambda: message.partner is not None), self.changed:
             if not self.changed.wait_for(lambda: message.partner is not None, self.timeout_s):
                 pending = itertools.chain.from_iterable(self.waiting.values())
-                raise RuntimeError(f"no partner within {self.timeout_s:g} s: {', '.join(map(str, pending))}")
+                raise RuntimeError(f"timed out: no partner within {self.timeout_s:g} s: {', '.join(map(str, pending))}")
         if message.error:
             raise RuntimeError(message.error)
         partner = message.partner
@@ -173,7 +174,9 @@ class Late:
         with self._paused(lambda: len(meeting.parts) == size), self.changed:
             if not self.changed.wait_for(lambda: len(meeting.parts) == size, self.timeout_s):
                 missing = sorted(set(range(size)) - set(meeting.parts))
-                raise RuntimeError(f"rank(s) {missing} did not come to a collective within {self.timeout_s:g} s")
+                raise RuntimeError(
+                    f"rank(s) {missing} did not come to a collective within {self.timeout_s:g} s (timed out)"
+                )
             self.collectives.pop((group, count), None)
         kinds = [f"rank {r}'s {tuple(part.shape)} of {part.dtype}" for r, (part, _) in sorted(meeting.parts.items())]
         if len({kind.partition("'s ")[2] for kind in kinds}) > 1:
@@ -238,7 +241,7 @@ class End(Transport):
     def __init__(self, hub: Late, pg: dist.ProcessGroup) -> None:
         self.hub, self.group, self.rank, self.size = hub, pg.group_name, pg.rank(), pg.size()
 
-    def start(self, batch: Batch) -> Works:
+    def post(self, batch: Batch) -> Works:
         peers = [*batch.source, *batch.to]
         tensors = [*batch.landing, *batch.outgoing]
         assert all(t.is_contiguous() and t.ndim == 1 for t in tensors)
@@ -248,7 +251,7 @@ class End(Transport):
         ]
         return list(zip(self.hub.post(messages), peers, strict=True))
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor, op: str) -> None:
         parts = self.hub.everyone(tensor, self.group, self.rank, self.size)
         with torch.inference_mode():
             total = parts[0]
@@ -256,7 +259,7 @@ class End(Transport):
                 total = total | part if tensor.dtype == torch.bool else total + part
             tensor.copy_(total)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor, op: str) -> Tensor:
         everyone = tensor.new_empty((self.size, *tensor.shape))
         parts = self.hub.everyone(tensor, self.group, self.rank, self.size)
         with torch.inference_mode():

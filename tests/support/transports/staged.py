@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from distpatch.comm.transport import Factory, PointToPoint, Staged, Transport, using
+from distpatch.comm.choose_transport import Factory, using
+from distpatch.comm.point_to_point import PointToPoint
+from distpatch.comm.staged import Staged
+from distpatch.comm.transport import Transport
 
 _is_on = False
 
@@ -21,7 +24,7 @@ def apply() -> None:
 
 
 def staged(pg: dist.ProcessGroup, device: torch.device) -> Transport:
-    """To be used instead of ``transport.between``."""
+    """To be used instead of ``choose_transport.between``."""
     return Staged(PointToPoint(pg))
 
 

@@ -34,6 +34,20 @@ def tiny_kl(
     return vae.to(dtype).eval()
 
 
+def sd_decoder() -> AutoencoderKL:
+    """Stable Diffusion's decoder in its real size."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    vae.encoder = vae.quant_conv = None
+    return vae.eval()
+
+
 def tiny_unet(dtype: torch.dtype = torch.float64) -> UNet2DModel:
     torch.manual_seed(0)
     unet = UNet2DModel(

@@ -1,0 +1,80 @@
+"""The process group's own messages and collectives."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distpatch.comm.transport import Batch, Transport, Works, as_bytes
+from distpatch.torch_utils import private
+
+# What gloo and NCCL add alike, and in what the rest is added. Messages travel as bytes, whatever they are.
+ADDED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8})
+ADDED |= {torch.int32, torch.int64}
+WIDER = {torch.int16: torch.int32, torch.uint16: torch.int32, torch.uint32: torch.int64, torch.bool: torch.int32}
+
+
+class PointToPoint(Transport):
+    """The process group's own messages and collectives."""
+
+    def __init__(self, pg: dist.ProcessGroup) -> None:
+        self._pg = weakref.ref(pg)  # torch keeps it while it is open
+
+    @property
+    def pg(self) -> dist.ProcessGroup:
+        pg = self._pg()
+        if pg is None:
+            raise RuntimeError("the process group is closed")
+        return pg
+
+    def post(self, batch: Batch) -> Works:
+        if batch.empty:
+            return []
+        pg, peers = self.pg, [*batch.source, *batch.to]
+        ops = [
+            *(dist.P2POp(dist.irecv, as_bytes(t), group=pg, group_peer=p) for p, t in zip(batch.source, batch.landing)),
+            *(dist.P2POp(dist.isend, as_bytes(t), group=pg, group_peer=p) for p, t in zip(batch.to, batch.outgoing)),
+        ]
+        try:
+            works = dist.batch_isend_irecv(ops)
+        except BaseException:
+            _end_batch(pg, batch.device)
+            raise
+        named: Sequence[int | None] = peers if len(works) == len(peers) else [None] * len(works)
+        return list(zip(works, named, strict=True))
+
+    def all_reduce(self, tensor: Tensor, op: str) -> None:
+        if tensor.dtype == torch.uint64:
+            tensor = tensor.view(torch.int64)  # of which the sum has the same bits
+        if tensor.dtype in ADDED or tensor.is_complex():
+            dist.all_reduce(tensor, group=self.pg)
+            return
+        wider = tensor.to(WIDER.get(tensor.dtype, torch.float32))
+        dist.all_reduce(wider, group=self.pg)
+        tensor.copy_(wider)
+
+    def all_gather(self, tensor: Tensor, op: str) -> Tensor:
+        pg = self.pg
+        everyone = tensor.new_empty((pg.size(), *tensor.shape))
+        private.all_gather(as_bytes(everyone.view(-1)), as_bytes(tensor.view(-1)), pg)
+        return everyone
+
+
+def _end_batch(pg: dist.ProcessGroup, device: torch.device) -> None:
+    """End what an exception inside a batch left open, and what of it is under way.
+
+    torch does not: the thread's next calls of this group would return and do nothing, and NCCL's of any group
+    would be queued and never run.
+    """
+    private.forget_batch(pg)
+    backend = private.backend_of(pg, device)
+    if backend.supports_coalescing:
+        for end in (partial(private.end_batch, pg, device), backend.abort):
+            with contextlib.suppress(Exception):  # the first one is what is told
+                end()

@@ -1,0 +1,72 @@
+"""The options of a sharded computation: what ``convert_model`` takes, checked once, compared by the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+OUTPUTS = ("gather", "shard", "rank0")
+FALLBACKS = ("warn", "allow", "error")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``convert_model`` says of them. Raises ``ValueError`` for one out of range.
+
+    ``splits``, ``sequential``, ``min_numel``, ``workspace_bytes``: how convolutions are cut; ``lazy``: whether rows
+    may be computed later (lazy/recipe.py); ``fallback``: what an operation without a rule does; ``dim``, ``output``,
+    ``tiled``: how calls of a converted model begin and end. By default as for tensors of no model: nothing is cut.
+    """
+
+    splits: int | str = 1
+    sequential: bool = True
+    dim: int = -2
+    output: str = "gather"
+    fallback: str = "warn"
+    tiled: bool = False
+    min_numel: int = 0
+    workspace_bytes: int | None = None
+    lazy: bool = False
+
+    def __post_init__(self) -> None:
+        check_splits(self.splits)
+        if not isinstance(self.dim, int):
+            raise ValueError(f"dim is a number, got {self.dim!r}")
+        for name, value, choices in (("output", self.output, OUTPUTS), ("fallback", self.fallback, FALLBACKS)):
+            if value not in choices:
+                raise ValueError(f"{name} is one of {choices}; got {value!r}")
+        if self.min_numel < 0 or (self.workspace_bytes is not None and self.workspace_bytes < 1):
+            raise ValueError(
+                f"min_numel and workspace_bytes are positive; got {self.min_numel} and {self.workspace_bytes}"
+            )
+
+    def __str__(self) -> str:
+        return ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+
+    @property
+    def packed(self) -> str:
+        """As an operator of a compiled graph carries them: how rows are computed there, where nothing is deferred."""
+        return f"{self.splits} {self.sequential} {self.fallback} {self.min_numel} {self.workspace_bytes}"
+
+    @staticmethod
+    def unpacked(text: str) -> Options:
+        splits, sequential, fallback, min_numel, workspace = text.split()
+        return Options(
+            splits=int(splits) if splits.isdigit() else splits,
+            sequential=sequential == "True",
+            fallback=fallback,
+            min_numel=int(min_numel),
+            workspace_bytes=int(workspace) if workspace.isdigit() else None,
+        )
+
+
+def check_splits(splits: object) -> None:
+    """Raise ``ValueError`` for what is no number of patches."""
+    if splits != "auto" and not (isinstance(splits, int) and splits >= 1):
+        raise ValueError(f'splits is a number of at least 1, or "auto"; got {splits!r}')
+
+
+DEFAULT = Options()  # of tensors of no model (tests set others)
+
+
+def default() -> Options:
+    return DEFAULT
