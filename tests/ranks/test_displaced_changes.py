@@ -326,6 +326,28 @@ def test_only_the_open_model_is_displaced() -> None:
     on_ranks(body)
 
 
+def test_what_a_model_gathers_is_of_this_step() -> None:
+    """It leaves the sharded computation; halos of the same step are those of the last one."""
+
+    class Gathers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = copy.deepcopy(NET.first)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.conv(x), distpatch.gather(x)
+
+    def body(rank: int) -> None:
+        net = distpatch.convert_model(Gathers(), dist.group.WORLD)
+        with torch.no_grad(), distpatch.displaced(net, warmup_steps=0):
+            for step in range(3):
+                convolved, gathered = net(image(step))
+                assert torch.equal(gathered, image(step))
+                assert torch.allclose(convolved, NET.first(image(step)), **CLOSE) == (step == 0)
+
+    run_ranks(3, body, keep=True)
+
+
 def test_what_is_sent_and_waited_for() -> None:
     """A displaced step sends what a plain one does, in fewer messages; of 50 ms on the way it waits for little."""
 
