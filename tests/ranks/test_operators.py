@@ -237,7 +237,9 @@ def test_a_refused_script_is_named() -> None:
 
     def body(rank: int) -> None:
         x = distpatch.shard(random_tensor((1, 3, 6, 4)), dist.group.WORLD)
-        x = distpatch.PatchTensor(x.local, x.row_layout, replace(x.region, options=replace(x.region.options, fallback="error")))
+        x = distpatch.PatchTensor(
+            x.local, x.row_layout, replace(x.region, options=replace(x.region.options, fallback="error"))
+        )
         with pytest.raises(distpatch.UnsupportedOpError, match="named_tuple has no sharded rule"):
             named_tuple(x)
         assert type(swish(x)) is type(x)
