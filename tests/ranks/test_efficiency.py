@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distpatch
 from distpatch.comm import collectives, row_exchange
 from distpatch.lazy import recipe
+from distpatch.tensor.options import Options
 from tests.support.oracle import random_tensor
 from tests.support.threads import run_ranks
 from tests.support.zoo.models import on_ranks, tiny_autoencoder, tiny_kl
@@ -258,7 +259,7 @@ def test_walk_of_a_convolution(lazy: bool, most: int, monkeypatch: pytest.Monkey
 
     def body(rank: int) -> dict[str, None]:
         image = distpatch.shard(x, dist.group.WORLD)
-        image.region = replace(image.region, lazy=lazy, splits=4 if lazy else 1)
+        image.region = replace(image.region, options=Options(lazy=lazy, splits=4 if lazy else 1))
 
         def call() -> Tensor:
             return F.conv2d(image, weight, None, (1, 1), (1, 1), (1, 1), 1).local  # type: ignore[attr-defined, no-any-return]
