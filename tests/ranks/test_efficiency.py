@@ -248,11 +248,11 @@ def files_of(call: Callable[[], object]) -> dict[str, None]:
     return found
 
 
-@pytest.mark.parametrize(("lazy", "most"), [(False, 13), (True, 20)], ids=["eager", "deferred"])
-def test_walk_of_a_convolution(lazy: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("lazy", "most", "of_rows"), [(False, 16, 7), (True, 23, 11)], ids=["eager", "deferred"])
+def test_walk_of_a_convolution(lazy: bool, most: int, of_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through how few files a convolution goes, as a layer calls it, once its plans are cached.
 
-    Five of them are the transport's, three the dispatcher's: what belongs to every function that sends rows.
+    ``of_rows``: those of the rules, of deferred rows and of layouts; the others are the transport's, above all.
     """
     monkeypatch.setattr(recipe, "LEAST_BYTES", 0)
     x, weight = random_tensor((1, 4, 64, 8)), random_tensor((4, 4, 3, 3), seed=1)
@@ -272,3 +272,5 @@ def test_walk_of_a_convolution(lazy: bool, most: int, monkeypatch: pytest.Monkey
         assert {"rules/windows/convolution.py", "rules/core/halo.py", "comm/row_exchange.py"} <= set(files)
         assert ("lazy/recipe.py" in files) == lazy
         assert len(files) <= most, f"{len(files)} files: {list(files)}"
+        own = [file for file in files if file.startswith(("rules/", "lazy/", "layout/"))]
+        assert len(own) <= of_rows, f"{len(own)} files: {own}"
