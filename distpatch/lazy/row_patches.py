@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
@@ -127,7 +128,7 @@ def _batched(kernel: Kernel, slab: Slab, stencil: WindowStencil, lo: int, hi: in
     starts = [min(a, hi - patch_rows) for a in range(lo, hi, patch_rows)]
     needs = [stencil.need(a, a + patch_rows) for a in starts]
     result = kernel(torch.cat([slab.rows(*need) for need in needs], 0), needs[0][0], lo, lo + patch_rows)
-    *full, last = result.chunk(len(starts))  # views with a batch's own strides, which tell the memory format
+    *full, last = rearrange(result, "(patch n) ... -> patch n ...", patch=len(starts))
     fresh = hi - lo - patch_rows * len(full)
     last = last.narrow(slab.dim, patch_rows - fresh, fresh)
     return torch.cat([*full, last], slab.dim)

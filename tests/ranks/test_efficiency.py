@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distpatch
 from distpatch.comm import collectives, row_exchange
+from distpatch.lazy import recipe
+from distpatch.tensor.options import Options
 from tests.support.oracle import random_tensor
 from tests.support.threads import run_ranks
 from tests.support.zoo.models import on_ranks, tiny_autoencoder, tiny_kl
@@ -222,3 +229,48 @@ def test_bytes_of_stable_diffusions_decoder() -> None:
 
     for sent, expected in run_ranks(2, body, timeout=60):
         assert sent == expected == 4_063_744
+
+
+def files_of(call: Callable[[], object]) -> dict[str, None]:
+    """The files of distpatch whose functions the call enters, in order."""
+    package, found = Path(distpatch.__file__).parent, {}
+
+    def note(frame: FrameType, event: str, arg: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(package):
+            found[str(path.relative_to(package))] = None
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize(("lazy", "most", "of_rows"), [(False, 16, 7), (True, 23, 11)], ids=["eager", "deferred"])
+def test_walk_of_a_convolution(lazy: bool, most: int, of_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through how few files a convolution goes, as a layer calls it, once its plans are cached.
+
+    ``of_rows``: those of the rules, of deferred rows and of layouts; the others are the transport's, above all.
+    """
+    monkeypatch.setattr(recipe, "LEAST_BYTES", 0)
+    x, weight = random_tensor((1, 4, 64, 8)), random_tensor((4, 4, 3, 3), seed=1)
+
+    def body(rank: int) -> dict[str, None]:
+        image = distpatch.shard(x, dist.group.WORLD)
+        image.region = replace(image.region, options=Options(lazy=lazy, splits=4 if lazy else 1))
+
+        def call() -> Tensor:
+            return F.conv2d(image, weight, None, (1, 1), (1, 1), (1, 1), 1).local  # type: ignore[attr-defined, no-any-return]
+
+        with torch.no_grad():
+            call()
+            return files_of(call)
+
+    for files in run_ranks(2, body):
+        assert {"rules/windows/convolution.py", "rules/core/halo.py", "comm/row_exchange.py"} <= set(files)
+        assert ("lazy/recipe.py" in files) == lazy
+        assert len(files) <= most, f"{len(files)} files: {list(files)}"
+        own = [file for file in files if file.startswith(("rules/", "lazy/", "layout/"))]
+        assert len(own) <= of_rows, f"{len(own)} files: {own}"

@@ -52,16 +52,26 @@ def deferrable(
     operands: Sequence[PatchTensor], lead: PatchTensor, *, fused: bool = False, size_bytes: int | None = None
 ) -> list[Recipe] | None:
     """Recipes of the operands, if what is made of them, of so many bytes, may be computed when it is asked for."""
-    if not lead.region.options.lazy or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    if size_bytes is None:
+    if size_bytes is None and len(operands) > 1:
         size_bytes = sum(x.local_or_recipe.shape.numel() * x.dtype.itemsize for x in operands)
-    if size_bytes < lazy.LEAST_BYTES or not all(_may_be_read_later(x, lead) for x in operands):
+    if not may_pay(lead, size_bytes) or torch.compiler.is_compiling():
+        return None
+    if not all(_may_be_read_later(x, lead) for x in operands):
         return None
     for x in operands:
         if x.is_deferred and (_is_dead_end(x.recipe) if fused else _is_costly(x.recipe)):
             x.local  # noqa: B018  computes it
     return [x.as_recipe for x in operands]
+
+
+def may_pay(x: PatchTensor, size_bytes: int | None = None) -> bool:
+    """Whether to ask for more: only large rows without gradients, of a model that was converted so, are deferred."""
+    if not x.region.options.lazy or torch.is_grad_enabled():
+        return False
+    if size_bytes is None:
+        rows = x.local_or_recipe
+        size_bytes = rows.shape.numel() * rows.dtype.itemsize
+    return size_bytes >= lazy.LEAST_BYTES
 
 
 def _may_be_read_later(x: PatchTensor, lead: PatchTensor) -> bool:

@@ -61,19 +61,17 @@ def run_windows(
     fill: float = 0.0,
     pads: bool = False,
     weights: Weights | None = None,
-    like: str = "",
 ) -> Any:
     """An operation with a stencil along each of the last dims; what the kernel returns, sharded.
 
-    Where none of these is sharded, the kernel is called once, on whole images. ``like``: more words for the error
-    that is raised where nothing would come out.
+    Where none of these is sharded, the kernel is called once, on whole images.
     """
     spatial = len(stencils)
     sizes = out_sizes(tuple(stencils), tuple(x.shape[-spatial:]))
     if min(sizes) < 1:
         raise LayoutError(
-            f"{op_name(func)}: an input of shape {tuple(x.shape)} is smaller than the kernel{like}: it gives an "
-            f"output of {list(sizes)}"
+            f"{op_name(func)}: an input of shape {tuple(x.shape)} is smaller than the kernel: "
+            f"{list(stencils)} give an output of {list(sizes)}"
         )
     axis = x.row_layout.dim - x.ndim + spatial
     if axis >= 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.aliasing import mutates, written_tensors
+from distpatch.rules.core.executor import may_pay
 from distpatch.rules.core.fresh_buffers import shard_like
 from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule, written
@@ -34,7 +35,7 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
             alike = False
             break
     if lead is not None:
-        if lead.region.options.lazy and (later := defer_pointwise(func, args, kwargs)) is not None:
+        if may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
             return later
         if alike and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
             locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]

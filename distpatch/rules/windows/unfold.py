@@ -8,13 +8,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from distpatch.errors import LayoutError
 from distpatch.layout.rows import RowLayout, aligned_bounds, even_bounds
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.rules.core.aliasing import copied
-from distpatch.rules.core.halo import batched, run_stencil, run_windows
+from distpatch.rules.core.halo import batched, paddings, run_stencil, run_windows
 from distpatch.rules.core.operands import on_some_rows, per_dim, redistribute, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.windows.transposed import written
@@ -47,8 +48,8 @@ def unfold(
     windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
 
     def blocks(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
-        found: Tensor = func(rows, kernel, dilations, (0, pads[1]), strides)
-        return found.unflatten(2, (hi - lo, -1))
+        pad = paddings(windows, input.row_layout.dim - 2, start, lo)
+        return rearrange(func(rows, kernel, dilations, pad, strides), "n c (h w) -> n c h w", h=hi - lo)
 
     return run_windows(func, input, windows, blocks).flatten(2)
 
@@ -85,7 +86,8 @@ def fold(
 
     def write(rows: Tensor, cut: int, more: int) -> Tensor:
         height = (rows.shape[2] - 1) * stencil.stride + stencil.span - 2 * cut + more
-        image: Tensor = func(rows.flatten(2), (height, size[1]), kernel, dilations, (cut, pads[1]), strides)
+        columns = rearrange(rows, "n c h w -> n c (h w)")
+        image: Tensor = func(columns, (height, size[1]), kernel, dilations, (cut, pads[1]), strides)
         return image
 
     return run_stencil(func, x, stencil, lambda rows, *place: written(write, stencil, rows, 2, *place))
