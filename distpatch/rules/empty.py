@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distpatch.rules.fallback import computed_on_all
-from distpatch.rules.registry import named
+from distpatch.rules.registry import named, of_linalg
 from distpatch.tensor import RULES, PatchTensor, Rule
 
 # They count the elements, or say of none what their rules, which ask only for a rank's rows, do not.
@@ -36,6 +36,6 @@ def _unless_empty(rule: Rule) -> Rule:
 
 def wrap_rules() -> None:
     """Once all rules are registered."""
-    for func in named(*_NAMES):
+    for func in (*named(*_NAMES), *of_linalg(*_NAMES)):
         if func in RULES:
             RULES[func] = _unless_empty(RULES[func])
