@@ -40,7 +40,7 @@ ANY_ORDER = set(
         *"element_size get_device ndimension is_signed result_type glu normalize".split(),
         *"group_norm batch_norm instance_norm".split(),
     )
-)
+).union([torch.linalg.matmul])
 
 
 def on_blocks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

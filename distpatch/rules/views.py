@@ -30,7 +30,7 @@ ALIASING = frozenset(
         *"diagonal unfold view_as_real view_as_complex real imag detach __getitem__ as_strided _unsafe_view".split(),
         *"atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid conj resolve_conj positive".split(),
     )
-) | {getattr(torch.Tensor, name).__get__ for name in "T mT H mH real imag data".split()}
+) | {getattr(torch.Tensor, name).__get__ for name in "T mT H mH real imag data".split()} | {torch.linalg.diagonal}
 
 _IN_PLACE_OPERATORS = {
     f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul div".split()
