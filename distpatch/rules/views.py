@@ -22,19 +22,15 @@ from distpatch.rules.registry import named, op_name
 from distpatch.tensor import RULES, PatchCopy, PatchTensor, RowCopy
 from distpatch.tree import map_tensors, tensors_in
 
-ALIASING = (
-    frozenset(
-        named(
-            *"view view_as reshape reshape_as flatten ravel unflatten permute transpose t adjoint swapaxes".split(),
-            *"swapdims movedim moveaxis unsqueeze squeeze expand expand_as broadcast_to narrow select chunk".split(),
-            *"split tensor_split split_with_sizes unsafe_chunk unsafe_split hsplit vsplit dsplit unbind".split(),
-            *"diagonal unfold view_as_real view_as_complex real imag detach __getitem__ as_strided _unsafe_view".split(),
-            *"atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid conj resolve_conj positive".split(),
-        )
+ALIASING = frozenset(
+    named(
+        *"view view_as reshape reshape_as flatten ravel unflatten permute transpose t adjoint swapaxes".split(),
+        *"swapdims movedim moveaxis unsqueeze squeeze expand expand_as broadcast_to narrow select chunk".split(),
+        *"split tensor_split split_with_sizes unsafe_chunk unsafe_split hsplit vsplit dsplit unbind".split(),
+        *"diagonal unfold view_as_real view_as_complex real imag detach __getitem__ as_strided _unsafe_view".split(),
+        *"atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid conj resolve_conj positive".split(),
     )
-    | {getattr(torch.Tensor, name).__get__ for name in "T mT H mH real imag data".split()}
-    | {torch.linalg.diagonal}
-)
+).union([torch.linalg.diagonal], (getattr(torch.Tensor, name).__get__ for name in "T mT H mH real imag data".split()))
 
 _IN_PLACE_OPERATORS = {
     f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul div".split()
