@@ -59,13 +59,15 @@ class Pool:
         return outcomes
 
     def _answer(self, rank: int, deadline: float) -> Any:
-        if not self.pipes[rank].poll(max(deadline - time.monotonic(), 0)):
-            return TimeoutError(f"rank {rank} gave no answer")
-        try:
-            return pickle.loads(self.pipes[rank].recv_bytes())
-        except EOFError:
-            self.processes[rank].join()
-            return Died(f"rank {rank} ended with code {self.processes[rank].exitcode}")
+        while self.pipes[rank].poll(max(deadline - time.monotonic(), 0)):
+            try:
+                task, answer = pickle.loads(self.pipes[rank].recv_bytes())
+            except EOFError:
+                self.processes[rank].join()
+                return Died(f"rank {rank} ended with code {self.processes[rank].exitcode}")
+            if task == self.tasks:  # else it is that of a test that was stopped while it waited for it
+                return answer
+        return TimeoutError(f"rank {rank} gave no answer")
 
     def close(self) -> None:
         for pipe in self.pipes:
@@ -102,7 +104,7 @@ def _serve(pipe: Connection, port: int, backend: str) -> None:
         except BaseException as error:
             answer = error
         try:
-            message = pickle.dumps(answer)
+            message = pickle.dumps((task, answer))
         except Exception as error:
-            message = pickle.dumps(TypeError(f"{answer!r} cannot be sent back: {error}"))
+            message = pickle.dumps((task, TypeError(f"{answer!r} cannot be sent back: {error}")))
         pipe.send_bytes(message)
