@@ -88,6 +88,7 @@ class PatchTensor(torch.Tensor):
     device = property(lambda self: self.local_or_recipe.device)  # type: ignore[assignment]
     ndim = property(lambda self: len(self._shape))  # type: ignore[assignment]
     group = property(lambda self: self.region.comm.group)
+    rows = property(lambda self: self.row_layout)  # the former name
 
     comm = property(attrgetter("region.comm"))
     rank = property(attrgetter("region.comm.rank"))
