@@ -5,12 +5,14 @@ Rules say what is to be replaced (``register``) when they are imported; torch is
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import sys
 import threading
 import types
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +122,7 @@ def _is_subclass(cls: Any, owner: type) -> bool:
 
 
 def _bind_anew(methods: list[Any], patch: Patch) -> None:
-    """Whoever holds one of these bound methods (a module, a list, a dict, a closure, an object) gets that of now."""
+    """Whatever holds one of these bound methods (a module, an object, a class, a container) gets that of now."""
     if not methods:
         return
     now = inspect.getattr_static(patch.owner, patch.name)
@@ -131,14 +133,39 @@ def _bind_anew(methods: list[Any], patch: Patch) -> None:
 
 
 def _replace_in(holder: Any, new: dict[int, Any]) -> None:
-    if type(holder) is types.CellType:
+    """Put what is new in the place of what a holder has; one that cannot be written to is itself replaced."""
+    kind = type(holder)
+    if kind is types.CellType:
         holder.cell_contents = new[id(holder.cell_contents)]
-    elif type(holder) is list:
-        holder[:] = [new.get(id(value), value) for value in holder]
+    elif kind is list:
+        holder[:] = _renewed(holder, new)
+    elif kind is functools.partial:
+        func = new.get(id(holder.func), holder.func)
+        holder.__setstate__((func, tuple(_renewed(holder.args, new)), holder.keywords, holder.__dict__))
+    elif kind is types.FunctionType:  # a default value
+        holder.__defaults__ = new.get(id(holder.__defaults__), holder.__defaults__)
+    elif kind in {tuple, staticmethod}:
+        made = tuple(_renewed(holder, new)) if kind is tuple else staticmethod(new[id(holder.__func__)])
+        for outer in gc.get_referrers(holder):
+            _replace_in(outer, {id(holder): made})
     else:
-        held = holder if type(holder) is dict else getattr(holder, "__dict__", None)
-        if type(held) is dict and "__module__" not in held:  # the dict of a class is not written to
-            held.update({key: new[id(value)] for key, value in held.items() if id(value) in new})
+        held = holder if kind is dict else getattr(holder, "__dict__", None)
+        if type(held) is dict:
+            _replace_values(held, {key: new[id(value)] for key, value in held.items() if id(value) in new})
+
+
+def _renewed(values: Iterable[Any], new: dict[int, Any]) -> list[Any]:
+    return [new.get(id(value), value) for value in values]
+
+
+def _replace_values(held: dict[Any, Any], values: dict[Any, Any]) -> None:
+    if "__module__" not in held:
+        held.update(values)
+        return
+    for owner in gc.get_referrers(held):  # the dict of a class is not written to
+        if isinstance(owner, type):
+            for key, value in values.items():
+                setattr(owner, key, value)
 
 
 def _warn_of_those_left(methods: list[Any]) -> None:

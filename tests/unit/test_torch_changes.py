@@ -78,6 +78,7 @@ def test_apply_that_was_taken_before() -> None:
     """Wherever it is held, the gradient of a sharded argument is there."""
     run(
         """
+import functools
 import torch
 
 class Twice(torch.autograd.Function):
@@ -90,23 +91,31 @@ class Twice(torch.autograd.Function):
         return 2 * grad
 
 class Holder:
+    of_class = Twice.apply
+    static = staticmethod(Twice.apply)
+
     def __init__(self):
         self.twice = Twice.apply
 
 def closed_over(f):
     return lambda x: f(x)
 
+def by_default(x, f=Twice.apply):
+    return f(x)
+
 twice, holder, listed, named, closure = Twice.apply, Holder(), [Twice.apply], {"twice": Twice.apply}, closed_over(Twice.apply)
+fixed, partial = (Twice.apply,), functools.partial(Twice.apply)
 """
         + HELD.replace("before", "as_it_was")
         + """
 for restored in (False, True):
     y = distpatch.shard(x, None)
-    for f in (twice, holder.twice, listed[0], named["twice"], closure, Twice.apply):
+    held = holder.twice, holder.of_class, holder.static, listed[0], named["twice"], closure, by_default, fixed[0], partial
+    for f in (twice, *held, Twice.apply):
         leaf = x.clone().requires_grad_()
         distpatch.gather(f(distpatch.shard(leaf, None))).sum().backward()
         assert leaf.grad is not None and leaf.grad.eq(2).all(), f
-    del f, y
+    del f, y, held
     distpatch.restore_torch()
     assert twice == holder.twice == listed[0] == named["twice"] == Twice.apply
 """
@@ -117,7 +126,7 @@ def test_apply_that_cannot_be_replaced() -> None:
     """It is told, by the name of the class."""
     run(
         """
-import functools, warnings, torch, distpatch
+import warnings, torch, distpatch
 
 class Twice(torch.autograd.Function):
     pass
@@ -125,10 +134,8 @@ class Twice(torch.autograd.Function):
 class Thrice(torch.autograd.Function):
     pass
 
-partial, listed = functools.partial(Twice.apply), [Thrice.apply]
-
 def local():
-    taken = Thrice.apply
+    taken, also = Thrice.apply, Twice.apply
     with warnings.catch_warnings(record=True) as caught:
         distpatch.shard(torch.ones(1, 2, 4, 4), None)
     return [str(warning.message) for warning in caught]
