@@ -22,7 +22,7 @@ from distpatch.lazy.row_patches import collect
 from distpatch.profiling.op_costs import attributed_to
 from distpatch.profiling.trace import Recorder
 from distpatch.torch_utils.chunk_sizes import sizes_of
-from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.memory_format import format_by_order
 
 Part = tuple[Tensor, bool]  # rows, and whether who gets them may write to them
 Compute = Callable[["Walk", int, int], Part]
@@ -94,7 +94,8 @@ class Recipe:
         self.shape = torch.Size(like.shape if shape is None else shape)
         self.dtype = dtype or like.dtype
         self.device = like.device
-        self.format = format or (like.format if isinstance(like, Recipe) else memory_format(like))
+        found = like.format if isinstance(like, Recipe) else format_by_order(like)
+        self.format = format or found or torch.contiguous_format
         self.parents = tuple(parents)
         self.compute = compute
         self.row_aligned = row_aligned and all(parent.row_aligned for parent in parents)
@@ -201,7 +202,7 @@ class Recipe:
         walk = Walk(spare if once else None, overwrites=spare is not None)
         if spare is None and step >= rows:
             part, fresh = walk.rows(self, 0, rows)
-            if memory_format(part) is not self.format:
+            if format_by_order(part) is not self.format:
                 return part.clone(memory_format=self.format)
             return part if fresh else part.clone()
 

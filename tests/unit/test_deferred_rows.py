@@ -48,6 +48,19 @@ def conv(x: Tensor) -> Tensor:
     return F.conv2d(x, KERNEL.to(x.dtype), padding=1)
 
 
+@pytest.mark.parametrize("order", [(0, 3, 1, 2), (0, 1, 3, 2), (0, 2, 3, 1)], ids=["channels", "columns", "rows"])
+def test_the_order_of_a_view_is_kept(order: tuple[int, ...]) -> None:
+    """Element-wise results have their dims in memory as on one device, whatever the stride of a batch of one."""
+    tokens = random_tensor((1, 8, 16, 6))  # in memory with one dim moved to the end
+    x = tokens.permute(order)
+    right = x + x
+    y = sharded(x) + 1.0
+    assert y.stride() == right.stride() and y.local.stride() == right.stride()
+    odd = tokens.as_strided((1, 16, 8, 6), (7, 1, 96, 16))  # as reshapes leave it: channels-last, but for the batch
+    y, right = sharded(odd) + 1.0, odd + 1.0
+    assert y.stride()[1:] == y.local.stride()[1:] == right.stride()[1:]
+
+
 def norm(x: Tensor) -> Tensor:
     return F.group_norm(x, 3)
 

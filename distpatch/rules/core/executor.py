@@ -18,6 +18,7 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import rows_now
 from distpatch.rules.core.operands import wrap
 from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.memory_format import format_by_order
 
 Need = Callable[[int, int], Interval]
 
@@ -87,6 +88,7 @@ def _may_be_read_later(x: PatchTensor, lead: PatchTensor) -> bool:
         and rows.shape.numel() > 0
         and rows.device.type != "meta"
         and not torch.is_autocast_enabled(rows.device.type)
+        and (x.is_deferred or format_by_order(x.local) is not None)
         and x.as_recipe.format is lead.as_recipe.format
     )
 
