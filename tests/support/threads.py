@@ -8,6 +8,7 @@ module state (give every rank its own copy of a model).
 from __future__ import annotations
 
 import inspect
+import os
 import queue
 import sys
 import threading
@@ -27,6 +28,8 @@ Body = Callable[[int], Any]
 if not hasattr(ThreadLocalWorld, "comms"):  # of torch 2.11
     ThreadLocalWorld.comms = property(lambda self: [])
 _install_threaded_pg()
+# torch 2.11's recorder of all collectives is not thread-safe: two new groups' first ones end in a segmentation fault.
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
 torch._C._distributed_c10d._set_thread_isolation_mode(True)
 
 
