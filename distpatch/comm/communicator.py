@@ -301,7 +301,7 @@ def communicator(group: Group, device: torch.device | None = None, *, connect: b
 
 
 def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """A new group of these global ranks, of the default group's kind; each of them calls it, and nobody else."""
+    """A new group of these global ranks, of the default group's kind; exactly these ranks call it."""
     world = private.default_group()
     label = "_".join(map(str, ranks))
     store = PrefixStore(f"distpatch/{label}", world.get_group_store())

@@ -18,7 +18,7 @@ from distpatch.torch_utils import private
 def by_members(
     members: Sequence[int], name: str, *, timeout: timedelta, backend: str | None = None
 ) -> dist.ProcessGroup:
-    """A new group of these global ranks, in this order; each of them calls it, and nobody else.
+    """A new group of these global ranks, in this order; exactly these ranks call it.
 
     ``name``: the same on all members, and new; ``backend``: by default that of the default group. Raises
     ``RankError`` under torchcomms, which has no such groups.

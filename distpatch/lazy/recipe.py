@@ -3,7 +3,7 @@
 A ``Recipe`` stands for this rank's rows of a tensor that does not exist yet: a function from an interval of
 rows to a tensor, over other recipes or over rows that exist. A ``Walk`` evaluates one from its first row to its
 last, some rows at a time, so that what stands between is never there as a whole. What a window (a convolution)
-reads again is carried from patch to patch; so a result may be written over rows that nobody else holds.
+reads again is carried from patch to patch; so a result may be written over rows that have no other reference.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def leave(tensor: Tensor, state: Conversion) -> Any:
         return whole_output if state.options.output == "gather" or state.region.comm.rank == 0 else None
     comm, kind = tensor.region.comm, tensor.region.kind
     if state.options.output == "gather":
-        one = comm.size == 1  # then the rows are all of it, and nobody else's: no copy
+        one = comm.size == 1  # then the rows are the whole tensor: no copy
         gathered = tensor.local if one else gather_replicated(tensor, "output")
         return gathered if kind is None else kind.of(gathered)
     ordered = in_order(tensor)

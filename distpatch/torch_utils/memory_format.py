@@ -194,7 +194,7 @@ def _strides(
 ) -> tuple[Strides, ...] | None:
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
-    try:  # nobody else sees these calls: no mode, no hook on what is saved for a backward pass
+    try:  # hidden from modes, and from hooks on what is saved for a backward pass
         with (
             DisableTorchFunction(),
             no_modes(),

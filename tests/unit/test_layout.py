@@ -61,7 +61,7 @@ def test_layout_is_a_value() -> None:
 
 
 def assert_covers(bounds: Bounds, stencil: WindowStencil | NearestStencil, rows_out: int) -> None:
-    """Each rank owns or fetches every row that its output reads, and fetches no row twice or in vain."""
+    """Each rank owns or fetches every row that its output reads, and fetches no row twice or without need."""
     plan = plan_stencil(bounds, stencil)
     assert plan.out[0] == 0 and plan.out[-1] == rows_out and len(plan.out) == len(bounds)
     for rank, (lo, hi) in enumerate(pairwise(plan.out)):

@@ -1,4 +1,4 @@
-"""Plain tensors that rows are written to: made sharded ones, in place, where nobody else can see their memory.
+"""Plain tensors that rows are written to: made sharded ones, in place, where nothing else refers to their memory.
 
 A model that asks torch for a tensor of its output's size, to fill it, gets a replicated one, which would have to
 hold everybody's rows.

@@ -130,8 +130,8 @@ def _as_item(item: Any, x: Tensor) -> Any:
         return int(item) if _is_number(item) else item
     if isinstance(item, (list, tuple, range)) and all(type(i) is int for i in item):
         return list(item)
-    tensor = torch.as_tensor(item, device=x.device)  # numpy's, lists of booleans, nested lists
-    return tensor.item() if tensor.ndim == 0 and tensor.dtype != torch.bool else tensor
+    tensor = torch.as_tensor(item)  # numpy's, lists of booleans, nested lists: the host has them
+    return tensor.item() if tensor.ndim == 0 and tensor.dtype != torch.bool else tensor.to(x.device)
 
 
 def _as_slice(item: slice) -> slice:
