@@ -1,4 +1,4 @@
-"""Who holds the memory of rows, and which tensors wait for rows to be read: what may be overwritten, and when."""
+"""Buffer reuse: which storages have no other reference, and which deferred tensors still read them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def materialize_readers(rows: Tensor) -> None:
         if any(leaf.value.untyped_storage()._cdata == memory for leaf in other.leaves()):
             owner = other.owner()
             if owner is not None:
-                owner.local  # noqa: B018  computes them
+                owner.materialize()
 
 
 def is_only_holder(leaf: DeferredRows) -> bool:

@@ -1,8 +1,8 @@
-"""Rows that are not computed before they are asked for (inference only).
+"""Deferred evaluation of one rank's rows (inference only).
 
 A ``Recipe`` stands for this rank's rows of a tensor that does not exist yet: a function from an interval of
 rows to a tensor, over other recipes or over rows that exist. A ``Walk`` evaluates one from its first row to its
-last, some rows at a time, so that what stands between is never there as a whole. What a window (a convolution)
+last, some rows at a time, so that no intermediate is ever materialised. What a window (a convolution)
 reads again is carried from patch to patch; so a result may be written over rows that have no other reference.
 """
 
@@ -27,7 +27,7 @@ from distpatch.torch_utils.memory_format import format_by_order
 Part = tuple[Tensor, bool]  # rows, and whether who gets them may write to them
 Compute = Callable[["Walk", int, int], Part]
 
-LEAST_BYTES = 1 << 20  # of a result: below that, putting it off costs more than it saves
+LEAST_BYTES = 1 << 20  # of a result: below that, deferring costs more than it saves
 MOST_STEPS = 32  # of one recipe; longer ones are computed
 MOST_HELD = 3  # times its own size that a recipe may keep alive
 
@@ -306,6 +306,6 @@ def detached_recipe(recipe: Recipe) -> Recipe:
 
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
-    """No gradients, and each step in the dtype it was put off with."""
+    """No gradients, and each step in the dtype that it was deferred with."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield

@@ -146,7 +146,7 @@ class Call:
             buffers[key] = self._leave(buffer) if self.state.options.output == "gather" else handed_back(buffer)
         for rows in deferred_rows():  # in a cache: what they are made of may change
             if (owner := rows.owner()) is not None:
-                owner.local  # noqa: B018
+                owner.materialize()
         self.left.clear()
         return result
 
@@ -229,7 +229,7 @@ def leave(tensor: Tensor, state: Conversion) -> Any:
         return gathered if kind is None else kind.of(gathered)
     ordered = in_order(tensor)
     assert isinstance(ordered, PatchTensor)
-    ordered.local  # noqa: B018  nothing waits for a model that has returned
+    ordered.materialize()  # nothing is deferred beyond the call
     if state.options.output == "shard":
         ordered.region = ordered.region.handed_out
         return ordered

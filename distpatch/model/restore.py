@@ -62,7 +62,7 @@ def restore_model(model: M) -> M:
     unwrap(model)
     for x in _sharded_tensors():
         if x.region.conversion is region.conversion:
-            x.local  # noqa: B018  nothing waits for a model that is gone
+            x.materialize()  # nothing is deferred beyond the model
             x.__class__ = LeftTensor
     return model
 

@@ -28,7 +28,7 @@ from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 
 class _Rows:
-    """``PatchTensor.local``: rows that are not there yet are computed when they are first asked for.
+    """``PatchTensor.local``: deferred rows are materialised at the first read.
 
     An attribute of the instance hides it, once there is one.
     """

@@ -1,4 +1,4 @@
-"""Rows that wait: what is computed when, what may be overwritten, and that nobody sees the difference."""
+"""Deferred rows: what is computed when, what may be overwritten, and that values are those without deferring."""
 
 from __future__ import annotations
 

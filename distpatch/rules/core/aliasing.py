@@ -65,7 +65,7 @@ def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def before_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Compute what waits for rows that the call will write to."""
+    """Materialise deferred tensors that read rows which the call will write to."""
     for x in written_tensors(func, args, kwargs):
         if x.is_deferred:
             x.recipe = detached_recipe(x.recipe)

@@ -52,7 +52,7 @@ def run_rows(
 def deferrable(
     operands: Sequence[PatchTensor], lead: PatchTensor, *, fused: bool = False, size_bytes: int | None = None
 ) -> list[Recipe] | None:
-    """Recipes of the operands, if what is made of them, of so many bytes, may be computed when it is asked for."""
+    """Recipes of the operands, if what is made of them, of so many bytes, may be deferred."""
     if size_bytes is None and len(operands) > 1:
         size_bytes = sum(x.local_or_recipe.shape.numel() * x.dtype.itemsize for x in operands)
     if not may_pay(lead, size_bytes) or torch.compiler.is_compiling():
@@ -61,7 +61,7 @@ def deferrable(
         return None
     for x in operands:
         if x.is_deferred and (_is_dead_end(x.recipe) if fused else _is_costly(x.recipe)):
-            x.local  # noqa: B018  computes it
+            x.materialize()
     return [x.as_recipe for x in operands]
 
 

@@ -137,7 +137,7 @@ def _later(
     shape: Sequence[int],
     patch_rows: int,
 ) -> Recipe:
-    """A convolution whose edges are exchanged now, and whose rows are computed when they are asked for."""
+    """A convolution whose halo is exchanged now, and whose rows are deferred."""
     # By then what was convolved may be gone or changed: these are its weights now.
     weight, bias = weights.weight.detach(), weights.bias if weights.bias is None else weights.bias.detach()
     check = unchanged(op_name(func), weight, bias)

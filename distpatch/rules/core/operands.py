@@ -66,7 +66,7 @@ def shares_memory(local: Tensor, other: Tensor) -> bool:
 
 
 def replicated_operand(tensor: Tensor, like: PatchTensor) -> Tensor:
-    """A replicated tensor (or all of a sharded one) about to meet rows: its gradient will be summed over ranks."""
+    """A replicated tensor (or all of a sharded one) as an operand of rows: identity, all-reduce of the gradient."""
     tensor = gather_replicated(tensor)
     if type(tensor) not in _PLAIN and is_dtensor(tensor):
         raise UnsupportedOpError(refusal(tensor))
@@ -121,14 +121,14 @@ def in_order(tensor: Any) -> Any:
 
 
 def gather_partial(x: PatchTensor, func: Any) -> Tensor:
-    """All rows in order, to be met by this rank's own: its gradients are partial, and are added at the owners."""
+    """All rows in order, as an operand of this rank's rows: gradients are partial, and are summed at the owners."""
     if isinstance(x.row_layout, BlockLayout):
         return gather_partial(unmerge_blocks(x), func).flatten(x.row_layout.dim, x.row_layout.dim + 1)
     return fetch(x, (((0, x.row_layout.size),),) * x.row_layout.world_size, func)[0]
 
 
 def whole_operand(tensor: Tensor, like: PatchTensor, func: Any) -> Tensor:
-    """All of an operand, to be met by this rank's rows; its gradient is what all ranks add to it."""
+    """All of an operand that this rank's rows are combined with; its gradient is summed over ranks."""
     return gather_partial(tensor, func) if isinstance(tensor, PatchTensor) else replicated_operand(tensor, like)
 
 
@@ -158,7 +158,7 @@ def part_of(x: PatchTensor, local: Tensor, layout: RowLayout, step: int = 1) -> 
 
 
 def dim_order(x: PatchTensor) -> Order:
-    """How its dims stand in memory, innermost first; without computing rows that wait."""
+    """The order of its dims in memory, innermost first; without materialising deferred rows."""
     if x.strides is not None:
         return memory_format.order_by(x.shape, x.strides)
     return memory_format.order_in(x.recipe.format, x.ndim) if x.is_deferred else memory_format.memory_order(x.local)

@@ -1,4 +1,4 @@
-"""Element-wise functions whose rows are computed when they are asked for."""
+"""Element-wise functions, deferred."""
 
 from __future__ import annotations
 
