@@ -21,7 +21,7 @@ def between(pg: dist.ProcessGroup, device: torch.device) -> Transport:
 
     Raises ``RankError`` where the group has no backend for them, and none for the CPU that they can go by.
     """
-    direct = PointToPoint(pg)
+    direct = PointToPoint(pg, device)
     if backend_name(pg, device) not in ("" if device.type == "cpu" else "gloo", ""):
         return direct
     if device.type != "cpu" and backend_name(pg, torch.device("cpu")):

@@ -5,20 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
-from distpatch.comm import devices, process_groups
-from distpatch.comm.choose_transport import Factory, factory
+from distpatch.comm import devices, process_groups, processes
+from distpatch.comm.connection import Connection
 from distpatch.comm.rendezvous import NoPeers, Payload, Rendezvous
 from distpatch.comm.simulated import Simulated
 from distpatch.comm.transport import AddLayer, Transport
-from distpatch.comm.watched import Watched
 from distpatch.errors import LayoutError, RankError
 from distpatch.profiling.trace import Recorder
 from distpatch.torch_utils import private
@@ -28,24 +26,6 @@ Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Communicator | None"
 
 def _nothing() -> None:
     return None
-
-
-@dataclass(eq=False)
-class Connection:
-    """A duplicate of a user's group, which transfers run on until they fail.
-
-    ``device``: that it was made on. ``opened``: devices whose channels are open. ``made``, ``transports``: by device,
-    what ``made_by`` returned, and that with the communicator's layers on top.
-    """
-
-    name: str = ""
-    device: torch.device | None = None
-    pg: Callable[[], dist.ProcessGroup | None] = _nothing
-    broken: bool = False
-    opened: set[torch.device] = field(default_factory=set)
-    made_by: Factory | None = None
-    made: dict[torch.device, Transport] = field(default_factory=dict)
-    transports: dict[torch.device, Transport] = field(default_factory=dict)
 
 
 class Communicator:
@@ -63,8 +43,10 @@ class Communicator:
         self.rendezvous, self.rank, self.size = rendezvous, rendezvous.rank, rendezvous.size
         self.recorder = Recorder()
         self._group: Callable[[], dist.ProcessGroup | None] = _nothing if group is None else weakref.ref(group)
-        self._connection = Connection()
+        self._connection: Connection | None = None
         self._layers: tuple[AddLayer, ...] = ()
+        self._duplicates: weakref.WeakSet[Communicator] = weakref.WeakSet()  # of the same ranks, this one among them
+        self._duplicates.add(self)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -74,22 +56,22 @@ class Communicator:
     @property
     def pg(self) -> dist.ProcessGroup | None:
         """The duplicate that transfers run on."""
-        return self._connection.pg()
+        return None if self._connection is None else self._connection.pg
 
     @property
     def name(self) -> str:
         """As custom operators carry it (``communicator_of``); of every connection another one. Empty: none so far."""
-        return self._connection.name
+        return "" if self._connection is None else self._connection.name
 
     @property
     def device(self) -> torch.device | None:
         """The device that the connection was made on."""
-        return self._connection.device
+        return None if self._connection is None else self._connection.device
 
     @property
     def broken(self) -> bool:
         """Whether the last transfers failed: what their messages did, nobody knows."""
-        return self._connection.broken
+        return self._connection is not None and self._connection.broken
 
     @property
     def closed(self) -> bool:
@@ -110,6 +92,8 @@ class Communicator:
         """
         other = Communicator(self.group, self.rendezvous)
         other.connect(self.device)
+        self._duplicates.add(other)
+        other._duplicates = self._duplicates
         return other
 
     def connect(self, given: torch.device | None = None) -> None:
@@ -118,12 +102,16 @@ class Communicator:
         ``given``: where the tensors are that will move, if that is known. Raises ``RankError`` where the ranks'
         devices cannot be connected, such as one GPU for two of them.
         """
-        group = self.group
+        group, last = self.group, self._connection
         if group is None or (self.pg is not None and not self.broken):
             return
         device = devices.choose(group, given or self.device)
         meeting = self.rendezvous
-        devices.check(meeting.require_same_call("set-up", "", devices.identity(group, device)), self.rank)
+        mine = {**devices.identity(group, device), "process": processes.identity()}
+        answers: list[Any] = meeting.require_same_call("set-up", "", mine)
+        devices.check(answers, self.rank)
+        if last is not None:
+            last.close()
         with devices.current(device):
             pg = process_groups.by_members(
                 dist.get_process_group_ranks(group),
@@ -131,16 +119,16 @@ class Communicator:
                 backend=str(dist.get_backend_config(group)),
                 timeout=meeting.timeout,
             )
-        name = f"{pg.group_name} {self.rank}/{self.size}"
-        self._connection = Connection(name, device, weakref.ref(pg), opened={device})
+        ranks = [processes.Process(**answer["process"]) for answer in answers]
+        self._connection = connection = Connection(pg, device, ranks, meeting, self.recorder)
+        meeting.gone = connection.failures.gone
         _by_pg[pg] = self
         self.warmup()
 
     def warmup(self) -> None:
         """Open the channels for tensors of the communicator's device; every rank of the group calls it."""
-        if self.device is not None:
-            self.transport(self.device)
-            _open(self._connection.made[self.device], self.device)
+        if self._connection is not None:
+            self._connection.open()
 
     def transport(self, device: torch.device) -> Transport:
         """How tensors of this device travel. The first time every rank of the group calls it: it opens the channels.
@@ -148,44 +136,22 @@ class Communicator:
         Raises ``RankError`` where the last transfers of the group failed.
         """
         connection = self._connection
+        if connection is None:
+            raise RankError(f"the group has no connection: it was closed, or never used (this is rank {self.rank})")
         if connection.broken:
+            first = connection.failures.first
             raise RankError(
-                f"the transfers of this group have failed and were given up (this is rank {self.rank}). The next "
-                "call of a converted model begins anew, on all ranks."
+                f"the transfers of this group have failed and were given up (this is rank {self.rank}"
+                f"{'' if first is None else f'; {first}'}). The next call of a converted model begins anew, on all "
+                "ranks."
             )
-        if connection.made_by is not factory():
-            connection.made_by = factory()
-            connection.made.clear()
-            connection.transports.clear()
-        transport = connection.transports.get(device)
-        if transport is None:
-            transport = self._made(connection, device)
-            for add in self._layers:
-                transport = add(transport)
-            connection.transports[device] = transport
-        return transport
-
-    def _made(self, connection: Connection, device: torch.device) -> Transport:
-        if device in connection.made:
-            return connection.made[device]
-        pg = connection.pg()
-        if pg is None:
-            raise RankError(f"the process group is closed (this is rank {self.rank})")
-        made = Watched(factory()(pg, device), self.rendezvous, self.recorder, self.abort_call)
-        if device not in connection.opened:
-            if device.type != "cpu":
-                identity = devices.identity(pg, device)
-                answers = self.rendezvous.require_same_call("set-up of a device", "", identity)
-                devices.check(answers, self.rank)
-            connection.opened.add(device)
-            _open(made, device)
-        connection.made[device] = made
-        return made
+        return connection.transport(device, self._layers)
 
     def use(self, *layers: AddLayer) -> None:
         """From now on this group's transfers go through these layers, the last one first; every rank calls it."""
         self._layers = layers
-        self._connection.transports.clear()
+        if self._connection is not None:
+            self._connection.forget_layers()
 
     @contextmanager
     def using(self, layer: AddLayer) -> Iterator[None]:
@@ -202,39 +168,51 @@ class Communicator:
     ) -> list[Payload]:
         """Meet all ranks before a sharded computation; mend the transfers if the last one failed.
 
-        Returns every rank's payload, with ``"broken"`` added.
+        Returns every rank's payload, with ``"broken"`` added. Raises ``RankError`` on every rank where they come
+        differently, or one does not come.
         """
         if self.closed and self.name:
             raise RankError(f"{what}: the process group is closed (this is rank {self.rank})")
-        answers = self.rendezvous.require_same_call(what, signature, {"broken": self.broken, **(payload or {})})
+        mine = {"broken": self.broken, **(payload or {})}
+        answers = self.rendezvous.require_same_call(what, signature, mine)
         if any(answer["broken"] for answer in answers):
             self.give_up()
             self.connect()
         return answers
 
+    def end_call(self) -> None:
+        """What has landed in this call is whole, or ``RankError``: on a GPU it waits until that is known."""
+        if self._connection is not None:
+            self._connection.end_call()
+
+    @contextmanager
+    def told_of_failures(self, what: str) -> Iterator[None]:
+        """While it is open, an exception of this rank ends the others' waits, and is told to them."""
+        try:
+            yield
+        except BaseException as error:
+            self.abort_call(f"raised {type(error).__name__}: {error} (in {what})")
+            raise
+
     def give_up(self) -> None:
-        """Send nothing more until all ranks have connected anew."""
-        self._connection.broken = True
+        """Send nothing more until all ranks have connected anew; what the others wait for from this rank fails."""
+        for communicator in list(self._duplicates):
+            if communicator._connection is not None:
+                communicator._connection.give_up()
 
     def abort_call(self, note: str) -> None:
-        """Say that this rank gives up the call, and why, for the others to read; the first note counts."""
-        if self._group is _nothing:
-            return
+        """Say that this rank gives up the call, and why, for the others to read; the first note of any counts."""
+        connection = self._connection
+        if connection is not None and not connection.broken and not self.closed:
+            connection.failures.report(self.rank, note)
+            for communicator in list(self._duplicates):
+                other = communicator._connection
+                if other is not None and other is not connection and not other.broken:
+                    other.failures.report(self.rank, note)
         self.give_up()
-        if self.name and not self.closed:
-            self.rendezvous.leave_note(note)
 
     def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
         """Where tensors are fake, what this rank would send: of a group that exists, a real run records it."""
-
-
-def _open(transport: Transport, device: torch.device) -> None:
-    """One collective goes first: communicators are made lazily.
-
-    A first point-to-point batch that not all ranks join hangs, or fails under CUDA-graph capture.
-    """
-    with devices.current(device):
-        transport.open(device)
 
 
 class SimulatedCommunicator(Communicator):
@@ -246,8 +224,12 @@ class SimulatedCommunicator(Communicator):
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(None, NoPeers(rank, size))
-        self._connection = Connection(f"rank {rank} of {size}, simulated, {id(self)}")
-        _simulated[self.name] = self
+        self._name = f"rank {rank} of {size}, simulated, {id(self)}"
+        _simulated[self._name] = self
+
+    @property
+    def name(self) -> str:
+        return self._name
 
     def transport(self, device: torch.device) -> Transport:
         return Simulated()

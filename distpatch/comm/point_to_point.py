@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distpatch.comm import process_groups
 from distpatch.comm.transport import Batch, Transport, Works, as_bytes
 from distpatch.torch_utils import private
 
@@ -18,13 +19,15 @@ from distpatch.torch_utils import private
 ADDED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8})
 ADDED |= {torch.int32, torch.int64}
 WIDER = {torch.int16: torch.int32, torch.uint16: torch.int32, torch.uint32: torch.int64, torch.bool: torch.int32}
+CPU = torch.device("cpu")
 
 
 class PointToPoint(Transport):
     """The process group's own messages and collectives."""
 
-    def __init__(self, pg: dist.ProcessGroup) -> None:
+    def __init__(self, pg: dist.ProcessGroup, device: torch.device = CPU) -> None:
         self._pg = weakref.ref(pg)  # torch keeps it while it is open
+        self.device = device
 
     @property
     def pg(self) -> dist.ProcessGroup:
@@ -65,8 +68,20 @@ class PointToPoint(Transport):
         private.all_gather(as_bytes(everyone.view(-1)), as_bytes(tensor.view(-1)), pg)
         return everyone
 
+    def abort(self) -> None:
+        if (pg := self._pg()) is not None:
+            process_groups.abort(pg)
 
-def _end_batch(pg: dist.ProcessGroup, device: torch.device) -> None:
+    def finish(self) -> Iterator[None]:
+        if self.device.type != "cuda" or private.backend_of(self.pg, self.device).name() == "gloo":
+            return  # a wait has lasted until all had landed
+        landed = torch.cuda.Event()
+        landed.record(torch.cuda.current_stream(self.device))
+        while not landed.query():
+            yield
+
+
+def _end_batch(pg: dist.ProcessGroup, device: torch.device = CPU) -> None:
     """End what an exception inside a batch left open, and what of it is under way.
 
     torch does not: the thread's next calls of this group would return and do nothing, and NCCL's of any group

@@ -14,6 +14,8 @@ from distpatch.comm.rendezvous import Rendezvous
 from distpatch.errors import RankError
 from distpatch.torch_utils import private
 
+UNUSED_TAG = 0x64697374  # of messages that nobody sends
+
 
 def by_members(
     members: Sequence[int], name: str, *, timeout: timedelta, backend: str | None = None
@@ -35,6 +37,34 @@ def by_members(
     default = private.default_group()
     with _unbound(default):
         return private.new_group(default, list(members), name, backend, timeout)
+
+
+def abort(group: dist.ProcessGroup) -> None:
+    """End all that this rank has under way in a group, in whichever thread it is waited for; the others' waits fail.
+
+    gloo has no call for that, but a receive that times out closes all connections of a rank (its ``UnboundBuffer``).
+    NCCL ends the kernels that wait.
+    """
+    for kind in private.devices_of(group):
+        backend = private.backend_of(group, kind)
+        with contextlib.suppress(RuntimeError):  # it has failed already
+            if backend.name() == "gloo":
+                _close_connections(group)
+            else:
+                backend.abort()
+
+
+def _close_connections(group: dist.ProcessGroup) -> None:
+    for peer in range(group.size()):
+        if peer != group.rank():
+            with contextlib.suppress(RuntimeError):  # it has timed out, or is closed
+                group.recv([torch.empty(1)], peer, UNUSED_TAG).wait(timedelta(milliseconds=1))
+
+
+def close(group: dist.ProcessGroup) -> None:
+    """Free a group that this rank has given up."""
+    with contextlib.suppress(RuntimeError, ValueError):
+        dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def self_test(group: Group, *, fallback: bool = True) -> SelfTest:
     timeout = comm.rendezvous.timeout
     _, missing = comm.rendezvous.collect({}, timeout)
     if missing:
-        report.absent, report.faults = missing, _absent(comm, missing, "start", timeout)
+        report.absent, report.faults = list(missing), _absent(comm, list(missing), "start", timeout)
         return report
     tested = _Tester(comm, report)
     with devices.current(tested.device):
@@ -151,24 +151,24 @@ class _Tester:
 
     def run(self, test: str, body: Callable[[], list[Fault]]) -> bool:
         """One test on all ranks, and whether the next one can follow."""
-        comm = self.comm
+        comm, broken = self.comm, False
         try:
             faults = body()
         except RuntimeError as error:  # RankError too
-            faults = [Fault(test, None, comm.rank, str(error))]
+            faults, broken = [Fault(test, None, comm.rank, str(error))], True
             comm.give_up()
         link, self.link = self.link, None
         mine = {
             "faults": [asdict(fault) for fault in faults[:SHOWN]],
-            "broken": comm.broken,
+            "broken": broken or comm.broken,
             "link": astuple(link) if link else None,
         }
         # Others may have waited for a message, one timeout long, before they come here.
         patience = 2 * comm.rendezvous.timeout + GRACE
         answers, missing = comm.rendezvous.collect(mine, patience)
         if missing:
-            self.report.absent = missing
-            self.report.faults += [*faults, *_absent(comm, missing, test, patience)]
+            self.report.absent = list(missing)
+            self.report.faults += [*faults, *_absent(comm, list(missing), test, patience)]
             return False
         for answer in answers:
             self.report.faults += [Fault(**fault) for fault in answer["faults"]]

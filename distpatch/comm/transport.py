@@ -7,7 +7,7 @@ devices need, ``choose_transport.using`` for all groups of the process, ``Commun
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -96,6 +96,20 @@ class Transport(ABC):
         """Why ``post`` cannot run behind the computation, or nothing."""
         return ""
 
+    def abort(self) -> None:
+        """End all that this rank has under way, in whichever thread; what the others wait for from it fails.
+
+        Nothing can be sent afterwards. On a GPU waits may end as if all had landed, whatever has.
+        """
+        return None
+
+    def finish(self) -> Iterator[None]:
+        """Wait, with pauses in which the caller may give up, until all that was waited for has really landed.
+
+        A wait that ends for a GPU's stream alone says nothing of that.
+        """
+        yield from ()
+
 
 class Layer(Transport):
     """A transport on top of another: what it does not change goes through as it is."""
@@ -117,6 +131,12 @@ class Layer(Transport):
 
     def background_problem(self) -> str:
         return self.inner.background_problem()
+
+    def abort(self) -> None:
+        self.inner.abort()
+
+    def finish(self) -> Iterator[None]:
+        return self.inner.finish()
 
 
 AddLayer = Callable[[Transport], Transport]  # a transport, with a layer on top

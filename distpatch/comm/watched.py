@@ -1,31 +1,36 @@
-"""What every group's transfers go through: they are recorded, and a failure names the rank that was waited for."""
+"""What every group's transfers go through: they are recorded, and a failure names the rank that failed first."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from distpatch.comm.rendezvous import Rendezvous
+from distpatch.comm.failures import Failures
 from distpatch.comm.transport import Batch, Layer, Transport, Works, wait
+from distpatch.comm.watch import Watch
 from distpatch.errors import DistPatchError, RankError
 from distpatch.profiling.trace import Recorder
 
 T = TypeVar("T")
+POLL_S = 50e-6
+LATE = ("timeout", "timed out")  # in what gloo, NCCL and the store say
+LOST = ("connection", "closed", "reset", "broken pipe", "remote process", "nccl", "aborted")
 
 
 class Watched(Layer):
-    """``abort``: gives up the group's transfers, and tells the other ranks why."""
+    """``give_up``: ends the group's transfers on this rank, so that those of the others that wait for it fail."""
 
     def __init__(
-        self, inner: Transport, rendezvous: Rendezvous, recorder: Recorder, abort: Callable[[str], None]
+        self, inner: Transport, failures: Failures, watch: Watch, recorder: Recorder, give_up: Callable[[], None]
     ) -> None:
         super().__init__(inner)
-        self.rendezvous, self.recorder, self.abort = rendezvous, recorder, abort
+        self.failures, self.watch, self.recorder, self.give_up = failures, watch, recorder, give_up
+        self.rank, self.size = failures.rendezvous.rank, failures.rendezvous.size
 
     def open(self, device: torch.device) -> None:
         self.wait_or_raise("set-up", lambda: self.inner.open(device), None)
@@ -41,40 +46,50 @@ class Watched(Layer):
             wait(self.post(batch))
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
-        sent = ring_traffic("all_reduce", tensor.nbytes, self.rendezvous.size)
+        sent = ring_traffic("all_reduce", tensor.nbytes, self.size)
         with self.recorder.transfer("all_reduce", op, *sent, tensor.device):
             self.wait_or_raise(op, lambda: self.inner.all_reduce(tensor, op), None)
 
     def all_gather(self, tensor: Tensor, op: str) -> Tensor:
-        sent = ring_traffic("all_gather", tensor.nbytes, self.rendezvous.size)
+        sent = ring_traffic("all_gather", tensor.nbytes, self.size)
         with self.recorder.transfer("all_gather", op, *sent, tensor.device):
             return self.wait_or_raise(op, lambda: self.inner.all_gather(tensor, op), None)
+
+    def end_call(self) -> None:
+        """Until all that has landed so far is known to be whole. Raises ``RankError`` where it is not."""
+        with self.watch.waiting():
+            for _ in self.inner.finish():
+                if self.failures.first is not None:
+                    break
+                time.sleep(POLL_S)
+        if (first := self.failures.first) is not None:
+            raise RankError(f"rank {self.rank} gave up the call, as another one has failed; {first}")
 
     def wait_or_raise(self, op: str, wait: Callable[[], T], peer: int | None) -> T:
         """Run one wait of a transfer; a failure becomes a ``RankError`` that names the rank waited for."""
         try:
-            return wait()
+            with self.watch.waiting():
+                result = wait()
         except DistPatchError:
             raise
         except Exception as error:
             raise self._blame(op, error, peer) from error
+        if self.failures.first is not None:  # on a GPU an aborted wait ends like any other
+            raise self._blame(op, RuntimeError("aborted"), peer)
+        return result
 
     def _blame(self, op: str, error: Exception, peer: int | None) -> RankError:
-        meeting = self.rendezvous
-        blamed = f"rank {peer}" if peer is not None else "another rank"
-        said = "" if peer is not None else f" ({type(error).__name__}: {error})"  # it may be this rank's own fault
-        late = any(word in str(error).lower() for word in ("timeout", "timed out"))
-        waited = "timed out waiting for" if late else "failed waiting for"
-        self.abort(f"{waited} {blamed}{said}")
-        others = [rank for rank in range(meeting.size) if rank != meeting.rank] if peer is None else [peer]
-        try:
-            missing = meeting.ranks_without_note() if peer is None else []  # a collective does not say who is missing
-            if missing:
-                blamed = f"another rank of the group (no word from {', '.join(f'rank {r}' for r in missing)})"
-        except (RuntimeError, dist.DistError):
-            pass  # abort_note() says that the store is gone
-        reasons = "".join(meeting.abort_note(rank) for rank in others)
-        return RankError(f"{op}: rank {meeting.rank} {waited} {blamed}{reasons} ({error})")
+        said = str(error).lower()
+        late, lost = (any(word in said for word in words) for words in (LATE, LOST))
+        ended = "gave up" if self.failures.first is not None else "timed out" if late else "failed"
+        waited = f"{ended} waiting for {'another rank' if peer is None else f'rank {peer}'}"
+        # A connection is lost because of another rank, which may be about to say why; all else is an error of this one.
+        first = self.failures.find() if lost and not late else self.failures.look()
+        if first is None:
+            first = self.failures.report(self.rank, f"{waited} in {op} ({type(error).__name__}: {error})")
+        self.give_up()
+        because = f"; {first}" if first.rank != self.rank else ""
+        return RankError(f"{op}: rank {self.rank} {waited}{because} ({error})")
 
 
 @dataclass(frozen=True)

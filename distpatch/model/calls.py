@@ -205,14 +205,11 @@ def inside(
     answers = comm.begin_call(what, signature, None if steps is None else steps.payload(given))
     if problem:
         raise LayoutError(problem)
-    with state.thread.as_if(inside=True):
-        try:
-            if steps is not None:
-                steps.begin(signature, answers)
-            yield
-        except BaseException as error:
-            comm.abort_call(f"raised {type(error).__name__}: {error}")
-            raise
+    with state.thread.as_if(inside=True), comm.told_of_failures(what):
+        if steps is not None:
+            steps.begin(signature, answers)
+        yield
+        comm.end_call()
 
 
 def leave(tensor: Tensor, state: Conversion) -> Any:

@@ -145,6 +145,11 @@ def group_named(name: str) -> dist.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(c10d.GroupName(name))
 
 
+def own_connection(store: Any) -> Any:
+    """Another one to the same store: a wait at one makes all wait that use it."""
+    return store.clone()
+
+
 def keep_in_order(operator: Any) -> None:
     """Have every compiled graph keep all calls of a custom operator, in one order with those of others."""
     operator.register_effect(EffectType.ORDERED)

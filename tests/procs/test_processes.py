@@ -69,20 +69,20 @@ def test_different_shapes(pool: Pool) -> None:
 
 @pytest.mark.parametrize(("victim", "block"), [(2, "conv_in"), (0, "mid_block.attentions.0"), (1, "conv_out")])
 def test_a_rank_dies_inside(mortal: Pool, victim: int, block: str) -> None:
-    """The survivors are told soon that a rank is gone, and which."""
+    """The survivors are told soon that a rank is gone, and which, whatever the group's timeout is."""
     started = time.monotonic()
-    outcomes = mortal.outcomes(3, bodies.dies, victim, block, timeout=5)
+    outcomes = mortal.outcomes(3, bodies.dies, victim, block, timeout=1800)
     assert isinstance(outcomes.pop(victim), Died)
     for message in outcomes:
-        assert f"rank {victim}" in message, message
+        assert f"rank {victim} has ended" in message, message
     assert time.monotonic() - started < 30
 
 
 def test_a_rank_dies_between_calls(mortal: Pool) -> None:
-    outcomes = mortal.outcomes(3, bodies.dies_between_calls, 1, timeout=2)
+    outcomes = mortal.outcomes(3, bodies.dies_between_calls, 1, timeout=1800)
     assert isinstance(outcomes.pop(1), Died)
     for message in outcomes:
-        assert "rank(s) [1] of 3 did not call it within 2 s" in message
+        assert "rank(s) [1] of 3 did not call it: rank 1 has ended" in message
 
 
 def test_the_pool_itself(pool: Pool) -> None:

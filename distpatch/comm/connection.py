@@ -1,0 +1,125 @@
+"""A duplicate of a user's group, which transfers run on until they fail: its channels, and who watches them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from distpatch.comm import devices, process_groups
+from distpatch.comm.choose_transport import Factory, factory
+from distpatch.comm.failures import Failures
+from distpatch.comm.processes import Process, Processes
+from distpatch.comm.rendezvous import Rendezvous
+from distpatch.comm.transport import AddLayer, Transport
+from distpatch.comm.watch import Watch
+from distpatch.comm.watched import Watched
+from distpatch.errors import RankError
+from distpatch.profiling.trace import Recorder
+
+
+class Connection:
+    """One rank's end of it; every rank makes it, and opens its channels for a device, at the same time.
+
+    ``name``: as custom operators carry it; ``broken``: transfers have failed, and what their messages did, nobody
+    knows. ``processes``: those of all ranks.
+    """
+
+    def __init__(
+        self,
+        pg: dist.ProcessGroup,
+        device: torch.device,
+        processes: Sequence[Process],
+        rendezvous: Rendezvous,
+        recorder: Recorder,
+    ) -> None:
+        self.name = f"{pg.group_name} {rendezvous.rank}/{rendezvous.size}"
+        self.device, self.rendezvous, self.recorder = device, rendezvous, recorder
+        self.broken = False
+        self._pg: Callable[[], dist.ProcessGroup | None] = weakref.ref(pg)
+        self._made_by: Factory | None = None
+        self._made: dict[torch.device, Watched] = {}
+        self._transports: dict[torch.device, Transport] = {}  # with layers on top
+        self._opened = {device}
+        self.failures = Failures(rendezvous, Processes(processes, rendezvous.rank), pg.group_name)
+        this = weakref.ref(self)
+        self.watch = Watch(self.failures, lambda: _give_up(this))
+        self.watch.start()
+
+    @property
+    def pg(self) -> dist.ProcessGroup | None:
+        return self._pg()
+
+    def transport(self, device: torch.device, layers: Sequence[AddLayer]) -> Transport:
+        """How tensors of this device travel. The first time every rank of the group calls it: it opens the channels."""
+        if self._made_by is not factory():
+            self._made_by = factory()
+            self._made.clear()
+            self._transports.clear()
+        transport = self._transports.get(device)
+        if transport is None:
+            transport = self._watched(device)
+            for add in layers:
+                transport = add(transport)
+            self._transports[device] = transport
+        return transport
+
+    def forget_layers(self) -> None:
+        self._transports.clear()
+
+    def open(self) -> None:
+        """Open the channels for tensors of the device that it was made on."""
+        _open(self._watched(self.device), self.device)
+
+    def _watched(self, device: torch.device) -> Watched:
+        if device in self._made:
+            return self._made[device]
+        rank = self.rendezvous.rank
+        if self.pg is None:
+            raise RankError(f"the process group is closed (this is rank {rank})")
+        made = Watched(factory()(self.pg, device), self.failures, self.watch, self.recorder, self.give_up)
+        if device not in self._opened:
+            if device.type != "cpu":
+                identity = devices.identity(self.pg, device)
+                devices.check(self.rendezvous.require_same_call("set-up of a device", "", identity), rank)
+            self._opened.add(device)
+            _open(made, device)
+        self._made[device] = made
+        return made
+
+    def end_call(self) -> None:
+        """Raise ``RankError`` where what has landed since the last call may not be whole."""
+        for transport in self._made.values():
+            transport.end_call()
+
+    def give_up(self) -> None:
+        """Send nothing more, and let the others' waits for this rank fail."""
+        if self.broken:
+            return
+        self.broken = True
+        for transport in self._made.values():
+            transport.abort()
+        if (pg := self.pg) is not None and not self._made:
+            process_groups.abort(pg)
+
+    def close(self) -> None:
+        """Free what a connection has that another one has taken the place of."""
+        self.watch.stop()
+        if (pg := self.pg) is not None:
+            process_groups.close(pg)
+
+
+def _give_up(connection: weakref.ref[Connection]) -> None:
+    if (this := connection()) is not None:
+        this.give_up()
+
+
+def _open(transport: Transport, device: torch.device) -> None:
+    """One collective goes first: communicators are made lazily.
+
+    A first point-to-point batch that not all ranks join hangs, or fails under CUDA-graph capture.
+    """
+    with devices.current(device):
+        transport.open(device)

@@ -1,0 +1,76 @@
+"""A thread that looks after one that waits: for a message that will not come, a wait has no end of its own.
+
+It does nothing but look at a flag until a wait has lasted for a while. Then it asks whether another rank has left a
+note that it failed, and whether the processes of all ranks run, and ends the wait of its own rank if not. How long a
+rank computes is never asked.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+
+from distpatch.comm.failures import Failures
+
+TICK_S = 0.25
+_running: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+class Watch:
+    """Of one connection of a group. ``abort``: ends all waits of this rank for the others."""
+
+    def __init__(self, failures: Failures, abort: Callable[[], None]) -> None:
+        self.failures, self._abort = failures, abort
+        self._since: float | None = None  # when the wait began that goes on
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While it is open, this rank waits for others."""
+        before, self._since = self._since, time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = before
+
+    def start(self) -> None:
+        """Needed for the first wait; ends with ``stop``, or with whatever holds the watch."""
+        self._thread = threading.Thread(target=_run, args=(weakref.ref(self), self._ended), name="distpatch watch")
+        self._thread.daemon = True
+        weakref.finalize(self, self._ended.set)
+        _running.add(self)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(TICK_S)
+
+    def tick(self) -> None:
+        """One look."""
+        self.failures.give_sign()
+        since = self._since
+        if since is None:
+            self.failures.processes.listen_anew()
+        elif time.monotonic() - since > TICK_S and self.failures.look() is not None:
+            self._abort()
+
+
+def _run(watch: weakref.ref[Watch], ended: threading.Event) -> None:
+    while not ended.wait(TICK_S):
+        this = watch()
+        if this is None:
+            return
+        this.tick()
+        del this
+
+
+@atexit.register
+def _stop_all() -> None:
+    for watch in list(_running):
+        watch.stop()
