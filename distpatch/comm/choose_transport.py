@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -46,11 +47,21 @@ def backend_name(pg: dist.ProcessGroup, device: torch.device) -> str:
 
 Factory = Callable[[dist.ProcessGroup, torch.device], Transport]
 _factory: list[Factory] = [between]  # the last one counts
+_told: weakref.WeakSet[Any] = weakref.WeakSet()  # communicators: what they have made is made anew
 
 
 def factory() -> Factory:
     """What makes the transport of a group and a device."""
     return _factory[-1]
+
+
+class _Communicator(Protocol):
+    def forget_transports(self) -> None: ...
+
+
+def tell(communicator: _Communicator) -> None:
+    """Have it told whenever another factory counts."""
+    _told.add(communicator)
 
 
 @contextlib.contextmanager
@@ -60,7 +71,14 @@ def using(make: Factory) -> Iterator[None]:
     It is asked once for each group and device. A transport keeps no strong reference to the group.
     """
     _factory.append(make)
+    _tell_all()
     try:
         yield
     finally:
         _factory.remove(make)
+        _tell_all()
+
+
+def _tell_all() -> None:
+    for communicator in list(_told):
+        communicator.forget_transports()

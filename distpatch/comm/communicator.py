@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
 from distpatch.comm import devices, process_groups, processes
+from distpatch.comm.choose_transport import tell
 from distpatch.comm.connection import Connection
 from distpatch.comm.rendezvous import NoPeers, Payload, Rendezvous
 from distpatch.comm.simulated import Simulated
@@ -45,6 +46,8 @@ class Communicator:
         self._group: Callable[[], dist.ProcessGroup | None] = _nothing if group is None else weakref.ref(group)
         self._connection: Connection | None = None
         self._layers: tuple[AddLayer, ...] = ()
+        self._transports: dict[torch.device, Transport] = {}  # with the layers on top
+        tell(self)
         self._duplicates: weakref.WeakSet[Communicator] = weakref.WeakSet()  # of the same ranks, this one among them
         self._duplicates.add(self)
 
@@ -120,9 +123,13 @@ class Communicator:
                 timeout=meeting.timeout,
             )
         ranks = [processes.Process(**answer["process"]) for answer in answers]
-        self._connection = connection = Connection(pg, device, ranks, meeting, self.recorder)
+        name = f"{pg.group_name} {self.rank}/{self.size}"
+        while name in _known:  # a group of the same name: closed by now, or of another thread
+            name += "'"
+        self._transports.clear()
+        self._connection = connection = Connection(name, pg, device, ranks, meeting, self.recorder)
         meeting.gone = connection.failures.gone
-        _by_pg[pg] = self
+        _known[connection.name] = self
         self.warmup()
 
     def warmup(self) -> None:
@@ -135,7 +142,9 @@ class Communicator:
 
         Raises ``RankError`` where the last transfers of the group failed.
         """
-        connection = self._connection
+        connection, transport = self._connection, self._transports.get(device)
+        if transport is not None and connection is not None and not connection.broken:
+            return transport
         if connection is None:
             raise RankError(f"the group has no connection: it was closed, or never used (this is rank {self.rank})")
         if connection.broken:
@@ -145,13 +154,22 @@ class Communicator:
                 f"{'' if first is None else f'; {first}'}). The next call of a converted model begins anew, on all "
                 "ranks."
             )
-        return connection.transport(device, self._layers)
+        transport = connection.transport(device)
+        for add in self._layers:
+            transport = add(transport)
+        self._transports[device] = transport
+        return transport
+
+    def forget_transports(self) -> None:
+        """Make them anew, where another factory has come to count."""
+        self._transports.clear()
+        if self._connection is not None:
+            self._connection.forget()
 
     def use(self, *layers: AddLayer) -> None:
         """From now on this group's transfers go through these layers, the last one first; every rank calls it."""
         self._layers = layers
-        if self._connection is not None:
-            self._connection.forget_layers()
+        self._transports.clear()
 
     @contextmanager
     def using(self, layer: AddLayer) -> Iterator[None]:
@@ -225,7 +243,7 @@ class SimulatedCommunicator(Communicator):
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(None, NoPeers(rank, size))
         self._name = f"rank {rank} of {size}, simulated, {id(self)}"
-        _simulated[self._name] = self
+        _known[self._name] = self
 
     @property
     def name(self) -> str:
@@ -240,8 +258,7 @@ class SimulatedCommunicator(Communicator):
 
 # Weak keys: a communicator is known as long as the group is open, and each thread-rank has groups of its own.
 _by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator] = weakref.WeakKeyDictionary()
-_by_pg: weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator] = weakref.WeakKeyDictionary()
-_simulated: weakref.WeakValueDictionary[str, SimulatedCommunicator] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()  # by name
 ALONE = Communicator(None)
 
 
@@ -299,7 +316,13 @@ def communicator_of(name: str) -> Communicator:
     """
     if not name:
         return ALONE
-    return _simulated.get(name) or _by_pg[private.group_named(name.rpartition(" ")[0])]
+    known = _known.get(name)
+    if known is None or known.name != name:
+        raise RankError(
+            f"what is computed or differentiated here began before the transfers of its group ({name!r}) failed, or the "
+            "group was closed: call the model again"
+        )
+    return known
 
 
 def warmup(group: Group) -> None:

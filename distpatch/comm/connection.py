@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from distpatch.comm import devices, process_groups
-from distpatch.comm.choose_transport import Factory, factory
+from distpatch.comm.choose_transport import factory
 from distpatch.comm.failures import Failures
 from distpatch.comm.processes import Process, Processes
 from distpatch.comm.rendezvous import Rendezvous
-from distpatch.comm.transport import AddLayer, Transport
+from distpatch.comm.transport import Transport
 from distpatch.comm.watch import Watch
 from distpatch.comm.watched import Watched
 from distpatch.errors import RankError
@@ -29,19 +29,18 @@ class Connection:
 
     def __init__(
         self,
+        name: str,
         pg: dist.ProcessGroup,
         device: torch.device,
         processes: Sequence[Process],
         rendezvous: Rendezvous,
         recorder: Recorder,
     ) -> None:
-        self.name = f"{pg.group_name} {rendezvous.rank}/{rendezvous.size}"
+        self.name = name
         self.device, self.rendezvous, self.recorder = device, rendezvous, recorder
         self.broken = False
         self._pg: Callable[[], dist.ProcessGroup | None] = weakref.ref(pg)
-        self._made_by: Factory | None = None
         self._made: dict[torch.device, Watched] = {}
-        self._transports: dict[torch.device, Transport] = {}  # with layers on top
         self._opened = {device}
         self.failures = Failures(rendezvous, Processes(processes, rendezvous.rank), pg.group_name)
         this = weakref.ref(self)
@@ -52,28 +51,16 @@ class Connection:
     def pg(self) -> dist.ProcessGroup | None:
         return self._pg()
 
-    def transport(self, device: torch.device, layers: Sequence[AddLayer]) -> Transport:
-        """How tensors of this device travel. The first time every rank of the group calls it: it opens the channels."""
-        if self._made_by is not factory():
-            self._made_by = factory()
-            self._made.clear()
-            self._transports.clear()
-        transport = self._transports.get(device)
-        if transport is None:
-            transport = self._watched(device)
-            for add in layers:
-                transport = add(transport)
-            self._transports[device] = transport
-        return transport
-
-    def forget_layers(self) -> None:
-        self._transports.clear()
+    def forget(self) -> None:
+        """Make transports anew, by another factory."""
+        self._made.clear()
 
     def open(self) -> None:
         """Open the channels for tensors of the device that it was made on."""
-        _open(self._watched(self.device), self.device)
+        _open(self.transport(self.device), self.device)
 
-    def _watched(self, device: torch.device) -> Watched:
+    def transport(self, device: torch.device) -> Transport:
+        """How tensors of this device travel. The first time every rank of the group calls it: it opens the channels."""
         if device in self._made:
             return self._made[device]
         rank = self.rendezvous.rank

@@ -8,11 +8,10 @@ rank computes is never asked.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from distpatch.comm.failures import Failures
 
@@ -21,22 +20,16 @@ _running: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 
 class Watch:
-    """Of one connection of a group. ``abort``: ends all waits of this rank for the others."""
+    """Of one connection of a group. ``since``: when this rank began to wait, None where it does not.
+
+    ``abort``: ends all waits of this rank for the others.
+    """
 
     def __init__(self, failures: Failures, abort: Callable[[], None]) -> None:
         self.failures, self._abort = failures, abort
-        self._since: float | None = None  # when the wait began that goes on
+        self.since: float | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While it is open, this rank waits for others."""
-        before, self._since = self._since, time.monotonic()
-        try:
-            yield
-        finally:
-            self._since = before
 
     def start(self) -> None:
         """Needed for the first wait; ends with ``stop``, or with whatever holds the watch."""
@@ -54,7 +47,7 @@ class Watch:
     def tick(self) -> None:
         """One look."""
         self.failures.give_sign()
-        since = self._since
+        since = self.since
         if since is None:
             self.failures.processes.listen_anew()
         elif time.monotonic() - since > TICK_S and self.failures.look() is not None:

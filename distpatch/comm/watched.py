@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from distpatch.comm.failures import Failures
 from distpatch.comm.transport import Batch, Layer, Transport, Works, wait
@@ -39,41 +40,54 @@ class Watched(Layer):
         works = self.wait_or_raise(batch.op, lambda: self.inner.post(batch), None)
         return [(_Named(self, batch.op, work.wait, peer), peer) for work, peer in works]
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether anybody asks what is sent: a trace, or torch's profiler."""
+        return bool(self.recorder.listening or profiler._is_profiler_enabled)
+
     def exchange(self, batch: Batch) -> None:
-        if batch.empty:  # no message of this rank's: nothing to record
+        if batch.empty or not self.is_recorded:
             return wait(self.post(batch))
         with self.recorder.transfer("p2p", batch.op, batch.sent_bytes, len(batch.to), batch.device):
             wait(self.post(batch))
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
+        if not self.is_recorded:
+            return self.wait_or_raise(op, lambda: self.inner.all_reduce(tensor, op), None)
         sent = ring_traffic("all_reduce", tensor.nbytes, self.size)
         with self.recorder.transfer("all_reduce", op, *sent, tensor.device):
             self.wait_or_raise(op, lambda: self.inner.all_reduce(tensor, op), None)
 
     def all_gather(self, tensor: Tensor, op: str) -> Tensor:
+        if not self.is_recorded:
+            return self.wait_or_raise(op, lambda: self.inner.all_gather(tensor, op), None)
         sent = ring_traffic("all_gather", tensor.nbytes, self.size)
         with self.recorder.transfer("all_gather", op, *sent, tensor.device):
             return self.wait_or_raise(op, lambda: self.inner.all_gather(tensor, op), None)
 
     def end_call(self) -> None:
         """Until all that has landed so far is known to be whole. Raises ``RankError`` where it is not."""
-        with self.watch.waiting():
-            for _ in self.inner.finish():
-                if self.failures.first is not None:
-                    break
-                time.sleep(POLL_S)
+        self.watch.since = time.monotonic()
+        for _ in self.inner.finish():
+            if self.failures.first is not None:
+                break
+            time.sleep(POLL_S)
+        self.watch.since = None
         if (first := self.failures.first) is not None:
             raise RankError(f"rank {self.rank} gave up the call, as another one has failed; {first}")
 
     def wait_or_raise(self, op: str, wait: Callable[[], T], peer: int | None) -> T:
         """Run one wait of a transfer; a failure becomes a ``RankError`` that names the rank waited for."""
+        watch = self.watch
+        before, watch.since = watch.since, time.monotonic()
         try:
-            with self.watch.waiting():
-                result = wait()
+            result = wait()
         except DistPatchError:
             raise
         except Exception as error:
             raise self._blame(op, error, peer) from error
+        finally:
+            watch.since = before
         if self.failures.first is not None:  # on a GPU an aborted wait ends like any other
             raise self._blame(op, RuntimeError("aborted"), peer)
         return result

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd import profiler
@@ -231,6 +231,7 @@ class Recorder:
     """
 
     _thread = threading.local()
+    listening: ClassVar[set[Trace]] = set()  # every trace that is open, in any thread
 
     def __init__(self) -> None:
         self._seen: list[Trace] = []
@@ -252,9 +253,6 @@ class Recorder:
     @contextmanager
     def transfer(self, kind: str, op: str, sent_bytes: int, messages: int, device: torch.device) -> Iterator[None]:
         """Around an exchange: recorded and timed where a trace is open, a named range where a profiler runs."""
-        if not self.active() and not profiler._is_profiler_enabled:
-            yield
-            return
         start = mark(device)
         with profiler.record_function(f"distpatch {kind} of {op}") if profiler._is_profiler_enabled else nullcontext():
             try:
@@ -295,6 +293,7 @@ def trace(*, measure: bool = False) -> Iterator[Trace]:
         traces = Recorder._thread.traces = []
     current = Trace()
     traces.append(current)
+    Recorder.listening.add(current)
     try:
         if measure:
             with Meter(timed=True) as current.meter:
@@ -303,3 +302,4 @@ def trace(*, measure: bool = False) -> Iterator[Trace]:
             yield current
     finally:
         traces.remove(current)
+        Recorder.listening.discard(current)

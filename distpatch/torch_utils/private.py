@@ -140,11 +140,6 @@ def end_batch(group: dist.ProcessGroup, device: torch.device) -> None:
     group._end_coalescing(device)
 
 
-def group_named(name: str) -> dist.ProcessGroup:
-    """The open group of this name."""
-    return torch._C._distributed_c10d._resolve_process_group(c10d.GroupName(name))
-
-
 def own_connection(store: Any) -> Any:
     """Another one to the same store: a wait at one makes all wait that use it."""
     return store.clone()
