@@ -26,6 +26,7 @@ from distpatch.layout.rows import Bounds, even_bounds
 from distpatch.torch_utils import private
 from distpatch.torch_utils.tree import tensors_in
 from tests.support.threads import run_ranks
+from tests.support.transports import nccl
 from tests.support.transports.late import late
 
 H = -1  # in a shape: the number of rows of the case
@@ -91,7 +92,7 @@ def check(
                 for i, (rows, tensors) in enumerate(runs)
             ]
 
-        transport = contextlib.nullcontext() if world in OVER_GLOO else late()
+        transport = contextlib.nullcontext() if world in OVER_GLOO or nccl.is_on else late()
         with _expect_warning(fallback), transport:
             ranks = run_ranks(world, body, keep=True)
         for i, (rows, _) in enumerate(runs):
