@@ -31,9 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--staged", action="store_true", help="all tensors go through other memory (tests/support/transports/staged.py)"
     )
-    parser.addoption(
-        "--nccl", action="store_true", help="over a simulated NCCL (tests/support/transports/nccl.py)"
-    )
+    parser.addoption("--nccl", action="store_true", help="over a simulated NCCL (tests/support/transports/nccl.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -165,7 +165,7 @@ def _sum(parts: Tensor) -> Tensor:
         return parts.any(0)
     if parts.dtype == torch.uint64:
         return parts.view(torch.int64).sum(0).view(torch.uint64)
-    if parts.dtype.is_complex or parts.dtype.itemsize >= 4 and parts.is_floating_point():
+    if parts.dtype.is_complex or (parts.dtype.itemsize >= 4 and parts.is_floating_point()):
         return parts.sum(0)
     return parts.to(torch.float32 if parts.is_floating_point() else torch.int64).sum(0).to(parts.dtype)
 
