@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def _stream(
     After a failure the remaining pieces are still received, and dropped, so that no rank blocks.
     """
     comm, leads = _writers(x)
-    arrays = (_at_rank0(piece) for piece in pieces)
+    arrays = _arrays(pieces, comm, path)
     if leads and progress:
         from tqdm import tqdm
 
@@ -192,12 +193,18 @@ def _stream(
         finally:
             _drain(arrays)
 
-    if leads:
-        _together(comm, write, x, path)
-    else:
-        if comm.size > 1:
-            _drain(arrays)
-        _together(comm, None, x, path)
+    _together(comm, write if leads else partial(_drain, arrays) if comm.size > 1 else None, x, path)
+
+
+def _arrays(pieces: Iterator[Tensor], comm: Communicator, path: Any) -> Iterator[Any]:
+    """Each piece on rank 0. What a rank raises here ends what the others wait for; the file's writer may go on."""
+    while True:
+        with comm.told_of_failures(f"saving {path}"):
+            try:
+                array = _at_rank0(next(pieces))
+            except StopIteration:
+                return
+        yield array
 
 
 def _drain(arrays: Iterator[Any]) -> None:

@@ -22,6 +22,8 @@ from distpatch.errors import LayoutError, RankError
 from distpatch.profiling.trace import Recorder
 from distpatch.torch_utils import private
 
+LIVENESS_S = 3.0  # by default
+
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Communicator | None"
 
 
@@ -45,6 +47,7 @@ class Communicator:
         self.recorder = Recorder()
         self._group: Callable[[], dist.ProcessGroup | None] = _nothing if group is None else weakref.ref(group)
         self._connection: Connection | None = None
+        self._liveness: float | None = LIVENESS_S
         self._layers: tuple[AddLayer, ...] = ()
         self._transports: dict[torch.device, Transport] = {}  # with the layers on top
         tell(self)
@@ -75,6 +78,17 @@ class Communicator:
     def broken(self) -> bool:
         """Whether the last transfers failed: what their messages did, nobody knows."""
         return self._connection is not None and self._connection.broken
+
+    @property
+    def liveness(self) -> float | None:
+        """Seconds that a rank's process may be stopped before it counts as gone (``Failures.patience``)."""
+        return self._liveness
+
+    @liveness.setter
+    def liveness(self, seconds: float | None) -> None:
+        self._liveness = seconds
+        if self._connection is not None:
+            self._connection.failures.patience = seconds
 
     @property
     def closed(self) -> bool:
@@ -128,7 +142,7 @@ class Communicator:
             name += "'"
         self._transports.clear()
         self._connection = connection = Connection(name, pg, device, ranks, meeting, self.recorder)
-        meeting.gone = connection.failures.gone
+        connection.failures.patience = self._liveness
         _known[connection.name] = self
         self.warmup()
 
@@ -258,7 +272,7 @@ class SimulatedCommunicator(Communicator):
 
 # Weak keys: a communicator is known as long as the group is open, and each thread-rank has groups of its own.
 _by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator] = weakref.WeakKeyDictionary()
-_known: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()  # by name
+_known: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()  # by every name it has had
 ALONE = Communicator(None)
 
 
@@ -317,12 +331,19 @@ def communicator_of(name: str) -> Communicator:
     if not name:
         return ALONE
     known = _known.get(name)
-    if known is None or known.name != name:
-        raise RankError(
-            f"what is computed or differentiated here began before the transfers of its group ({name!r}) failed, or the "
-            "group was closed: call the model again"
-        )
+    if known is None:
+        raise RankError(f"what is computed here began in a group that is closed ({name!r})")
     return known
+
+
+def connected_as(name: str) -> Communicator | None:
+    """As ``communicator_of``, None where there is none."""
+    return _known.get(name)
+
+
+def connected() -> list[Communicator]:
+    """All communicators of this process that have had a connection."""
+    return list(_known.values())
 
 
 def warmup(group: Group) -> None:

@@ -22,7 +22,8 @@ from distpatch.errors import RankError
 from distpatch.torch_utils import private
 
 GRACE = timedelta(seconds=2)  # between the first and the last rank that notices a failed collective
-GLANCE = timedelta(seconds=0.5)  # how long a rank waits before it looks whether those it waits for are alive
+GLANCE = timedelta(seconds=0.5)  # in which those who wait for the same verdict say what they have brought
+MOMENT = timedelta(seconds=30)  # in which all say it who have come
 RANK = 1 << 36  # a rank on the counter; smaller parts of the sum are what they have brought
 MOST = 1 << 61  # that a counter may hold
 DIFFER, LATE = "differ", "late"  # verdicts; others are the digest of what all have brought, or a list of those missing
@@ -43,7 +44,7 @@ class Arrival:
 class Rendezvous:
     """One rank's place among those that meet at ``store``. ``call``: how many times they have met so far.
 
-    ``gone``: asked while this rank waits, which of the others will not come.
+    ``waiting``: for which verdict this rank waits, and since when.
     """
 
     has_peers = True  # other ranks may exist that can be told something
@@ -52,7 +53,7 @@ class Rendezvous:
         # A connection of its own: who waits at one makes everybody wait who uses it.
         self.store, self.rank, self.size, self.timeout = private.own_connection(store), rank, size, timeout
         self.call = 0
-        self.gone: Callable[[], Missing] = dict
+        self.waiting: tuple[str, float] | None = None
         self._prefix = ""
         self._counter, self._counted = 0, 0  # the counter's number, and what it held after the last meeting
         self._arrival: Arrival | None = None  # at a meeting whose verdict this rank has not seen
@@ -110,7 +111,7 @@ class Rendezvous:
         self._count(arrival, verdict)
         if verdict == digest:
             return [json.loads(text) for _ in range(self.size)], {}
-        return self._answers(arrival, verdict, patience)
+        return self._answers(arrival, verdict)
 
     def _arrive(self, arrival: Arrival, patience: timedelta) -> str:
         share, verdict_key = RANK + arrival.share, self._verdict_key(arrival.call)
@@ -124,28 +125,28 @@ class Rendezvous:
         return decided
 
     def _wait_for_verdict(self, key: str, patience: timedelta) -> str:
-        """The verdict: this rank's own where it is the first to lose patience, or to see that a rank is gone."""
-        missing = self._wait([key], patience)
-        if missing is None:
-            return self.store.get(key).decode()
-        return self.store.compare_set(key, "", json.dumps(missing) if missing else LATE).decode()
+        """The verdict: this rank's own where it is the first to lose patience."""
+        self.waiting = key, time.monotonic()
+        try:
+            came = self._wait([key], patience)
+        finally:
+            self.waiting = None
+        return (self.store.get(key) if came else self.store.compare_set(key, "", LATE)).decode()
 
-    def _wait(self, keys: Sequence[str], patience: timedelta) -> Missing | None:
-        """Until all keys are there: None. Else which ranks are gone, or nothing of any within the patience."""
-        deadline = time.monotonic() + patience.total_seconds()
-        while True:
-            left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
-            try:
-                self.store.wait(list(keys), min(left, GLANCE))
-                return None
-            except RuntimeError as error:
-                if "timeout" not in str(error).lower():
-                    raise RankError(
-                        f"the store where the ranks meet is lost (this is rank {self.rank}): {error}"
-                    ) from error
-            gone = self.gone()
-            if gone or time.monotonic() >= deadline:
-                return gone
+    def refuse(self, waiting: str, store: Store, missing: Missing) -> None:
+        """End the meeting that this rank waits at (``waiting``): these ranks will not come. In another thread."""
+        store.compare_set(waiting, "", json.dumps(missing))
+
+    def _wait(self, keys: Sequence[str], patience: timedelta) -> bool:
+        """Whether all keys are there, within the patience."""
+        try:
+            self.store.wait(list(keys), patience)
+            return True
+        except RuntimeError as error:
+            if "timeout" not in str(error).lower():
+                lost = f"the store where the ranks meet is lost (this is rank {self.rank}): {error}"
+                raise RankError(lost) from error
+            return False
 
     def _count(self, arrival: Arrival, verdict: str) -> None:
         """What the counter holds now, as all ranks know; where they do not, another one takes its place."""
@@ -162,17 +163,17 @@ class Rendezvous:
         if self._arrival is not None:
             self._count(self._arrival, self._wait_for_verdict(self._verdict_key(self._arrival.call), GRACE))
 
-    def _answers(self, arrival: Arrival, verdict: str, patience: timedelta) -> tuple[list[dict[str, Any]], Missing]:
+    def _answers(self, arrival: Arrival, verdict: str) -> tuple[list[dict[str, Any]], Missing]:
         """What each rank has brought, where that differs; or who is missing."""
         if verdict.startswith("{"):
             return [], {int(rank): why for rank, why in json.loads(verdict).items()}
         keys = [self.key(f"{arrival.call}/brought/{rank}") for rank in range(self.size)]
         self._answered = keys[self.rank]
         self.store.set(self._answered, arrival.text)
-        missing = self._wait(keys, GLANCE if verdict == LATE else patience)  # those who wait write at once
-        if missing is not None and not missing:
+        missing: Missing = {}
+        if not self._wait(keys, GLANCE if verdict == LATE else MOMENT):
             missing = {rank: "" for rank, key in enumerate(keys) if not self.store.check([key])}
-        decided = self.store.compare_set(self.key(f"{arrival.call}/missing"), "", json.dumps(missing or {}))
+        decided = self.store.compare_set(self.key(f"{arrival.call}/missing"), "", json.dumps(missing))
         missing = {int(rank): why for rank, why in json.loads(decided).items()}
         return ([] if missing else [json.loads(answer) for answer in self.store.multi_get(keys)]), missing
 

@@ -30,6 +30,7 @@ Parts: TypeAlias = "list[tuple[int, list[Tensor]]]"  # by peer: the pieces of on
 # Rows of these are never those of an earlier step: what leaves the sharded computation, or is gathered for an
 # operation without a rule.
 AT_ONCE = frozenset({"gather", "output"})
+NAME = 3  # place of the communicator's name among the arguments behind the rows
 
 
 def fetch_rows(
@@ -214,6 +215,7 @@ def _(
 
 def _fetch_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     local, *ctx.plan = inputs
+    ctx.name = ctx.plan[NAME]
     ctx.shapes = [piece.shape for piece in output]
     ctx.like = local.new_empty(0)
 
@@ -225,6 +227,7 @@ def _fetch_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None
 
 def _return_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.plan = inputs[1:]
+    ctx.name = ctx.plan[NAME]
 
 
 def _return_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -47,11 +47,15 @@ class Watch:
     def tick(self) -> None:
         """One look."""
         self.failures.give_sign()
-        since = self.since
-        if since is None:
-            self.failures.processes.listen_anew()
-        elif time.monotonic() - since > TICK_S and self.failures.look() is not None:
-            self._abort()
+        failures, since, meeting = self.failures, self.since, self.failures.rendezvous.waiting
+        if meeting is not None and time.monotonic() - meeting[1] > TICK_S:
+            if gone := failures.gone():
+                failures.rendezvous.refuse(meeting[0], failures.store, gone)
+        elif since is not None and time.monotonic() - since > TICK_S:
+            if failures.look() is not None:
+                self._abort()
+        elif meeting is None and since is None:
+            failures.processes.listen_anew()
 
 
 def _run(watch: weakref.ref[Watch], ended: threading.Event) -> None:

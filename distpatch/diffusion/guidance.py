@@ -66,8 +66,11 @@ def split_guidance(model: M, mesh: DeviceMesh, **options: Any) -> M:
                 f"{type(model).__name__}: a batch of {batch} has no two halves; split_guidance is for calls with "
                 "and without the prompt in one batch (guidance_scale > 1)"
             )
-        given = map_tensors(lambda t: _half(t, batch, halves), (args, kwargs))
-        return map_tensors(lambda t: _join(t, halves), forward(*given[0], **given[1]))
+        if halves.broken:
+            halves.connect()
+        with halves.told_of_failures(f"{type(model).__name__}.forward"):
+            given = map_tensors(lambda t: _half(t, batch, halves), (args, kwargs))
+            return map_tensors(lambda t: _join(t, halves), forward(*given[0], **given[1]))
 
     model.forward = both  # type: ignore[method-assign]
     return model

@@ -202,6 +202,7 @@ def inside(
         yield
         return
     comm = state.region.comm
+    comm.liveness = state.options.liveness
     answers = comm.begin_call(what, signature, None if steps is None else steps.payload(given))
     if problem:
         raise LayoutError(problem)
@@ -209,7 +210,8 @@ def inside(
         if steps is not None:
             steps.begin(signature, answers)
         yield
-        comm.end_call()
+        if not state.options.late_check:
+            comm.end_call()
 
 
 def leave(tensor: Tensor, state: Conversion) -> Any:

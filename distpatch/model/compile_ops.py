@@ -1,22 +1,25 @@
-"""What torch.compile sees of entering and leaving a sharded computation: three operators.
+"""What torch.compile sees of entering and leaving a sharded computation: four operators.
 
 Dynamo puts operators of a sharded tensor into its graph as they are; the rules run when AOTAutograd traces that
 graph, as ordinary Python on fake rows. So Dynamo needs no more than operators for what is no torch function: to
-meet the other ranks, to shard, to gather. What is left then are plain tensors and transfers, which are operators
-too (comm/row_exchange.py, comm/collectives.py), with an effect, so that all ranks keep them, in the same order.
+meet the other ranks, to shard, to gather, to end. What is left then are plain tensors and transfers, which are
+operators too (comm/row_exchange.py, comm/collectives.py), with an effect, so that all ranks keep their order.
 """
 
 from __future__ import annotations
 
 import operator
 import secrets
+import sys
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distpatch.comm.collectives import gather_rows
-from distpatch.comm.communicator import communicator_of
+from distpatch.comm.communicator import Communicator, communicator_of
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, shard_input
 from distpatch.tensor.region import Region
@@ -27,7 +30,18 @@ from distpatch.torch_utils.private import keep_in_order
 @torch.library.custom_op("distpatch::begin_call", mutates_args=())
 def begin_call(name: str, what: str, signature: str) -> None:
     """A barrier that checks that all ranks make the same call, at every run of a compiled graph."""
-    communicator_of(name).begin_call(what, signature)
+    comm = communicator_of(name)
+    comm.begin_call(what, signature)
+    if comm.has_peers:
+        _tell_of_an_exception(comm, what)
+
+
+@torch.library.custom_op("distpatch::end_call", mutates_args=())
+def end_call(name: str) -> None:
+    """All that the graph sends has been sent, and what it was sent is whole."""
+    if sys.gettrace() is _look_at_no_frame:
+        sys.settrace(None)
+    communicator_of(name).end_call()
 
 
 @begin_call.register_fake
@@ -35,7 +49,42 @@ def _(name: str, what: str, signature: str) -> None:
     return None
 
 
+@end_call.register_fake
+def _(name: str) -> None:
+    return None
+
+
 keep_in_order(begin_call)
+keep_in_order(end_call)
+
+
+def _tell_of_an_exception(comm: Communicator, what: str) -> None:
+    """Until ``end_call``: an exception that leaves the compiled code is told to the other ranks.
+
+    That code cannot have an ``except``: fullgraph=True has none. Python's trace function of its frame is called with
+    what is raised in it. Where a debugger has that function already, the others wait for this rank's process to end.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_COMPILED):
+        frame = frame.f_back
+    if frame is None or sys.gettrace() not in (None, _look_at_no_frame):
+        return
+
+    def look(frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "exception":
+            sys.settrace(None)
+            comm.abort_call(f"raised {arg[0].__name__}: {arg[1]} (in compiled {what})")
+        return look
+
+    frame.f_trace, frame.f_trace_lines = look, False
+    sys.settrace(_look_at_no_frame)
+
+
+def _look_at_no_frame(frame: FrameType, event: str, arg: Any) -> None:
+    """Of those that begin; to have it set is what has Python look at the frame that runs already."""
+
+
+_NOT_COMPILED = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 
 
 # AOTAutograd caches on disk what it made of a graph, and does not know of the rules that made it.

@@ -19,7 +19,7 @@ from distpatch.comm.dtensors import is_dtensor, same_part
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.model.arguments import is_image, problem_of, signature_of
 from distpatch.model.calls import STATE, Call, Conversion, inside, leave, sharded_buffers
-from distpatch.model.compile_ops import begin_call, enter_compiled
+from distpatch.model.compile_ops import begin_call, end_call, enter_compiled
 from distpatch.model.known_torch_bugs import warn_of_known_faults
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
@@ -50,6 +50,8 @@ def convert_model(
     min_numel: int = 0,
     workspace_bytes: int | None = None,
     lazy: bool = True,
+    liveness: float | None = 3.0,
+    late_check: bool = False,
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -67,7 +69,10 @@ def convert_model(
     rank), "shard" (a PatchTensor) or "rank0" (plain on the group's rank 0, None elsewhere). ``fallback``: what
     an operation without a sharded rule does: "warn" (gather, and say so once), "allow" or "error". ``tiled``:
     allow a model that is set to work in tiles (``use_tiling``): each tile is then cut out of the sharded image,
-    as on one device, with its seams.
+    as on one device, with its seams. ``liveness``: seconds that a rank's process may be stopped before the others give
+    up and name it (of another host, of which nothing is heard: three times as many); None: the group's timeout. How
+    long a rank computes is no matter. ``late_check``: on GPUs, do not wait at the end of a call until all that other
+    ranks sent is known to have landed: a failure is then raised by the next call (for loops of many short calls).
 
     The converted model, or an entry point of it, can be compiled with ``torch.compile(..., fullgraph=True)``;
     each shape of the arguments has a graph of its own, in which the ranks meet as in a plain call.
@@ -79,7 +84,9 @@ def convert_model(
         raise TypeError(f"convert_model takes an nn.Module, got {type(model).__name__}")
     if is_converted(model):
         raise DistPatchError(f"this {type(model).__name__} is converted already; call distpatch.restore_model first")
-    options = Options(splits, sequential, dim, output, fallback, tiled, min_numel, workspace_bytes, lazy)
+    options = Options(
+        splits, sequential, dim, output, fallback, tiled, min_numel, workspace_bytes, lazy, liveness, late_check
+    )
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
     warn_of_known_faults(model)
@@ -195,7 +202,9 @@ def _compiled(
     state.thread.inside = False
     for buffers, key, buffer in sharded_buffers(model):
         buffers[key] = gather_replicated(buffer)
-    return map_tensors(lambda t: leave(t, state), result)
+    left = map_tensors(lambda t: leave(t, state), result)
+    end_call(region.comm.name)
+    return left
 
 
 def _region(state: Conversion, model: Any) -> Region:

@@ -14,7 +14,8 @@ class Options:
 
     ``splits``, ``sequential``, ``min_numel``, ``workspace_bytes``: how convolutions are cut; ``lazy``: whether rows
     may be computed later (lazy/recipe.py); ``fallback``: what an operation without a rule does; ``dim``, ``output``,
-    ``tiled``: how calls of a converted model begin and end. By default as for tensors of no model: nothing is cut.
+    ``tiled``, ``liveness`` (seconds), ``late_check``: how calls of a converted model begin and end. By default as for
+    tensors of no model: nothing is cut.
     """
 
     splits: int | str = 1
@@ -26,6 +27,8 @@ class Options:
     min_numel: int = 0
     workspace_bytes: int | None = None
     lazy: bool = False
+    liveness: float | None = 3.0
+    late_check: bool = False
 
     def __post_init__(self) -> None:
         check_splits(self.splits)
@@ -34,6 +37,8 @@ class Options:
         for name, value, choices in (("output", self.output, OUTPUTS), ("fallback", self.fallback, FALLBACKS)):
             if value not in choices:
                 raise ValueError(f"{name} is one of {choices}; got {value!r}")
+        if self.liveness is not None and self.liveness <= 0:
+            raise ValueError(f"liveness is a number of seconds above 0, or None; got {self.liveness!r}")
         if self.min_numel < 0 or (self.workspace_bytes is not None and self.workspace_bytes < 1):
             raise ValueError(
                 f"min_numel and workspace_bytes are positive; got {self.min_numel} and {self.workspace_bytes}"

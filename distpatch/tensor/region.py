@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distpatch.comm import backward_failures  # noqa: F401  (it registers what is replaced in torch)
 from distpatch.comm.communicator import Communicator
 from distpatch.tensor import options
 from distpatch.tensor.options import Options

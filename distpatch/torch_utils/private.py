@@ -50,6 +50,7 @@ __all__ = [
     "tree_map",
 ]
 
+RUN_BACKWARD = "_engine_run_backward"  # of torch.autograd: what backward() and grad() both call
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 storage_uses = torch._C._storage_Use_Count  # type: ignore[attr-defined]

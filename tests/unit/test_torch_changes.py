@@ -22,6 +22,7 @@ def held():
         "inherited": torch.autograd.Function.__dict__.get("apply"),
         "flex": module.flex_attention,
         "by name": flex_attention,
+        "backward": torch.autograd._engine_run_backward,
         "function": torch.jit.ScriptFunction.__call__,
         "method": torch._C.ScriptMethod.__call__,
     }
@@ -30,7 +31,7 @@ def changed():
     return {name for name, value in held().items() if value != before[name]}
 
 before = held()
-everything = {"apply", "inherited", "flex", "by name", "function", "method"}
+everything = {"apply", "inherited", "flex", "by name", "backward", "function", "method"}
 import distpatch
 import distpatch.rules.coverage
 assert not changed(), changed()
