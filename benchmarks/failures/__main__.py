@@ -1,4 +1,4 @@
-"""What the other ranks are told, and how soon, when one of three fails: processes, with torch's default timeout of 30 min.
+"""What the other ranks are told, and how soon, when one of three processes fails; torch's default timeout, 30 minutes.
 
     python -m benchmarks.failures --json failures.json
     python -m benchmarks.failures --only SIGSTOP

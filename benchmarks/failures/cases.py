@@ -99,12 +99,12 @@ def run(case: Case, limit_s: float) -> Outcome:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.failures.rank"])  # imports torch once for all
     outcome = Outcome(case)
-    with _meeting_place(case.store) as join:
+    with tempfile.TemporaryDirectory() as name, _meeting_place(case.store, Path(name)) as join:
         pipes, processes = [], []
         for rank in range(RANKS):
             mine, theirs = context.Pipe()
             nccl = case.transport != "gloo"
-            args = (theirs, rank, case.victim, case.failure.where, case.failure.how, nccl, join)
+            args = (theirs, rank, case.victim, case.failure.where, case.failure.how, nccl, join, Path(name))
             process = context.Process(target=ranks.run, args=args, daemon=True)
             process.start()
             theirs.close()
@@ -157,14 +157,13 @@ def _told(case: Case, rank: int, pipe: Connection, failed: float) -> Told:
 
 
 @contextmanager
-def _meeting_place(store: str) -> Iterator[Any]:
+def _meeting_place(store: str, folder: Path) -> Iterator[Any]:
     """How the ranks join their group."""
     if store == AGENT:
         agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         yield functools.partial(ranks.join_agent, agent.port)
     elif store == FILE:
-        with tempfile.TemporaryDirectory() as folder:
-            yield functools.partial(ranks.join_url, f"file://{Path(folder) / 'store'}")
+        yield functools.partial(ranks.join_url, f"file://{folder / 'store'}")
     else:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))

@@ -1,10 +1,9 @@
-"""One rank: a call that succeeds, then one in which a rank fails. It says what it does over a pipe, for the parent's clock."""
+"""One rank: a call that succeeds, then one in which a rank fails. It says so over a pipe, for the parent's clock."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -68,7 +67,7 @@ def converted(**options: Any) -> Any:
 # Where it fails: each makes what is called well once, then with ``fail``.
 
 
-def forward(fail: Fail) -> Iterator[Attempt]:
+def forward(fail: Fail, folder: Path) -> Iterator[Attempt]:
     net = converted()
     with torch.no_grad():
         yield lambda: net(torch.ones(SHAPE))
@@ -76,14 +75,18 @@ def forward(fail: Fail) -> Iterator[Attempt]:
         yield lambda: net(torch.ones(SHAPE))
 
 
-def backward(fail: Fail) -> Iterator[Attempt]:
+def backward(fail: Fail, folder: Path) -> Iterator[Attempt]:
     net = converted()
     yield lambda: net(torch.ones(SHAPE)).sum().backward()
-    net.middle.register_forward_hook(lambda module, args, output: output.register_hook(lambda gradient: fail()))
+
+    def look_after(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: fail())
+
+    net.middle.register_forward_hook(look_after)
     yield lambda: net(torch.ones(SHAPE)).sum().backward()
 
 
-def displaced(fail: Fail) -> Iterator[Attempt]:
+def displaced(fail: Fail, folder: Path) -> Iterator[Attempt]:
     net = converted()
     with torch.no_grad(), distpatch.displaced(net, warmup_steps=1):
 
@@ -96,7 +99,7 @@ def displaced(fail: Fail) -> Iterator[Attempt]:
         yield steps
 
 
-def compiled(fail: Fail) -> Iterator[Attempt]:
+def compiled(fail: Fail, folder: Path) -> Iterator[Attempt]:
     net = torch.compile(converted(with_operator=True), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         yield lambda: net(torch.ones(SHAPE))
@@ -104,18 +107,17 @@ def compiled(fail: Fail) -> Iterator[Attempt]:
         yield lambda: net(torch.ones(SHAPE))
 
 
-def video(fail: Fail) -> Iterator[Attempt]:
+def video(fail: Fail, folder: Path) -> Iterator[Attempt]:
     batch, channels, height, width = SHAPE
     clip = distpatch.shard(torch.ones(batch, channels, 4, height, width), dist.group.WORLD)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        yield lambda: distpatch.save_video(clip, path, codec="mpeg4")
+    path = folder / "clip.mp4"
+    yield lambda: distpatch.save_video(clip, path)
 
-        def saved() -> None:
-            with Acts(fail):
-                distpatch.save_video(clip, path, codec="mpeg4")
+    def saved() -> None:
+        with Acts(fail):
+            distpatch.save_video(clip, path)
 
-        yield saved
+    yield saved
 
 
 class Acts(TorchDispatchMode):
@@ -156,14 +158,23 @@ def waits_for_a_signal(pipe: Connection) -> None:
     time.sleep(3600)
 
 
-def run(pipe: Connection, rank: int, victim: int, where: Any, how: Any, nccl: bool, join: Callable[[int], None]) -> None:
-    """One process. Says "ready", then what it was told: an error's type and text."""
+def run(
+    pipe: Connection,
+    rank: int,
+    victim: int,
+    where: Any,
+    how: Any,
+    nccl: bool,
+    join: Callable[[int], None],
+    folder: Path,
+) -> None:
+    """One process. Says "ready", then what it was told: an error's type and text. ``folder``: to write to."""
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
         if nccl:
             stack.enter_context(simulated_nccl())
         join(rank)
-        attempts = where((lambda: how(pipe)) if rank == victim else (lambda: None))
+        attempts = where((lambda: how(pipe)) if rank == victim else (lambda: None), folder)
         next(attempts)()
         attempt = next(attempts)
         dist.barrier()
