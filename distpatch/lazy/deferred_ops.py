@@ -10,9 +10,10 @@ from torch import Tensor
 
 from distpatch.errors import DistPatchError
 from distpatch.layout.stencil import Interval, WindowStencil
+from distpatch.layout.transfers import RankPlan
 from distpatch.lazy.recipe import Part, Recipe, Walk
 from distpatch.lazy.row_patches import Slab, same_memory
-from distpatch.torch_utils.chunk_sizes import kind_of
+from distpatch.torch_utils.chunk_sizes import planned_for
 
 # (rows of each operand, those of them or of the result that it may write to, start, stop) -> rows [start, stop)
 Step = Callable[[Sequence[Tensor], Sequence[Tensor], int, int], Tensor]
@@ -45,14 +46,14 @@ def defer_window(
     kernel: Callable[[Tensor, int, int, int], Tensor],
     slab: Slab,
     stencil: WindowStencil,
-    out: Interval,
+    plan: RankPlan,
     shape: Sequence[int],
     format: torch.memory_format,
     patch_rows: int,
 ) -> Recipe:
-    """Output rows ``out`` of a sliding window over rows that may be deferred; theirs are shape and format."""
-    (start, stop, source), dim = slab.own, slab.dim
-    if kind_of(source.device) == "cpu":
+    """The output rows of a sliding window over rows that may be deferred; theirs are shape and format."""
+    source, dim, out = slab.pieces[slab.local][1], slab.dim, plan.rows[0]
+    if (planned_for.kind or source.device.type) == "cpu":
         _keep_freed_patches()
     key = object()
 
@@ -60,15 +61,15 @@ def defer_window(
         def read(a: int, b: int) -> Tensor:
             return slab.rows(a, b, lambda i, j: walk.rows(source, i, j)[0])
 
-        a, b = stencil.need(out[0] + lo, out[0] + hi)
+        a, b = stencil.need(out + lo, out + hi)
         if source.value is not None and not walk.overwrites:
             rows = read(a, b)
         else:
-            rows = walk.window(key, a, b, stencil.need(out[0] + hi, out[0] + hi + 1)[0], dim, read)
-        return kernel(rows, a, out[0] + lo, out[0] + hi), True
+            rows = walk.window(key, a, b, stencil.need(out + hi, out + hi + 1)[0], dim, read)
+        return kernel(rows, a, out + lo, out + hi), True
 
     # What a row reads above itself is carried, if it was read: rows that end above their place are not.
-    row_aligned = stencil.stride == 1 and out == (start, stop) and stencil.before < stencil.span
+    row_aligned = stencil.stride == 1 and plan.rows == plan.own and stencil.before < stencil.span
     return Recipe(
         source,
         dim,

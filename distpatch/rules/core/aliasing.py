@@ -69,7 +69,7 @@ def before_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for x in written_tensors(func, args, kwargs):
         if x.is_deferred:
             x.recipe = detached_recipe(x.recipe)
-            buffer_reuse.own(x.recipe, x)
+            x.recipe.belong_to(x)
         else:
             buffer_reuse.materialize_readers(x.local)
 

@@ -47,7 +47,7 @@ def autocast(x: PatchTensor, probe: Callable[[Tensor], Tensor]) -> PatchTensor:
 
 
 MOST_PIECES = 1024  # more intervals of rows a rank than this are not worth an exchange of their own
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
@@ -68,7 +68,7 @@ def shares_memory(local: Tensor, other: Tensor) -> bool:
 def replicated_operand(tensor: Tensor, like: PatchTensor) -> Tensor:
     """A replicated tensor (or all of a sharded one) as an operand of rows: identity, all-reduce of the gradient."""
     tensor = gather_replicated(tensor)
-    if type(tensor) not in _PLAIN and is_dtensor(tensor):
+    if type(tensor) not in PLAIN and is_dtensor(tensor):
         raise UnsupportedOpError(refusal(tensor))
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distpatch.lazy.buffer_reuse import own
 from distpatch.lazy.deferred_ops import defer
 from distpatch.lazy.recipe import MOST_HELD, Recipe
 from distpatch.rules.core.executor import deferrable
@@ -67,7 +66,7 @@ def defer_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if (recipe.shape, recipe.dtype) != (lead.recipe.shape, lead.recipe.dtype):
             return None  # torch writes in the dtype that there is, and refuses another shape
         lead.recipe = recipe
-        own(recipe, lead)
+        recipe.belong_to(lead)
         return lead
     return PatchTensor(recipe, lead.row_layout, lead.region)
 
