@@ -21,7 +21,7 @@ from torch import Tensor
 from distpatch.layout.stencil import Interval, ceil_div
 from distpatch.layout.transfers import RankPlan
 from distpatch.torch_utils.chunk_sizes import sizes_for
-from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.memory_format import format_by_strides, memory_format
 from distpatch.torch_utils.tree import map_tensors
 
 T = TypeVar("T")
@@ -73,14 +73,18 @@ class Slab(NamedTuple):
             return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
         # Rows of padding alone would leave the autograd graph, and the halo's backward is collective.
         padding = torch.cat([own.narrow(self.dim, 0, 0), *parts], self.dim)  # whose format an empty part undoes
-        return padding.contiguous(memory_format=memory_format(own))
+        return padding.contiguous(memory_format=_format(own))
 
     def _padding(self, rows: int) -> Tensor:
         own = self.own[2]
         shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
         return torch.full(shape, self.fill, dtype=own.dtype, device=own.device).contiguous(
-            memory_format=memory_format(own) if isinstance(own, Tensor) else own.format
+            memory_format=_format(own) if isinstance(own, Tensor) else own.format
         )
+
+
+def _format(rows: Tensor) -> torch.memory_format:
+    return memory_format(rows) if torch.compiler.is_compiling() else format_by_strides(rows.shape, rows.stride())
 
 
 def _narrow(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
@@ -298,7 +302,7 @@ def _put(
     lo, hi = out
     if whole is None:
         shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
-        format = format or memory_format(rows)
+        format = format or _format(rows)
         whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
     place = whole.narrow(dim, at - lo, rows.shape[dim])
     if rows.storage_offset() != place.storage_offset() or not same_memory(rows, place):
@@ -315,11 +319,6 @@ def joined(parts: Sequence[Any], dim: int) -> Any:
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts), dim)
     return type(parts[0])(joined(each, dim) for each in zip(*parts))
-
-
-def is_recorded() -> bool:
-    """Whether each patch is kept, for a backward pass or in a compiled graph."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def fewest_calls(*numels: int) -> int:

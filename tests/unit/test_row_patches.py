@@ -63,9 +63,7 @@ def test_convolve(
     right = F.conv2d(F.pad(x, (1, 1, stencil.before, stencil.after)), weight, **options)
     with torch.set_grad_enabled(grad):
         outputs = [
-            compute_now(
-                conv, slab, cut_rows(stencil, plan, patch_rows, share(x), pads=True, together=not sequential)
-            )
+            compute_now(conv, slab, cut_rows(stencil, plan, patch_rows, share(x), pads=True, together=not sequential))
             for slab, plan in slabs(x, bounds, stencil)
         ]
     torch.testing.assert_close(torch.cat(outputs, 2), right, rtol=1e-12, atol=1e-12)

@@ -7,6 +7,7 @@ at once or in patches.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
@@ -21,17 +22,19 @@ from distpatch.layout.stencil import WindowStencil
 from distpatch.layout.transfers import RankPlan, plan_edges
 from distpatch.lazy.deferred_ops import defer_window, unchanged
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import Kernel, Slab, compute_now, is_recorded
+from distpatch.lazy.row_patches import Kernel, Slab, compute_now
 from distpatch.rules.core.executor import deferrable
 from distpatch.rules.core.operands import PLAIN, along_rows, in_compute_dtype, on_some_rows, replicated_operand, wrap
 from distpatch.rules.core.window_plan import Given, WindowPlan, plan_rows, plan_windows
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import planned_for
-from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.memory_format import format_by_strides
 from distpatch.torch_utils.op_names import op_name
 
 
 class Weights(NamedTuple):
+    """What a convolution has beside the image."""
+
     weight: Tensor
     bias: Tensor | None
 
@@ -54,7 +57,7 @@ def run_windows(
 
     Where none of these is sharded, the kernel is called once, on whole images.
     """
-    plan = plan_windows(op_name(func), given(x), tuple(stencils), pads)
+    plan = plan_windows(op_name(func), given(x), tuple(stencils), pads=pads)
     return carry_out(plan, func, x, kernel, fill=fill)
 
 
@@ -68,10 +71,21 @@ def run_stencil(
     return carry_out(plan_rows(given(x), stencil, view=view, growth=growth), func, x, kernel)
 
 
-def given(x: PatchTensor) -> Given:
-    rows, region = x.local_or_recipe, x.region
-    kind = planned_for.kind or rows.device.type
-    return Given(x.shape, x.row_layout, region.comm.rank, region.options, rows.dtype, kind, is_recorded())
+def given(x: PatchTensor, weight: Tensor | None = None) -> Given:
+    """What a plan is found by."""
+    rows, region, compiling = x.local_or_recipe, x.region, torch.compiler.is_compiling()
+    shape, of_weight = x.shape, torch.Size() if weight is None else weight.shape
+    if compiling:  # plans are constants: no size is a symbol
+        shape, of_weight = (torch.Size(map(operator.index, sizes)) for sizes in (shape, of_weight))
+    kind, recorded = planned_for.kind or rows.device.type, compiling or torch.is_grad_enabled()
+    return Given(shape, of_weight, x.row_layout, region.comm.rank, region.options, rows.dtype, kind, recorded)
+
+
+def fixed(value: Any) -> Any:
+    """A kernel's size, stride or the like in numbers, which a plan can be found by: a tensor may change."""
+    if type(value) is int or isinstance(value, str):
+        return value
+    return tuple(map(operator.index, value)) if isinstance(value, (tuple, list)) else operator.index(value)
 
 
 def carry_out(
@@ -100,16 +114,21 @@ def _later(func: Any, x: PatchTensor, plan: WindowPlan, kernel: Kernel, weights:
         return result
 
     source = x.as_recipe
+    # No views of the rank's own rows: somebody may write over these.
     edges = fetch_edges(x, plan.rank.needs, func) if plan.rank.moves else []
-    # no views of the rank's own: somebody may write over these
     slab = _slab(x, plan.rank, source, edges)
-    format = memory_format(weight)  # of the result, if it is not the input's
+    format = format_by_strides(weight.shape, weight.stride())  # of the result, if it is not the input's
     format = source.format if format is torch.contiguous_format else format
-    return defer_window(op_name(func), convolve, slab, plan.stencil, plan.rank, plan.shape, format, plan.cut.patch_rows)
+    place, patch_rows = plan.rank.rows[0], plan.cut.patch_rows
+    return defer_window(
+        op_name(func), convolve, slab, plan.stencil, place, plan.shape, format, patch_rows, plan.row_aligned
+    )
 
 
 def _wrapped(result: Any, x: PatchTensor, layout: RowLayout) -> Any:
-    return wrap(result, x, layout) if isinstance(result, Tensor) else tuple(wrap(t, x, layout) for t in result)
+    if not isinstance(result, Tensor):
+        return tuple(_wrapped(t, x, layout) for t in result)
+    return wrap(result, x, layout) if x.row_stride else PatchTensor(result, layout, x.region)
 
 
 def halo(x: PatchTensor, plan: RankPlan, func: Any, fill: float = 0.0) -> Slab:

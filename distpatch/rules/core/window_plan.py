@@ -21,9 +21,13 @@ from distpatch.tensor.options import Options
 
 
 class Given(NamedTuple):
-    """What decides, beside the operation itself, how it is carried out on a tensor: what its plan is found by."""
+    """What decides, beside the operation itself, how it is carried out on a tensor: what its plan is found by.
+
+    ``shape`` and ``weight``: of the tensor, and of a convolution's weight; ``recorded`` as in ``Share``.
+    """
 
     shape: torch.Size
+    weight: torch.Size
     layout: RowLayout
     rank: int
     options: Options
@@ -32,29 +36,13 @@ class Given(NamedTuple):
     recorded: bool
 
 
-def fixed(value: Any) -> Any:
-    """An argument by which a plan can be found."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-class Filters(NamedTuple):
-    """What a plan knows of a convolution's weights: ``channels`` that come out, and how many elements they have.
-
-    ``fit``: the input has the channels that they read.
-    """
-
-    channels: int
-    numel: int
-    fit: bool = False
-
-
 @dataclass(frozen=True, eq=False)
 class WindowPlan:
     """How a call is carried out on this rank.
 
     ``axis``: which of the last dims is sharded, of those that have windows; below 0 none, and the kernel is called
     once, on whole images, for ``out_rows``. Else the ``stencil`` is that of the rows. ``shape``: of the result on this
-    rank; ``size_bytes``: its. ``may_defer``: as far as this tells.
+    rank; ``size_bytes``: its. ``may_defer``: as far as this tells; ``row_aligned``, of deferred rows: see ``Recipe``.
     """
 
     axis: int
@@ -65,13 +53,17 @@ class WindowPlan:
     shape: tuple[int, ...] = ()
     size_bytes: int = 0
     may_defer: bool = False
+    row_aligned: bool = False
 
 
 @lru_cache(maxsize=4096)
 def plan_windows(
-    op: str, given: Given, stencils: tuple[Stencil, ...], pads: bool = False, filters: Filters | None = None
+    op: str, given: Given, stencils: tuple[Stencil, ...], *, pads: bool = False, channels: int = 0, fit: bool = False
 ) -> WindowPlan:
-    """The plan of an operation with a stencil along each of the last dims; ``LayoutError`` where nothing comes out."""
+    """The plan of an operation with a stencil along each of the last dims; ``LayoutError`` where nothing comes out.
+
+    With weights ``channels`` come out; ``fit``: the input has those that the weights read.
+    """
     spatial = len(stencils)
     sizes = [stencil.out_rows(size) for stencil, size in zip(stencils, given.shape[-spatial:], strict=True)]
     if min(sizes) < 1:
@@ -82,17 +74,22 @@ def plan_windows(
     axis = given.layout.dim - len(given.shape) + spatial
     if axis < 0:
         return WindowPlan(axis, sizes[0])
-    if filters is None:
+    if not given.weight:
         return plan_rows(given, stencils[axis], pads=pads, axis=axis)
     plan, options = plan_rank(given.layout, stencils[axis], given.rank), given.options
-    shape = [*given.shape[: -spatial - 1], filters.channels, *sizes]
+    shape = [*given.shape[: -spatial - 1], channels, *sizes]
     shape[given.layout.dim] = rows = plan.rows[1] - plan.rows[0]
     share = _share(given, plan, math.prod(shape))
-    patch_rows = choose_patch_rows(options, share, filters.numel)
-    may_defer = patch_rows < rows and pads and filters.fit and options.sequential and options.lazy
+    patch_rows = choose_patch_rows(options, share, given.weight.numel())
     cut = cut_rows(stencils[axis], plan, patch_rows, share, pads=pads, together=pads and not options.sequential)
-    size_bytes = share.out_numel * share.itemsize
-    return WindowPlan(axis, sizes[0], stencils[axis], plan, cut, tuple(shape), size_bytes, may_defer)
+    may_defer = patch_rows < rows and pads and fit and options.sequential and options.lazy
+    size_bytes, aligned = share.out_numel * share.itemsize, may_defer and _is_row_aligned(stencils[axis], plan)
+    return WindowPlan(axis, sizes[0], stencils[axis], plan, cut, tuple(shape), size_bytes, may_defer, aligned)
+
+
+def _is_row_aligned(stencil: Any, plan: RankPlan) -> bool:
+    """What a row reads above itself is carried, if it was read: rows that end above their place are not."""
+    return stencil.stride == 1 and plan.rows == plan.own and stencil.before < stencil.span
 
 
 @lru_cache(maxsize=4096)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.layout.stencil import WindowStencil
-from distpatch.rules.core.halo import Weights, batched, carry_out, convolved, given, paddings
+from distpatch.rules.core.halo import Weights, batched, carry_out, convolved, fixed, given, paddings
 from distpatch.rules.core.operands import per_dim
 from distpatch.rules.core.registry import named, rule
-from distpatch.rules.core.window_plan import Filters, Given, WindowPlan, fixed, plan_windows
+from distpatch.rules.core.window_plan import Given, WindowPlan, plan_windows
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
@@ -37,7 +37,8 @@ def convolution(
         bias = None if bias is None else gather_replicated(bias)
         return func(input, gather_replicated(weight), bias, stride, padding, dilation, groups)
     input, weight, bias = convolved(func, input, weight, bias)
-    call = _plan(op_name(func), given(input), weight.shape, *map(fixed, (stride, padding, dilation)), groups)
+    stride, padding, dilation = fixed(stride), fixed(padding), fixed(dilation)
+    call = _plan(op_name(func), given(input, weight), stride, padding, dilation, groups)
     if call.far_side is not None:
         input = cast(PatchTensor, F.pad(input, call.far_side))
     windows, axis = call.windows, call.plan.axis
@@ -58,8 +59,8 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _plan(op: str, given: Given, weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int) -> _Plan:
-    kernel, spatial = weight[2:], len(weight) - 2
+def _plan(op: str, given: Given, stride: Sizes, padding: Sizes | str, dilation: Sizes, groups: int) -> _Plan:
+    weight, kernel, spatial = given.weight, given.weight[2:], len(given.weight) - 2
     axis, strides, dilations = given.layout.dim - 2, per_dim(stride, spatial), per_dim(dilation, spatial)
     before, after = _paddings(padding, kernel, dilations, strides)
     more = [0 if d == axis else stop - start for d, (start, stop) in enumerate(zip(before, after))]
@@ -73,8 +74,7 @@ def _plan(op: str, given: Given, weight: torch.Size, stride: Any, padding: Any, 
         sizes = [size + extra for size, extra in zip(given.shape[2:], more)]
         given = given._replace(shape=torch.Size([*given.shape[:2], *sizes]))
     fit = weight[1] * groups == given.shape[1] and weight[0] % groups == 0
-    filters = Filters(weight[0], weight.numel(), fit)
-    return _Plan(windows, far_side, plan_windows(op, given, windows, True, filters))
+    return _Plan(windows, far_side, plan_windows(op, given, windows, pads=True, channels=weight[0], fit=fit))
 
 
 def _paddings(

@@ -12,10 +12,10 @@ from torch import Tensor
 from distpatch.errors import LayoutError
 from distpatch.layout.stencil import TransposedStencil
 from distpatch.lazy.row_patches import with_dummy_row
-from distpatch.rules.core.halo import Weights, batched, carry_out, convolved, given
+from distpatch.rules.core.halo import Weights, batched, carry_out, convolved, fixed, given
 from distpatch.rules.core.operands import per_dim
 from distpatch.rules.core.registry import named, rule
-from distpatch.rules.core.window_plan import Filters, Given, WindowPlan, fixed, plan_windows
+from distpatch.rules.core.window_plan import Given, WindowPlan, plan_windows
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
@@ -40,8 +40,8 @@ def transposed_convolution(
         bias = None if bias is None else gather_replicated(bias)
         return func(input, gather_replicated(weight), bias, stride, padding, output_padding, groups, dilation)
     input, weight, bias = convolved(func, input, weight, bias)
-    numbers = map(fixed, (stride, padding, dilation, output_padding))
-    windows, plan = _plan(op_name(func), given(input), weight.shape, groups, *numbers)
+    stride, padding, dilation, extra = fixed(stride), fixed(padding), fixed(dilation), fixed(output_padding)
+    windows, plan = _plan(op_name(func), given(input, weight), groups, stride, padding, dilation, extra)
     axis = max(plan.axis, 0)
 
     def kernel(rows: Tensor, start: int, lo: int, hi: int, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,24 +58,17 @@ def transposed_convolution(
 
 @lru_cache(maxsize=4096)
 def _plan(
-    op: str,
-    given: Given,
-    weight: torch.Size,
-    groups: int,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    output_padding: Any,
+    op: str, given: Given, groups: int, stride: Sizes, padding: Sizes, dilation: Sizes, output_padding: Sizes
 ) -> tuple[tuple[TransposedStencil, ...], WindowPlan]:
-    numbers = [per_dim(n, len(weight) - 2) for n in (stride, padding, dilation, output_padding)]
-    windows = tuple(TransposedStencil(*each) for each in zip(weight[2:], *numbers, strict=True))
+    kernel = given.weight[2:]
+    numbers = [per_dim(n, len(kernel)) for n in (stride, padding, dilation, output_padding)]
+    windows = tuple(TransposedStencil(*each) for each in zip(kernel, *numbers, strict=True))
     if any(window.extra >= max(window.stride, window.dilation) for window in windows):
         raise LayoutError(
             f"{op}: output_padding {output_padding} must be smaller than the stride {stride} or the "
             f"dilation {dilation}, for an input of shape {tuple(given.shape)}"
         )
-    filters = Filters(weight[1] * groups, weight.numel())
-    return windows, plan_windows(op, given, windows, filters=filters)
+    return windows, plan_windows(op, given, windows, channels=given.weight[1] * groups)
 
 
 def written(write: Write, stencil: TransposedStencil, rows: Tensor, dim: int, start: int, lo: int, hi: int) -> Tensor:

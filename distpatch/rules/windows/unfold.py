@@ -15,7 +15,7 @@ from distpatch.errors import LayoutError
 from distpatch.layout.rows import RowLayout, aligned_bounds, even_bounds
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.rules.core.aliasing import copied
-from distpatch.rules.core.halo import batched, paddings, run_stencil, run_windows
+from distpatch.rules.core.halo import batched, fixed, paddings, run_stencil, run_windows
 from distpatch.rules.core.operands import on_some_rows, per_dim, redistribute, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.windows.transposed import written
@@ -36,7 +36,7 @@ def unfold(
     stride: Sizes = 1,
 ) -> Any:
     """(N, C, H, W) to (N, C * window, L): L counts the windows row by row, so it is sharded as the rows are."""
-    kernel, dilations, pads, strides = (per_dim(n, 2) for n in (kernel_size, dilation, padding, stride))
+    kernel, dilations, pads, strides = (per_dim(fixed(n), 2) for n in (kernel_size, dilation, padding, stride))
     if input.row_layout.dim < 2:  # whole images, or channels, which stay one after the other
         local = on_some_rows(
             lambda rows: func(rows, kernel, dilations, pads, strides), input.local, input.row_layout.dim
@@ -67,7 +67,7 @@ def fold(
 ) -> Any:
     """(N, C * window, L) to (N, C, H, W): each row sums what the windows over it hold for it."""
     size, kernel, dilations, pads, strides = (
-        per_dim(n, 2) for n in (output_size, kernel_size, dilation, padding, stride)
+        per_dim(fixed(n), 2) for n in (output_size, kernel_size, dilation, padding, stride)
     )
     if input.row_layout.dim < 2:
         pixels = kernel[0] * kernel[1] if input.row_layout.dim == 1 else 1
