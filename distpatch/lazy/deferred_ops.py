@@ -117,6 +117,22 @@ def defer_window(
     )
 
 
+def detached_recipe(recipe: Recipe) -> Recipe:
+    """The same, for a tensor that will be written to: what others make of it stays as it is."""
+    if not recipe.consumers:
+        return recipe
+    return Recipe(
+        recipe,
+        recipe.dim,
+        recipe.parents,
+        recipe.compute,
+        op=recipe.op,
+        row_aligned=recipe.row_aligned,
+        expensive=recipe.expensive,
+        patch_rows=recipe.patch_rows,
+    )
+
+
 @cache
 def _keep_freed_patches() -> None:
     """Let malloc keep what a patch has freed for the next one: to be given fresh pages takes longer than to use them.

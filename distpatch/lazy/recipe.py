@@ -298,22 +298,6 @@ class Walk:
         return rows
 
 
-def detached_recipe(recipe: Recipe) -> Recipe:
-    """The same, for a tensor that will be written to: what others make of it stays as it is."""
-    if not recipe.consumers:
-        return recipe
-    return Recipe(
-        recipe,
-        recipe.dim,
-        recipe.parents,
-        recipe.compute,
-        op=recipe.op,
-        row_aligned=recipe.row_aligned,
-        expensive=recipe.expensive,
-        patch_rows=recipe.patch_rows,
-    )
-
-
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
     """No gradients, and each step in the dtype that it was deferred with."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import WindowStencil
 from distpatch.layout.transfers import RankPlan, plan_rank
-from distpatch.lazy.row_patches import Share, Slab, choose_patch_rows, compute_now, cut_rows
+from distpatch.lazy.patch_plan import Share, choose_patch_rows, cut_rows
+from distpatch.lazy.row_patches import Slab, compute_now
 from distpatch.rules.core.halo import paddings
 from tests.support.oracle import random_tensor
 from tests.unit.test_layout import bounds_of

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.lazy import buffer_reuse
-from distpatch.lazy.recipe import detached_recipe
+from distpatch.lazy.deferred_ops import detached_recipe
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy
 from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.op_names import op_name

@@ -16,7 +16,7 @@ from distpatch.errors import LayoutError
 from distpatch.layout.rows import RowLayout, Stencil
 from distpatch.layout.stencil import ceil_div
 from distpatch.layout.transfers import RankPlan, plan_rank
-from distpatch.lazy.row_patches import Cut, Share, choose_patch_rows, cut_rows, fewest_calls
+from distpatch.lazy.patch_plan import Cut, Share, choose_patch_rows, cut_rows, fewest_calls
 from distpatch.tensor.options import Options
 
 
