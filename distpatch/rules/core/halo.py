@@ -24,7 +24,7 @@ from distpatch.lazy.deferred_ops import defer_window, unchanged
 from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import Kernel, Slab, compute_now
 from distpatch.rules.core.executor import deferrable
-from distpatch.rules.core.operands import PLAIN, along_rows, in_compute_dtype, on_some_rows, replicated_operand, wrap
+from distpatch.rules.core.operands import PLAIN, along_rows, on_some_rows, replicated_operand, wrap
 from distpatch.rules.core.window_plan import Given, WindowPlan, plan_rows, plan_windows
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import planned_for
@@ -161,11 +161,15 @@ def fetch_edges(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
 def convolved(
     func: Any, x: PatchTensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[PatchTensor, Tensor, Tensor | None]:
-    """The operands of a convolution: the image along its rows and in autocast's dtype, the weights replicated."""
+    """The operands of a convolution: the weights replicated, the image along its rows and in autocast's dtype.
+
+    So halo rows are sent in that dtype.
+    """
     if x.row_layout.dim == 1:
         x = along_rows(x, func)
-    if torch.is_autocast_enabled(x.device.type):
-        x = in_compute_dtype(x)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
+        x = wrap(x.local.to(torch.get_autocast_dtype(kind)), x)
     return x, _replicated(weight, x), None if bias is None else _replicated(bias, x)
 
 
