@@ -46,7 +46,7 @@ def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("input", kwargs.get("self", list(kwargs.values())))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def may_write(func: Any) -> bool:
     """Whether it writes to an argument without being told to (by ``out=`` or ``inplace=``); most functions do not."""
     schema, name = _schema(func), getattr(func, "__name__", "")

@@ -84,12 +84,12 @@ def sum_ranks(partial: Tensor, like: PatchTensor, func: Any) -> Tensor:
     return collectives.sum_partials(partial, like.comm.name, op_name(func))
 
 
-def fetch(x: PatchTensor, needs: Needs, func: Any, channels_last: bool = False) -> list[Tensor]:
+def fetch(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
     """The intervals of global rows that each rank needs; gradients return and are added."""
     if type(x) is not PatchTensor:
         x = in_order(x)
     rows, name = x.row_layout, x.comm.name
-    return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), channels_last)
+    return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), False)
 
 
 def unmerge_blocks(x: PatchTensor) -> PatchTensor:
