@@ -16,7 +16,7 @@ from distpatch.layout.rows import RowLayout, aligned_bounds, even_bounds
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.rules.core.aliasing import copied
 from distpatch.rules.core.halo import batched, fixed, paddings, run_stencil, run_windows
-from distpatch.rules.core.operands import on_some_rows, per_dim, redistribute, wrap
+from distpatch.rules.core.operands import beside_rows, on_some_rows, per_dim, redistribute, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.windows.transposed import written
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -121,7 +121,7 @@ def pixel_shuffle(func: Any, input: PatchTensor, factor: int) -> PatchTensor:
 def channel_shuffle(func: Any, input: PatchTensor, groups: int) -> Any:
     if input.row_layout.dim == 1:
         return NotImplemented
-    return wrap(on_some_rows(lambda rows: func(rows, groups), input.local, input.row_layout.dim), input)
+    return beside_rows(func, input, groups)
 
 
 def _aligned(x: PatchTensor, unit: int, func: Any) -> PatchTensor:
