@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distpatch.lazy.buffer_reuse import own
-from distpatch.lazy.deferred_ops import defer
+from distpatch.lazy.deferred_ops import OfRows, defer
 from distpatch.lazy.recipe import MOST_HELD, Recipe
 from distpatch.rules.core.executor import deferrable
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -67,7 +65,7 @@ def defer_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if (recipe.shape, recipe.dtype) != (lead.recipe.shape, lead.recipe.dtype):
             return None  # torch writes in the dtype that there is, and refuses another shape
         lead.recipe = recipe
-        own(recipe, lead)
+        recipe.belong_to(lead)
         return lead
     return PatchTensor(recipe, lead.row_layout, lead.region)
 
@@ -122,23 +120,6 @@ def _recipe(
         return None
     shape[row] = lead.as_recipe.num_rows
     constants = [None if i in places else value for i, value in enumerate(values)]
-
-    def step(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
-        operands = list(constants)
-        for i, part in zip(places, parts):
-            operands[i] = part
-        if has_inplace and places[0] == 0 and any(rows is parts[0] for rows in spare):
-            return func(*operands, **kwargs, inplace=True)
-        if out is not None:
-            for rows in spare:
-                if rows.dtype == sample.dtype and _covers(rows, shape, row):
-                    return out(*operands, **kwargs, out=rows)
-        return func(*operands, **kwargs)
-
+    step = OfRows(func, constants, kwargs, places, has_inplace and places[0] == 0, out, sample, row)
     recipe = defer(op_name(func), parents, step, shape=shape, dtype=sample.dtype)
     return recipe if recipe.held_bytes <= MOST_HELD * recipe.size_bytes else None
-
-
-def _covers(part: Tensor, shape: list[int], row: int) -> bool:
-    """Whether the result has the shape of this part, but for the rows."""
-    return all(n == m for d, (n, m) in enumerate(zip(part.shape, shape)) if d != row)
