@@ -155,6 +155,17 @@ def test_every_function_of_the_list_is_deferred(name: str) -> None:
         equal(y, right)
 
 
+def test_a_function_of_somebodys_own_with_the_name_of_a_deferred_one() -> None:
+    """torch's is not called in its place, over rows that nobody holds."""
+
+    @distpatch.register_pointwise
+    def sigmoid(x: Tensor) -> Tensor:
+        return (x + 3).clamp(0, 6) / 6
+
+    plain, x = image()
+    equal(sigmoid(x * 2), sigmoid(plain * 2))
+
+
 def test_no_step_exists_as_a_whole() -> None:
     """Between a tensor and its convolution there are patches alone; a result takes the place of what nobody holds."""
     x = sharded(random_tensor((1, 6, 400, 50)))

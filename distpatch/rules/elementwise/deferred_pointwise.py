@@ -15,6 +15,7 @@ from distpatch.lazy.deferred_ops import defer
 from distpatch.lazy.recipe import MOST_HELD, Recipe
 from distpatch.rules.core.executor import deferrable
 from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 
 SMALL_BYTES = 1 << 20  # of a replicated operand, which is copied: it may be written to before it is used
@@ -85,7 +86,7 @@ def _form(func: Any) -> tuple[Any, bool, Any, bool] | None:
     plain = name.strip("_")
     if in_place and name.startswith("__i"):
         plain = plain[1:]
-    if plain not in NAMES:
+    if plain not in NAMES or func not in RULES:  # somebody's own ``sigmoid`` is not torch's
         return None
     known = _SAME.get(plain, plain)
     if in_place:
