@@ -13,15 +13,17 @@ from distpatch.lazy.deferred_ops import OfRows, defer
 from distpatch.lazy.recipe import MOST_HELD, Recipe
 from distpatch.rules.core.executor import deferrable
 from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 
 SMALL_BYTES = 1 << 20  # of a replicated operand, which is copied: it may be written to before it is used
 
-# Floating point in and out, and the same for any rows. Others are computed at once.
-_NAMES = frozenset(
+# One result in its operand's order in memory, floating point in and out, and the same for any rows. Others, such as
+# ``logsigmoid``, are computed at once.
+NAMES = frozenset(
     """
     abs add addcdiv addcmul clamp clamp_max clamp_min clip cos div divide elu celu erf exp expm1 float double half
-    bfloat16 gelu hardsigmoid hardswish hardtanh leaky_relu lerp log log1p logsigmoid maximum minimum mish mul
+    bfloat16 gelu hardsigmoid hardswish hardtanh leaky_relu lerp log log1p maximum minimum mish mul
     multiply neg negative pow reciprocal relu relu6 rsqrt rsub selu sigmoid silu sin softplus softsign sqrt square
     sub subtract tanh true_divide radd rmul truediv rdiv rtruediv
     """.split()
@@ -82,7 +84,7 @@ def _form(func: Any) -> tuple[Any, bool, Any, bool] | None:
     plain = name.strip("_")
     if in_place and name.startswith("__i"):
         plain = plain[1:]
-    if plain not in _NAMES:
+    if plain not in NAMES or func not in RULES:  # somebody's own ``sigmoid`` is not torch's
         return None
     known = _SAME.get(plain, plain)
     if in_place:
