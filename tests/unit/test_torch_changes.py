@@ -32,7 +32,7 @@ def changed():
 before = held()
 everything = {"apply", "inherited", "flex", "by name", "function", "method"}
 import distpatch
-import distpatch.rules.coverage
+import distpatch.rules
 assert not changed(), changed()
 x = torch.ones(1, 2, 4, 4)
 '''
