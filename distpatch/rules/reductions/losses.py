@@ -25,19 +25,14 @@ def _reduced(loss: Tensor, reduction: str, count: Any) -> Tensor:
     return total if reduction == "sum" else total / count
 
 
-def _given(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, str, dict[str, Any]]:
-    """The arguments of a loss: input, target, reduction, and the rest by name."""
-    given = inspect.signature(func).bind(*args, **kwargs).arguments
-    return given.pop("input"), given.pop("target"), given.pop("reduction", "mean"), given
-
-
 @rule(
     *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.kl_div),
     *(F.binary_cross_entropy_with_logits, F.soft_margin_loss, F.poisson_nll_loss),
 )
 def of_elements(func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """What compares two tensors element by element. A weight that changes what is averaged takes the fallback."""
-    input, target, reduction, given = _given(func, args, kwargs)
+    given = inspect.signature(func).bind(*args, **kwargs).arguments
+    input, target, reduction = given.pop("input"), given.pop("target"), given.pop("reduction", "mean")
     lead = next((t for t in (input, target) if isinstance(t, PatchTensor)), None)
     averages = given.get("weight") is not None and not func.__name__.startswith("binary")
     if lead is None or averages or not given.pop("size_average", None) is given.pop("reduce", None) is None:
@@ -50,24 +45,31 @@ def of_elements(func: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @rule(F.cross_entropy, F.nll_loss, asks_if_empty=True)
-def of_classes(func: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """``input``: (N, C, ...) or (C,); ``target``: classes, or as many probabilities for ``cross_entropy``."""
-    logs, target, reduction, given = _given(func, args, kwargs)
-    weight, smoothing = given.get("weight"), given.get("label_smoothing", 0.0)
-    if given.get("size_average") is not None or given.get("reduce") is not None or (smoothing and weight is not None):
+def of_classes(
+    func: Any,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``input``: (N, C, ...) or (C,); ``target``: classes, or for ``cross_entropy`` as many probabilities."""
+    if size_average is not None or reduce is not None or (label_smoothing and weight is not None):
         return NotImplemented
-    dim = min(logs.ndim - 1, 1)
-    logs, classes = logs if func is F.nll_loss else torch.log_softmax(logs, dim), logs.shape[dim]
+    dim = min(input.ndim - 1, 1)
+    logs, classes = input if func is F.nll_loss else torch.log_softmax(input, dim), input.shape[dim]
     if func is F.cross_entropy and target.is_floating_point():
-        target = target * (1 - smoothing) + smoothing / classes if smoothing else target
+        target = target * (1 - label_smoothing) + label_smoothing / classes if label_smoothing else target
         logs = logs if weight is None else logs * weight.view(-1, *[1] * (logs.ndim - dim - 1))
         loss = -(logs * target).sum(dim)
         return _reduced(loss, reduction, loss.numel())
-    ignored = given.get("ignore_index", -100)
-    loss, weights = _of_classes(logs, target, weight, ignored, dim)
-    if smoothing:
-        smooth = torch.where(target == ignored, 0.0, -logs.sum(dim))
-        loss = loss * (1 - smoothing) + smooth * (smoothing / classes)
+    loss, weights = _of_classes(logs, target, weight, ignore_index, dim)
+    if label_smoothing:
+        smooth = torch.where(target == ignore_index, 0.0, -logs.sum(dim))
+        loss = loss * (1 - label_smoothing) + smooth * (label_smoothing / classes)
     return _reduced(loss, reduction, weights.sum())
 
 
