@@ -11,15 +11,7 @@ from torch import Tensor
 
 from distpatch.comm.collectives import stack_ranks
 from distpatch.lazy.row_patches import with_dummy_row
-from distpatch.rules.core.operands import (
-    autocast,
-    kept,
-    needs_grad,
-    normalize_dims,
-    on_some_rows,
-    precise,
-    sum_ranks,
-)
+from distpatch.rules.core.operands import autocast, kept, needs_grad, normalize_dims, on_some_rows, precise, sum_ranks
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.reductions.moments import merge_ranks, moments
 from distpatch.tensor.patch_tensor import PatchTensor
