@@ -118,7 +118,7 @@ def _recipe(
     if sample is given[places[0]]:  # such as to a dtype that it has
         return parents[0]
     row, shape = lead.row_layout.dim, list(sample.shape)
-    if not isinstance(sample, Tensor) or not sample.dtype.is_floating_point or len(shape) != lead.ndim or shape[row]:
+    if not sample.dtype.is_floating_point:
         return None
     shape[row] = lead.as_recipe.num_rows
     constants = [None if i in places else value for i, value in enumerate(values)]
