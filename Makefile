@@ -48,7 +48,7 @@ hooks: $(VENV)/installed  ## make lint before every commit
 	$(BIN)/pre-commit install
 
 coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
-	$(BIN)/python -m distpatch.rules.coverage > docs/coverage.md
+	$(BIN)/python docs/coverage.py > docs/coverage.md
 
 walk: $(VENV)/installed  ## docs/walk.md: the files and functions that a convolution goes through
 	$(BIN)/torchrun --standalone --nproc_per_node=2 docs/walk.py > docs/walk.md

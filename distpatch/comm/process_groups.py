@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ from distpatch.comm.rendezvous import Rendezvous
 from distpatch.errors import RankError
 from distpatch.torch_utils import private
 
+CLEAN_UP_ONLY = "2"  # of torch's ErrorHandlingMode
 UNUSED_TAG = 0x64697374  # of messages that nobody sends
 
 
@@ -35,8 +37,24 @@ def by_members(
             "which distpatch needs: start the program without it"
         )
     default = private.default_group()
-    with _unbound(default):
+    nccl = "nccl" in (backend or str(dist.get_backend_config(default)))
+    with _unbound(default), _ended_by_abort() if nccl else contextlib.nullcontext():
         return private.new_group(default, list(members), name, backend, timeout)
+
+
+@contextlib.contextmanager
+def _ended_by_abort() -> Iterator[None]:
+    """NCCL's groups made meanwhile are aborted where a transfer fails; by default torch would end the process."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = CLEAN_UP_ONLY
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def abort(group: dist.ProcessGroup) -> None:

@@ -46,13 +46,16 @@ def plan_stencil(bounds: Bounds, stencil: Stencil) -> StencilPlan:
 class RankPlan:
     """One rank's share of a ``StencilPlan``.
 
-    ``layout``: of the output; ``rows``: those of its rows that the rank owns, made of the rows ``read``; an idle rank
-    has one to compute on. ``seams``: of the output rows that are wrong when it takes its own rows for the image,
-    padded as the image is, (start, stop, the rows that they read); None where these are most, or that cannot be done.
+    ``layout``: of the output; ``moves``: whether any rank needs rows of another; ``own``: the rank's input rows;
+    ``rows``: its rows of the output, made of the rows ``read``; an idle rank has one to compute on. ``seams``: of the
+    output rows that are wrong when it takes its own rows for the image, padded as the image is, (start, stop, the rows
+    that they read); None where these are most, or that cannot be done.
     """
 
     layout: RowLayout
     needs: Needs
+    moves: bool
+    own: Interval
     rows: Interval
     read: Interval
     seams: tuple[tuple[int, int, Interval], ...] | None
@@ -64,7 +67,9 @@ def plan_rank(layout: RowLayout, stencil: Stencil, rank: int) -> RankPlan:
     lo, hi = plan.out[rank], plan.out[rank + 1]
     seams = _seams(stencil, layout, rank, lo, hi) if isinstance(stencil, WindowStencil) else None
     read = stencil.need(lo, hi) if lo < hi else stencil.need(0, 1)
-    return RankPlan(layout.with_bounds(plan.out), plan.needs, (lo, hi), read, seams)
+    moves = any(interval != EMPTY for intervals in plan.needs for interval in intervals)
+    own = layout.interval(rank)
+    return RankPlan(layout.with_bounds(plan.out), plan.needs, moves, own, (lo, hi), read, seams)
 
 
 def _seams(
@@ -80,12 +85,6 @@ def _seams(
     if bottom - top < (hi - lo) // 2:
         return None
     return tuple((a, b, stencil.need(a, b)) for a, b in ((lo, top), (bottom, hi)) if a < b)
-
-
-@lru_cache(maxsize=4096)
-def out_sizes(stencils: tuple[Stencil, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Of an operation with a stencil along each of these dims: how many rows come out along each."""
-    return tuple(stencil.out_rows(size) for stencil, size in zip(stencils, sizes, strict=True))
 
 
 def padded(needs: Sequence[Sequence[Interval]]) -> Needs:

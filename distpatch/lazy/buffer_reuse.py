@@ -27,36 +27,23 @@ class DeferredRows(Protocol):
 
 
 class _Pending(threading.local):
+    """``rows``: what is not computed yet of this thread's tensors, by weak references; none: nothing is deferred."""
+
     def __init__(self) -> None:
-        self.rows: weakref.WeakSet[DeferredRows] = weakref.WeakSet()
+        self.rows: set[weakref.ref[DeferredRows]] = set()
 
 
-_pending = _Pending()
+pending = _Pending()
 
 
 def nobody() -> None:
     return None
 
 
-def own(rows: DeferredRows, owner: Any) -> None:
-    """Note which tensor stands for these rows; it is known here until they are computed."""
-    rows.owner = weakref.ref(owner)
-    if rows.value is None:
-        _pending.rows.add(rows)
-
-
-def forget(rows: DeferredRows) -> None:
-    """They are computed."""
-    _pending.rows.discard(rows)
-
-
 def deferred_rows() -> list[DeferredRows]:
     """The rows of tensors that are alive, and not computed yet."""
-    return [rows for rows in list(_pending.rows) if rows.value is None and rows.is_wanted]
-
-
-def anything_deferred() -> bool:
-    return len(_pending.rows) > 0
+    alive = [rows() for rows in list(pending.rows)]
+    return [rows for rows in alive if rows is not None and rows.value is None and rows.is_wanted]
 
 
 def materialize_readers(rows: Tensor) -> None:

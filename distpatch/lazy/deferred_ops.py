@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +13,8 @@ from torch import Tensor
 from distpatch.errors import DistPatchError
 from distpatch.layout.stencil import Interval, WindowStencil
 from distpatch.lazy.recipe import Part, Recipe, Walk
-from distpatch.lazy.row_patches import Slab, same_memory
-from distpatch.torch_utils.chunk_sizes import kind_of
+from distpatch.lazy.row_patches import Slab
+from distpatch.torch_utils.chunk_sizes import planned_for
 
 # (rows of each operand, those of them or of the result that it may write to, start, stop) -> rows [start, stop)
 Step = Callable[[Sequence[Tensor], Sequence[Tensor], int, int], Tensor]
@@ -34,10 +36,43 @@ def defer(
         start, stop = need(lo, hi) if need else (lo, hi)
         read = [walk.rows(parent, start, stop) for parent in parents]
         result = step([rows for rows, _ in read], [rows for rows, own in read if own], lo, hi)
-        return result, all(own or not same_memory(result, rows) for rows, own in read)
+        memories = [rows.untyped_storage()._cdata for rows, own in read if not own]
+        return result, result.untyped_storage()._cdata not in memories
 
     like = parents[0]
     return Recipe(like, like.dim, parents, compute, shape, op=op, dtype=dtype, row_aligned=need is None)
+
+
+@dataclass(frozen=True, eq=False)
+class OfRows:
+    """The ``Step`` of a function that computes each element by itself: of rows, at these ``places``, and of constants.
+
+    ``inplace``: it can be told to write to the first rows, and ``out`` to others, that are like the ``sample`` but in
+    dim ``row``.
+    """
+
+    func: Callable[..., Any]
+    constants: list[Any]
+    kwargs: dict[str, Any]
+    places: list[int]
+    inplace: bool
+    out: Callable[..., Any] | None
+    sample: Tensor
+    row: int
+
+    def __call__(self, parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Any:
+        operands = list(self.constants)
+        for i, part in zip(self.places, parts):
+            operands[i] = part
+        if self.inplace and any(rows is parts[0] for rows in spare):
+            return self.func(*operands, **self.kwargs, inplace=True)
+        if self.out is not None:
+            for rows in spare:
+                if rows.dtype == self.sample.dtype and all(
+                    n == m for d, (n, m) in enumerate(zip(rows.shape, self.sample.shape)) if d != self.row
+                ):
+                    return self.out(*operands, **self.kwargs, out=rows)
+        return self.func(*operands, **self.kwargs)
 
 
 def defer_window(
@@ -45,14 +80,15 @@ def defer_window(
     kernel: Callable[[Tensor, int, int, int], Tensor],
     slab: Slab,
     stencil: WindowStencil,
-    out: Interval,
+    place: int,
     shape: Sequence[int],
     format: torch.memory_format,
     patch_rows: int,
+    row_aligned: bool,
 ) -> Recipe:
-    """Output rows ``out`` of a sliding window over rows that may be deferred; theirs are shape and format."""
-    (start, stop, source), dim = slab.own, slab.dim
-    if kind_of(source.device) == "cpu":
+    """Output rows from ``place`` on of a window over rows that may be deferred; theirs are shape and format."""
+    source, dim = slab.pieces[slab.local][1], slab.dim
+    if (planned_for.kind or source.device.type) == "cpu":
         _keep_freed_patches()
     key = object()
 
@@ -60,15 +96,13 @@ def defer_window(
         def read(a: int, b: int) -> Tensor:
             return slab.rows(a, b, lambda i, j: walk.rows(source, i, j)[0])
 
-        a, b = stencil.need(out[0] + lo, out[0] + hi)
+        a, b = stencil.need(place + lo, place + hi)
         if source.value is not None and not walk.overwrites:
             rows = read(a, b)
         else:
-            rows = walk.window(key, a, b, stencil.need(out[0] + hi, out[0] + hi + 1)[0], dim, read)
-        return kernel(rows, a, out[0] + lo, out[0] + hi), True
+            rows = walk.window(key, a, b, stencil.need(place + hi, place + hi + 1)[0], dim, read)
+        return kernel(rows, a, place + lo, place + hi), True
 
-    # What a row reads above itself is carried, if it was read: rows that end above their place are not.
-    row_aligned = stencil.stride == 1 and out == (start, stop) and stencil.before < stencil.span
     return Recipe(
         source,
         dim,
@@ -80,6 +114,22 @@ def defer_window(
         row_aligned=row_aligned,
         expensive=True,
         patch_rows=patch_rows,
+    )
+
+
+def detached_recipe(recipe: Recipe) -> Recipe:
+    """The same, for a tensor that will be written to: what others make of it stays as it is."""
+    if not recipe.consumers:
+        return recipe
+    return Recipe(
+        recipe,
+        recipe.dim,
+        recipe.parents,
+        recipe.compute,
+        op=recipe.op,
+        row_aligned=recipe.row_aligned,
+        expensive=recipe.expensive,
+        patch_rows=recipe.patch_rows,
     )
 
 

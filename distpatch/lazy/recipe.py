@@ -8,6 +8,7 @@ reads again is carried from patch to patch; so a result may be written over rows
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from distpatch.errors import DistPatchError
-from distpatch.lazy.buffer_reuse import deferred_rows, forget, is_only_holder, nobody
+from distpatch.lazy.buffer_reuse import deferred_rows, is_only_holder, nobody, pending
 from distpatch.lazy.row_patches import collect
-from distpatch.profiling.op_costs import attributed_to
+from distpatch.profiling.op_costs import attributed_to, running
 from distpatch.profiling.trace import Recorder
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import format_by_order
@@ -122,6 +123,12 @@ class Recipe:
         leaf.value, leaf.steps = rows, 0
         return leaf
 
+    def belong_to(self, tensor: Any) -> None:
+        """Note which tensor stands for these rows, which are known to be pending until they are computed."""
+        self.owner = weakref.ref(tensor)
+        if self.value is None:
+            pending.rows.add(weakref.ref(self, pending.rows.discard))
+
     @property
     def num_rows(self) -> int:
         return self.shape[self.dim]
@@ -181,7 +188,7 @@ class Recipe:
                 self.value = self._collect()
             self.parents, self.compute, self.steps, self.expensive, self.row_aligned = (), None, 0, False, True
             self.patch_rows = None
-            forget(self)
+            pending.rows.discard(weakref.ref(self))
         return self.value
 
     def _collect(self) -> Tensor:
@@ -258,7 +265,10 @@ class Walk:
         if known is not None:
             return known, False
         assert recipe.compute is not None
-        part, mine = attributed_to(recipe.op, recipe.compute, self, lo, hi)
+        if running.meters:
+            part, mine = attributed_to(recipe.op, recipe.compute, self, lo, hi)
+        else:
+            part, mine = recipe.compute(self, lo, hi)
         if recipe.consumers > 1:  # perhaps of this very recipe
             self._known[recipe, lo, hi] = part
             mine = False
@@ -286,22 +296,6 @@ class Walk:
         if start <= follow < stop:
             self._carried[key] = follow, rows.narrow(dim, follow - start, stop - follow).clone()
         return rows
-
-
-def detached_recipe(recipe: Recipe) -> Recipe:
-    """The same, for a tensor that will be written to: what others make of it stays as it is."""
-    if not recipe.consumers:
-        return recipe
-    return Recipe(
-        recipe,
-        recipe.dim,
-        recipe.parents,
-        recipe.compute,
-        op=recipe.op,
-        row_aligned=recipe.row_aligned,
-        expensive=recipe.expensive,
-        patch_rows=recipe.patch_rows,
-    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Rows of one rank, computed now: whole, with the seams mended, or a patch of rows at a time; how many at once.
+"""Rows of one rank, computed now: whole, with the seams mended, or a patch of rows at a time.
 
 No padded copy of the rows is ever made: patches read the rank's own rows and the halo pieces, and write
 into one output.
@@ -7,24 +7,23 @@ into one output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
-from distpatch.layout.transfers import RankPlan
-from distpatch.profiling.op_costs import representative_chunks
-from distpatch.torch_utils.chunk_sizes import sizes_of
-from distpatch.torch_utils.memory_format import memory_format
+from distpatch.layout.stencil import Interval, ceil_div
+from distpatch.lazy.patch_plan import Cut, fewest_calls
+from distpatch.torch_utils.memory_format import format_by_strides, memory_format
 from distpatch.torch_utils.tree import map_tensors
 
-PATCH_PER_WEIGHT = 8  # bytes of a patch for each of the weights, which a CPU packs anew at every call
-INDEX_LIMIT = 2**31  # elements of an input or output that kernels with 32-bit indices can address
+T = TypeVar("T")
+
 
 # (rows, start, lo, hi, *weights): output rows [lo, hi), one tensor or several, of input rows of which ``start`` is the
 # first: all that they read, of an image that ``fill`` surrounds. If it ``pads``, also of the image alone.
@@ -32,8 +31,7 @@ Kernel = Callable[..., Any]
 RowsAt = Callable[[int, int, "Tensor | None"], Any]  # (start, stop, where to write them, perhaps) -> rows
 
 
-@dataclass(frozen=True)
-class Slab:
+class Slab(NamedTuple):
     """The rows of an image of ``size`` rows that one rank can read; beyond the image they are ``fill``.
 
     ``pieces``: (first global row, tensor) in ascending order; ``local`` of them is the rank's own, which may be
@@ -71,66 +69,53 @@ class Slab:
             return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
         # Rows of padding alone would leave the autograd graph, and the halo's backward is collective.
         padding = torch.cat([own.narrow(self.dim, 0, 0), *parts], self.dim)  # whose format an empty part undoes
-        return padding.contiguous(memory_format=memory_format(own))
+        return padding.contiguous(memory_format=_format(own))
 
     def _padding(self, rows: int) -> Tensor:
         own = self.own[2]
         shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
         return torch.full(shape, self.fill, dtype=own.dtype, device=own.device).contiguous(
-            memory_format=memory_format(own) if isinstance(own, Tensor) else own.format
+            memory_format=_format(own) if isinstance(own, Tensor) else own.format
         )
+
+
+def _format(rows: Tensor) -> torch.memory_format:
+    return memory_format(rows) if torch.compiler.is_compiling() else format_by_strides(rows.shape, rows.stride())
 
 
 def _narrow(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
     return rows.narrow(dim, lo, hi - lo)
 
 
-def compute_now(
-    kernel: Kernel,
-    slab: Slab,
-    stencil: Any,
-    plan: RankPlan,
-    patch_rows: int,
-    *,
-    pads: bool = False,
-    view: bool = False,
-    together: bool = False,
-) -> Any:
-    """The rank's output rows, ``patch_rows`` at a time; ``together``: these patches as one batch."""
-    (lo, hi), (first, last), dim = plan.rows, plan.read, slab.dim
-    start, stop, own = slab.own
+def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
+    """The rank's output rows."""
+    (lo, hi), dim = cut.rows, slab.dim
+    start, own = slab.pieces[slab.local]
     if lo == hi:
+        first, last = cut.reads[0]
         return none_of(kernel(with_dummy_row(own.narrow(dim, 0, 0), dim, slab.fill, last - first), first, 0, 1), dim)
-    if patch_rows < hi - lo:
-        if together:
-            return _batched(kernel, slab, stencil, lo, hi, patch_rows)
-    elif pads and plan.seams is not None:
+    if cut.seams is not None:
         result = kernel(own, start, lo, hi)
-        for a, b, read in plan.seams:
+        for a, b, read in cut.seams:
             result.narrow(dim, a - lo, b - a).copy_(kernel(slab.rows(*read), read[0], a, b))
         return result
-    elif (start <= first and last <= stop) or view or is_recorded():
-        return kernel(slab.rows(first, last), first, lo, hi)
-    else:  # with its halo they are copied: a part at a time, where there are many
-        sizes = sizes_of(own.device)
-        parts = ceil_div(own.numel() * own.element_size(), sizes.part_bytes)
-        patch_rows = ceil_div(hi - lo, min(max(parts, 1), sizes.most_parts))
+    if cut.together:
+        return _batched(kernel, slab, cut)
 
     def rows_at(a: int, b: int) -> Any:
-        first, last = stencil.need(a, b)
+        first, last = cut.reads[a]
         return kernel(slab.rows(first, last), first, a, b)
 
-    return in_patches(rows_at, (lo, hi), patch_rows, dim)
+    return in_patches(rows_at, cut.rows, cut.patch_rows, dim)
 
 
-def _batched(kernel: Kernel, slab: Slab, stencil: WindowStencil, lo: int, hi: int, patch_rows: int) -> Tensor:
-    """Patches folded into the batch, one call; the last patch overlaps its neighbour to be as tall."""
-    starts = [min(a, hi - patch_rows) for a in range(lo, hi, patch_rows)]
-    needs = [stencil.need(a, a + patch_rows) for a in starts]
-    result = kernel(torch.cat([slab.rows(*need) for need in needs], 0), needs[0][0], lo, lo + patch_rows)
-    *full, last = rearrange(result, "(patch n) ... -> patch n ...", patch=len(starts))
-    fresh = hi - lo - patch_rows * len(full)
-    last = last.narrow(slab.dim, patch_rows - fresh, fresh)
+def _batched(kernel: Kernel, slab: Slab, cut: Cut) -> Tensor:
+    """Patches folded into the batch, one call."""
+    (lo, hi), reads = cut.rows, list(cut.reads.values())
+    result = kernel(torch.cat([slab.rows(*read) for read in reads], 0), reads[0][0], lo, lo + cut.patch_rows)
+    *full, last = rearrange(result, "(patch n) ... -> patch n ...", patch=len(reads))
+    fresh = hi - lo - cut.patch_rows * len(full)
+    last = last.narrow(slab.dim, cut.patch_rows - fresh, fresh)
     return torch.cat([*full, last], slab.dim)
 
 
@@ -211,7 +196,7 @@ def collect(
     ``rows_at`` is given the place of its rows, where there is one already: it may write them there, or return others.
     """
     lo, hi = out
-    for a in representative_chunks(range(lo, hi, patch_rows), last_too):
+    for a in patches_to_run(range(lo, hi, patch_rows), last_too):
         b = min(a + patch_rows, hi)
         place = whole.narrow(dim, a - lo, b - a) if isinstance(whole, Tensor) else None
         rows = rows_at(a, b, place)
@@ -224,13 +209,38 @@ def collect(
     return whole if isinstance(whole, Tensor) else tuple(whole)
 
 
+class _Thread(threading.local):
+    choose: Callable[[Sequence[Any], bool], Iterable[Any]] | None = None
+
+
+_thread = _Thread()
+
+
+def patches_to_run(patches: Sequence[T], last_too: bool = False) -> Iterable[T]:
+    """All patches; in a planned run, those that the planner chooses.
+
+    ``last_too``: all are alike but for the first; else also but for the last.
+    """
+    return patches if _thread.choose is None else _thread.choose(patches, last_too)
+
+
+@contextmanager
+def chosen_by(choose: Callable[[Sequence[Any], bool], Iterable[Any]]) -> Iterator[None]:
+    """In this thread, patches are run that a planner chooses."""
+    before, _thread.choose = _thread.choose, choose
+    try:
+        yield
+    finally:
+        _thread.choose = before
+
+
 def _put(
     rows: Tensor, whole: Tensor | None, at: int, out: Interval, dim: int, format: torch.memory_format | None
 ) -> Tensor:
     lo, hi = out
     if whole is None:
         shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
-        format = format or memory_format(rows)
+        format = format or _format(rows)
         whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
     place = whole.narrow(dim, at - lo, rows.shape[dim])
     if rows.storage_offset() != place.storage_offset() or not same_memory(rows, place):
@@ -247,45 +257,3 @@ def joined(parts: Sequence[Any], dim: int) -> Any:
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts), dim)
     return type(parts[0])(joined(each, dim) for each in zip(*parts))
-
-
-def is_recorded() -> bool:
-    """Whether each patch is kept, for a backward pass or in a compiled graph."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
-def fewest_calls(*numels: int) -> int:
-    """In how many parts kernels can index tensors of so many elements."""
-    return max(numels) // INDEX_LIMIT + 1
-
-
-class Options(Protocol):
-    """How convolutions are cut (``convert_model``)."""
-
-    @property
-    def splits(self) -> int | str: ...
-    @property
-    def min_numel(self) -> int: ...
-    @property
-    def workspace_bytes(self) -> int | None: ...
-
-
-def choose_patch_rows(options: Options, rows: int, local: Any, weight: Tensor, out_numel: int) -> int:
-    """Output rows a patch: what ``options.splits`` asks for, and never more elements than kernels can index.
-
-    ``rows``: output rows of this rank; ``out_numel``: elements of its output; a number of splits holds from
-    ``min_numel`` elements of the input on. ``splits="auto"``: the fewest patches of which each, input and output
-    together, has at most ``workspace_bytes``, but not so small that the weights, which are packed anew at
-    every call, weigh in; without gradients.
-    """
-    numel, size = local.shape.numel(), local.dtype.itemsize
-    fewest = fewest_calls(numel, out_numel)
-    if isinstance(options.splits, int):
-        fewest = max(fewest, options.splits if numel >= options.min_numel else 1)
-    elif not is_recorded():
-        budget = options.workspace_bytes or sizes_of(local.device).workspace_bytes
-        patch = max(budget, PATCH_PER_WEIGHT * weight.numel() * size)
-        total = size * (numel + out_numel)
-        if 3 * patch <= 2 * total:
-            fewest = max(fewest, ceil_div(total, patch))
-    return max(ceil_div(rows, fewest), 1) if fewest > 1 else rows

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from distpatch.comm.communicator import SimulatedCommunicator
 from distpatch.errors import DistPatchError, UnsupportedOpError
 from distpatch.layout.rows import even_bounds
+from distpatch.lazy.row_patches import chosen_by
 from distpatch.model.convert import convert_model, is_converted
 from distpatch.model.restore import restore_model
 from distpatch.planning.hardware import Device, Link, device_named, link_named
 from distpatch.planning.rank_report import RankPlan
 from distpatch.planning.report import Plan
-from distpatch.profiling.op_costs import Meter, representative_only
+from distpatch.profiling.op_costs import Meter, representatives
 from distpatch.profiling.trace import trace
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import planned_as
@@ -193,7 +194,7 @@ class Subject:
     def _run(self, rank: int, world_size: int, rows: int, stands_for: int) -> RankPlan:
         group = SimulatedCommunicator(rank, world_size)
         with self.mode, torch.set_grad_enabled(self.backward), self._converted(group), _values_named(self.name):
-            with planned_as(self.kind), trace() as seen, Meter() as meter, representative_only():
+            with planned_as(self.kind), trace() as seen, Meter() as meter, chosen_by(representatives):
                 call: Callable[..., Any] = self.model if self.method == "forward" else getattr(self.model, self.method)
                 if self.backward:
                     _sum(call(*self.args, **self.kwargs)).backward()  # the result is not kept

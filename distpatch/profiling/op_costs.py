@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -90,62 +89,51 @@ def seconds_between(start: Mark, stop: Mark) -> float:
     return milliseconds / 1e3
 
 
-class _Thread(threading.local):
+class _Running(threading.local):
+    """``meters``: that count what this thread computes; ``times``: for how many pieces the present one stands."""
+
     meters: tuple[Meter, ...] = ()
-    times = 1  # for how many pieces the present one stands
-    brief = False
+    times = 1
 
 
-_thread = _Thread()
+running = _Running()
 
 
-def representative_chunks(items: Sequence[T], last_too: bool = False) -> Iterator[T]:
-    """Iterate over chunks; in a planned run, over one representative of each kind, weighted by how many it stands for.
+def representatives(items: Sequence[T], last_too: bool = False) -> Iterator[T]:
+    """One item of each kind, weighted by how many it stands for; all are alike but the first and, unless ``last_too``,
 
-    Chunks are alike but for the first and, unless ``last_too``, the last. Fake tensors are asked for nothing but
-    their sizes, so one chunk tells what the others of its kind would cost. In a real run these are all chunks.
+    the last. So a plan runs patches (row_patches.py): fake tensors are asked for nothing but their sizes, and one patch
+    tells what the others of its kind would cost.
     """
     chosen = (0, -1) if last_too else (0, 1, -1)
-    if not _thread.brief or len(items) <= len(chosen):
+    if len(items) <= len(chosen):
         yield from items
         return
-    outside = _thread.times
+    outside = running.times
     for index in chosen:
-        _thread.times = outside * (len(items) - len(chosen) + 1 if index == chosen[1] else 1)
+        running.times = outside * (len(items) - len(chosen) + 1 if index == chosen[1] else 1)
         try:
             yield items[index]
         finally:
-            _thread.times = outside
-
-
-@contextmanager
-def representative_only() -> Iterator[None]:
-    """A planned run in this thread: ``representative_chunks`` leaves out chunks that are alike."""
-    before, _thread.brief = _thread.brief, True
-    try:
-        yield
-    finally:
-        _thread.brief = before
+            running.times = outside
 
 
 def gathered() -> None:
     """The running function gathers its arguments: from now on its work counts as replicated on every rank."""
-    for meter in _thread.meters:
+    for meter in running.meters:
         meter.replicated = True
 
 
 def attributed_to(op: str, compute: Callable[..., T], *args: Any) -> T:
     """``compute(*args)``, its cost attributed to ``op``: the deferred function, which returned before its work ran."""
-    meters = _thread.meters
-    if not meters:
-        return compute(*args)
-    running = [(meter.op, meter.replicated) for meter in meters]
+    meters = running.meters
+    outside = [(meter.op, meter.replicated) for meter in meters]
     for meter in meters:
         meter.op, meter.replicated = op, False
     try:
         return compute(*args)
     finally:
-        for meter, (outer, replicated) in zip(meters, running):
+        for meter, (outer, replicated) in zip(meters, outside):
             meter.op, meter.replicated = outer, replicated
 
 
@@ -167,7 +155,7 @@ class Meter(LivePeak):
         self._functions = _Functions(self)
 
     def __enter__(self) -> Meter:
-        _thread.meters = (*_thread.meters, self)
+        running.meters = (*running.meters, self)
         self._functions.__enter__()
         super().__enter__()
         return self
@@ -175,7 +163,7 @@ class Meter(LivePeak):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._functions.__exit__(*error)
-        _thread.meters = tuple(meter for meter in _thread.meters if meter is not self)
+        running.meters = tuple(meter for meter in running.meters if meter is not self)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -212,7 +200,7 @@ class Meter(LivePeak):
             else:
                 self._spans.append((op, start, stop))
         kernel = self._kernel(op, func, args, kwargs, inputs, result)
-        self.kernels[kernel] += _thread.times
+        self.kernels[kernel] += running.times
         return result
 
     def _kernel(self, op: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], result: Any) -> Kernel:

@@ -38,12 +38,41 @@ for _func in (
     composite(_func)(partial(_run, inlined(_func)))
 
 
+# Those that are one expression, and what is known of them.
+_EXPRESSIONS: list[tuple[list[Any], Callable[..., Any], dict[str, bool]]] = [
+    (named("ravel"), lambda func, input: input.reshape(-1), {"view": True}),
+    (named("view_as", "reshape_as"), lambda func, input, other: input.reshape(other.shape), {"view": True}),
+    (named("expand_as"), lambda func, input, other: input.expand(other.shape), {"view": True}),
+    ([torch.Tensor.__iter__], lambda func, input: iter(input.unbind(0)), {}),
+    (named("select_scatter"), lambda func, input, src, dim, index: _with_part(input, src, dim, index), {}),
+    (
+        named("slice_scatter"),
+        lambda func, input, src, dim=0, start=None, end=None, step=1: _with_part(
+            input, src, dim, slice(start, end, step)
+        ),
+        {},
+    ),
+    ([torch.Tensor.__rmatmul__], lambda func, self, other: torch.matmul(other, self), {}),
+    ([torch.linalg.vecdot], lambda func, x, y, *, dim=-1: (x.conj() * y).sum(dim), {}),
+    (
+        [F.pairwise_distance],
+        lambda func, x1, x2, p=2.0, eps=1e-6, keepdim=False: torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim),
+        {},
+    ),
+    (named("dist"), lambda func, input, other, p=2: torch.linalg.vector_norm(input - other, p), {}),
+    (named("is_same_size"), lambda func, input, other: input.shape == other.shape, {}),
+    (named("equal"), lambda func, input, other: input.shape == other.shape and bool((input == other).all()), {}),
+    (
+        named("allclose"),
+        lambda func, input, other, *args, **kwargs: bool(torch.isclose(input, other, *args, **kwargs).all()),
+        {},
+    ),
+]
+for _funcs, _expression, _known in _EXPRESSIONS:
+    composite(*_funcs, **_known)(_expression)
+
+
 # Views and shapes.
-
-
-@composite(*named("ravel"), view=True)
-def ravel(func: Any, input: Tensor) -> Tensor:
-    return input.reshape(-1)
 
 
 @composite(*named("unflatten"), view=True)
@@ -54,16 +83,6 @@ def unflatten(func: Any, input: Tensor, dim: int, sizes: Sequence[int]) -> Tenso
     if math.prod(sizes) != input.shape[at]:
         raise RuntimeError(f"unflatten: sizes {sizes} do not multiply up to {input.shape[at]}, of dim {dim}")
     return input.reshape(*input.shape[:at], *sizes, *input.shape[at + 1 :])
-
-
-@composite(*named("view_as", "reshape_as"), view=True)
-def reshape_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
-    return input.reshape(other.shape)
-
-
-@composite(*named("expand_as"), view=True)
-def expand_as(func: Any, input: Tensor, other: Tensor) -> Tensor:
-    return input.expand(other.shape)
 
 
 @composite(*named("broadcast_tensors"), view=True)
@@ -88,11 +107,6 @@ def _with_dims(tensor: Tensor, least: int) -> Tensor:
     if tensor.ndim == 1 and least > 1:
         tensor = tensor.unsqueeze(0)
     return tensor.unsqueeze(-1) if tensor.ndim == 2 and least > 2 else tensor
-
-
-@composite(torch.Tensor.__iter__)
-def iterate(func: Any, input: Tensor) -> Any:
-    return iter(input.unbind(0))
 
 
 @composite(*named("hsplit", "vsplit", "dsplit"), view=True)
@@ -157,18 +171,6 @@ def take_along_dim(func: Any, input: Tensor, indices: Tensor, dim: int | None = 
     return torch.gather(source, at, indices.expand(*shape[:at], indices.shape[at], *shape[at + 1 :]))
 
 
-@composite(*named("select_scatter"))
-def select_scatter(func: Any, input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
-    return _with_part(input, src, dim, index)
-
-
-@composite(*named("slice_scatter"))
-def slice_scatter(
-    func: Any, input: Tensor, src: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
-) -> Tensor:
-    return _with_part(input, src, dim, slice(start, end, step))
-
-
 def _with_part(input: Tensor, part: Tensor, dim: int, place: Any) -> Tensor:
     """A copy of the input with one part of it replaced."""
     result = input.clone()
@@ -177,11 +179,6 @@ def _with_part(input: Tensor, part: Tensor, dim: int, place: Any) -> Tensor:
 
 
 # Products, distances, norms.
-
-
-@composite(torch.Tensor.__rmatmul__)
-def rmatmul(func: Any, self: Tensor, other: Tensor) -> Any:
-    return torch.matmul(other, self)
 
 
 @composite(*named("addmm", "addbmm", "baddbmm", "addmv", "addr"))
@@ -199,11 +196,6 @@ def add_product(func: Any, input: Tensor, left: Tensor, right: Tensor, *, beta: 
     return (product + (input if beta == 1 else input * beta)).to(product.dtype)
 
 
-@composite(torch.linalg.vecdot)
-def vecdot(func: Any, x: Tensor, y: Tensor, *, dim: int = -1) -> Any:
-    return (x.conj() * y).sum(dim)
-
-
 @composite(F.cosine_similarity)
 def cosine_similarity(func: Any, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
     ndim = max(x1.ndim, x2.ndim)
@@ -212,18 +204,6 @@ def cosine_similarity(func: Any, x1: Tensor, x2: Tensor, dim: int = 1, eps: floa
         x1, x2 = torch.broadcast_tensors(x1, x2)
     units = [x / torch.linalg.vector_norm(x, 2, at, True).clamp_min(eps) for x in (x1, x2)]
     return (units[0] * units[1]).sum(at)
-
-
-@composite(F.pairwise_distance)
-def pairwise_distance(
-    func: Any, x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> Any:
-    return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
-
-
-@composite(*named("dist"))
-def dist(func: Any, input: Tensor, other: Tensor, p: float = 2) -> Any:
-    return torch.linalg.vector_norm(input - other, p)
 
 
 @composite(*named("norm"), asks_if_empty=True)
@@ -265,21 +245,3 @@ def matrix_norm(
 def aminmax(func: Any, input: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
     dims = () if dim is None else (dim,)
     return torch.return_types.aminmax((input.amin(dims, keepdim), input.amax(dims, keepdim)))
-
-
-# Questions.
-
-
-@composite(*named("is_same_size"))
-def is_same_size(func: Any, input: Tensor, other: Tensor) -> bool:
-    return input.shape == other.shape
-
-
-@composite(*named("equal"))
-def equal(func: Any, input: Tensor, other: Tensor) -> bool:
-    return input.shape == other.shape and bool((input == other).all())
-
-
-@composite(*named("allclose"))
-def all_close(func: Any, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> bool:
-    return bool(torch.isclose(input, other, *args, **kwargs).all())

@@ -17,7 +17,6 @@ from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.layout.rows import EMPTY, BlockLayout, RowLayout, even_bounds
 from distpatch.layout.stencil import Interval
-from distpatch.lazy import buffer_reuse
 from distpatch.lazy.recipe import Recipe
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES
@@ -70,7 +69,7 @@ class PatchTensor(torch.Tensor):
         self: PatchTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         if isinstance(local, Recipe):
             self.recipe = local
-            buffer_reuse.own(local, self)
+            local.belong_to(self)
         elif type(local) is Tensor:
             self.local = local
         else:

@@ -40,32 +40,33 @@ BY_KIND = {"cpu": Sizes(8 * MIB, 8 * MIB, 8, MIB, 512 * KIB, True, 32 * MIB)}
 ELSEWHERE = Sizes(256 * MIB, 256 * MIB, 8, 256 * MIB, 128 * MIB, False, 256 * MIB)
 
 
-class _Thread(threading.local):
-    planned: str | None = None
+class _Planned(threading.local):
+    """``kind``: of the device that this thread plans for; None in a real run."""
+
+    kind: str | None = None
 
 
-_thread = _Thread()
-
-
-def planned_kind() -> str | None:
-    """The kind of device that this thread plans for; None in a real run."""
-    return _thread.planned
+planned_for = _Planned()
 
 
 def kind_of(device: torch.device) -> str:
     """The kind of device to choose sizes for: the tensor's ("cpu", "cuda", ...), or the one that is planned for."""
-    return _thread.planned or device.type
+    return planned_for.kind or device.type
+
+
+def sizes_for(kind: str) -> Sizes:
+    return BY_KIND.get(kind, ELSEWHERE)
 
 
 def sizes_of(device: torch.device) -> Sizes:
-    return BY_KIND.get(kind_of(device), ELSEWHERE)
+    return sizes_for(kind_of(device))
 
 
 @contextmanager
 def planned_as(kind: str) -> Iterator[None]:
     """In this thread, choose sizes as for another kind of device than the tensors'."""
-    before, _thread.planned = _thread.planned, kind
+    before, planned_for.kind = planned_for.kind, kind
     try:
         yield
     finally:
-        _thread.planned = before
+        planned_for.kind = before

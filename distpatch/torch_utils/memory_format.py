@@ -41,6 +41,9 @@ def _format(shape: Sequence[int], strides: Sequence[int]) -> torch.memory_format
     return last
 
 
+format_by_strides = lru_cache(maxsize=4096)(_format)  # where no size is a symbol
+
+
 def memory_order(tensor: Tensor) -> Order:
     """The dims in the order of their strides, innermost first."""
     return order_by(tensor.shape, tensor.stride())

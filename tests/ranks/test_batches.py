@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
 import distpatch
-from distpatch.comm.choose_transport import using
+from distpatch.comm.choose_transport import between, using
 from distpatch.comm.collectives import stack_ranks, sum_partials
 from distpatch.comm.communicator import communicator
 from distpatch.comm.row_exchange import fetch_rows
+from distpatch.comm.transport import Batch, Layer, Transport, Works
 from distpatch.layout.rows import even_bounds
 from tests.support.fake_groups import NCCL, Group, gpu
-from tests.support.oracle import assert_same, random_tensor
+from tests.support.oracle import H, assert_same, check, random_tensor
 from tests.support.threads import run_ranks
-from tests.support.transports.staged import staged
+from tests.support.transports.staged import maybe, staged
 from tests.support.zoo.models import on_ranks, tiny_kl
 
 DTYPES = [torch.int16, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.complex128]
@@ -76,6 +77,26 @@ def test_staged_transfers(world: int) -> None:
             for value, wanted in zip(result, right, strict=True):
                 scale = wanted.abs().max().clamp(min=1)
                 assert_same(value / scale, wanted / scale, 1e-11, "value or gradient")
+
+
+class Counted(Layer):
+    """``posted``: the sizes of the groups in which there were messages."""
+
+    def __init__(self, inner: Transport, posted: set[int], size: int) -> None:
+        super().__init__(inner)
+        self.posted, self.size = posted, size
+
+    def post(self, batch: Batch) -> Works:
+        self.posted.add(self.size)
+        return self.inner.post(batch)
+
+
+def test_a_rule_over_a_transport_put_in_place() -> None:
+    """On every number of ranks, also where the oracle has a transport of its own."""
+    posted: set[int] = set()
+    with using(maybe(lambda pg, device: Counted(between(pg, device), posted, pg.size()))):
+        check(lambda x, w: F.conv2d(x, w, padding=1), (2, 3, H, 5), (4, 3, 3, 3), p2p=1)
+    assert posted == {2, 3, 4}
 
 
 @contextmanager

@@ -24,9 +24,9 @@ import distpatch
 from distpatch.comm.collectives import narrow_rows
 from distpatch.errors import UnsupportedOpError
 from distpatch.layout.rows import BlockLayout
-from distpatch.rules import coverage
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils import private
+from docs import coverage
 from tests.support import oracle
 from tests.support.oracle import H, case, random_tensor
 from tests.support.threads import run_ranks

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distpatch
 from distpatch.comm.communicator import SimulatedCommunicator
-from distpatch.profiling.op_costs import representative_only
+from distpatch.lazy.row_patches import chosen_by
+from distpatch.profiling.op_costs import representatives
 
 # Default constructor arguments; latents of 720 × 1280 in 21 frames, 512² and 256² in 9, 2048², 1024².
 LATENTS = {
@@ -48,7 +49,7 @@ def test_share_of_a_rank(name: str) -> None:
 @pytest.mark.slow
 def test_unet_of_sdxl() -> None:
     """The U-Net of SDXL for a picture of 1024²: nothing is gathered but keys and values."""
-    with FakeTensorMode(), torch.no_grad(), representative_only():
+    with FakeTensorMode(), torch.no_grad(), chosen_by(representatives):
         unet = diffusers.UNet2DConditionModel(
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

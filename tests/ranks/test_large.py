@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distpatch.comm.communicator import ALONE
 from distpatch.layout.rows import RowLayout
-from distpatch.lazy import row_patches
+from distpatch.lazy import patch_plan
+from distpatch.rules.core import window_plan
+from distpatch.rules.windows import convolution, transposed
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.region import Region
 from distpatch.torch_utils import chunk_sizes
@@ -25,8 +27,15 @@ LIMIT = 600
 
 @pytest.fixture(autouse=True)
 def _limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(row_patches, "INDEX_LIMIT", LIMIT)
+    monkeypatch.setattr(patch_plan, "INDEX_LIMIT", LIMIT)
+    forget_plans()
     yield
+    forget_plans()
+
+
+def forget_plans() -> None:
+    for plan in (convolution._plan, transposed._plan, window_plan.plan_windows, window_plan.plan_rows):
+        plan.cache_clear()
 
 
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -65,7 +74,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("grads", [False, True])
 def test_no_call_is_larger(name: str, grads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x = PatchTensor(random_tensor((1, 4, 400, 50)), RowLayout(2, (0, 400)), Region(ALONE))
-    monkeypatch.setattr(row_patches, "INDEX_LIMIT", 10 * LIMIT)
+    monkeypatch.setattr(patch_plan, "INDEX_LIMIT", 10 * LIMIT)
+    forget_plans()
     chunk_bytes = x.element_size() * 10 * LIMIT  # as far below it as 256 MiB are
     monkeypatch.setitem(chunk_sizes.BY_KIND, "cpu", replace(chunk_sizes.BY_KIND["cpu"], chunk_bytes=chunk_bytes))
     with torch.set_grad_enabled(grads), Largest() as largest:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.rules.shapes import take_rows
+from distpatch.rules.shapes import gather_scatter
 from distpatch.torch_utils.tree import tensors_in
 from tests.support.oracle import H, case, random_tensor
 from tests.support.threads import run_ranks
@@ -75,7 +75,7 @@ def test_operators(case: Callable[[], None]) -> None:
 
 
 def test_rows_by_numbers_that_only_the_device_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(take_rows, "_readable", lambda numbers: False)
+    monkeypatch.setattr(gather_scatter, "_readable", lambda numbers: False)
     case(lambda x: x[:, :, reversed_rows(x) - x.shape[2]], X, **SOME)()
 
 

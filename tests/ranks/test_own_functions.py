@@ -8,6 +8,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,7 @@ from torch import Tensor
 
 import distpatch
 from distpatch.errors import UnsupportedOpError
-from distpatch.layout.stencil import WindowStencil
-from distpatch.rules.core.halo import run_windows
-from distpatch.rules.core.registry import keys, rule
+from distpatch.rules.core.registry import keys
 from distpatch.tensor.rule_table import RULES
 from tests.support.oracle import H, case, check, random_tensor
 from tests.support.threads import run_ranks
@@ -189,21 +188,17 @@ def test_register_rule_for_an_autograd_function(forgotten: None) -> None:
     assert (2, 3, 7, 5) in seen
 
 
-def my_max_pool(x: Tensor, kernel_size: int) -> Tensor:
-    if torch.overrides.has_torch_function_unary(x):
-        return torch.overrides.handle_torch_function(my_max_pool, (x,), x, kernel_size)
-    return F.max_pool2d(x, kernel_size)
-
-
+@pytest.mark.parametrize("size", [(2, 2, 0), (3, 1, 1), (4, 3, 2)], ids=str)
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
-def test_the_window_operation_of_contributing(dim: int) -> None:
+def test_the_window_operation_of_contributing(dim: int, size: tuple[int, ...]) -> None:
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"   ```python\n(.*?)   ```", text, re.DOTALL)
-    names = {"rule": rule, "my_max_pool": my_max_pool, "WindowStencil": WindowStencil, "run_windows": run_windows}
+    names: dict[str, Any] = {}
     exec(compile(textwrap.dedent(code), "CONTRIBUTING.md", "exec"), names)
+    my_max_pool = names["my_max_pool"]
     shape = [2, 3, 8, 6]
     shape[dim] = H
     try:
-        check(lambda x: my_max_pool(x, 2), tuple(shape), dim=dim, heights=(7, 2), p2p=1)
+        check(lambda x: my_max_pool(x, *size), tuple(shape), dim=dim, heights=(7, 2), p2p=1)
     finally:
         del RULES[my_max_pool]

@@ -161,6 +161,7 @@ CASES = {
     "aminmax rows": since_2_13(case(lambda x: x.aminmax(dim=2, keepdim=True), ties(*X))),
     "aminmax channels": since_2_13(case(lambda x: x.aminmax(dim=1), X)),
     "prod": case(torch.prod, X),
+    "prod of the only dim, kept": case(lambda x: x.prod(0, keepdim=True), (H,), dim=0),
     "prod with one zero": case(lambda x: (x * (x != x.max())).prod(), (1, 1, H, 2)),
     "logsumexp of large": case(lambda x: (x * 1e3).logsumexp(2), X),
     "logsumexp of minus infinity": case(lambda x: torch.where(x < -0.5, -math.inf, x).logsumexp((0, 1, 2, 3)), X),

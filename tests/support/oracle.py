@@ -4,7 +4,8 @@
 
 runs the function on random fp64 tensors of these shapes, for several heights ``H``; the first input
 is sharded, the weight is replicated. Compared are outputs, input gradients and weight gradients (for
-random cotangents), with and without autograd, at world sizes 1 to 4, for even and random bounds.
+random cotangents), with and without autograd, at world sizes 1 to 4, for even and random bounds. Where a
+test has put a transport in place (``using``), all of them run on it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from distpatch.layout.rows import Bounds, even_bounds
 from distpatch.torch_utils import private
 from distpatch.torch_utils.tree import tensors_in
 from tests.support.threads import run_ranks
-from tests.support.transports import nccl
 from tests.support.transports.late import late
+from tests.support.transports.staged import is_usual
 
 H = -1  # in a shape: the number of rows of the case
 HEIGHTS = (7, 2, 1)
@@ -92,7 +93,7 @@ def check(
                 for i, (rows, tensors) in enumerate(runs)
             ]
 
-        transport = contextlib.nullcontext() if world in OVER_GLOO or nccl.is_on else late()
+        transport = late() if is_usual() and world not in OVER_GLOO else contextlib.nullcontext()
         with _expect_warning(fallback), transport:
             ranks = run_ranks(world, body, keep=True)
         for i, (rows, _) in enumerate(runs):

@@ -16,6 +16,7 @@ from distpatch.errors import DistPatchError
 from distpatch.layout.rows import RowLayout
 from distpatch.lazy import recipe
 from distpatch.profiling.live_memory import LivePeak
+from distpatch.rules.elementwise import deferred_pointwise
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.region import Region
@@ -128,6 +129,41 @@ def test_values(name: str, held: bool) -> None:
     torch.testing.assert_close(y.local, right, rtol=tolerance, atol=tolerance)
     for x in kept:
         torch.testing.assert_close(x.local, copies, rtol=0, atol=0)
+
+
+CHANNEL = KERNEL[:, :1, :1, 0]
+OPERANDS: dict[str, tuple[object, ...]] = {  # beside the first; functions that are not here have that alone
+    **dict.fromkeys("add sub subtract mul multiply div divide true_divide maximum minimum rsub".split(), (CHANNEL,)),
+    **dict.fromkeys("radd rmul truediv rdiv rtruediv pow clamp_max clamp_min".split(), (0.5,)),
+    **dict.fromkeys(("clamp", "clip"), (0.1, 0.5)),
+    **dict.fromkeys(("addcdiv", "addcmul"), (CHANNEL, CHANNEL)),
+    "lerp": (CHANNEL, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", sorted(deferred_pointwise.NAMES))
+def test_every_function_of_the_list_is_deferred(name: str) -> None:
+    places = [(F, name), (Tensor, name), (torch, name), (Tensor, f"__{name}__")]
+    function = next(getattr(place, known) for place, known in places if hasattr(place, known))
+    plain, operands = image()[0].abs(), OPERANDS.get(name, ())
+    plain = plain.float() if name in {"half", "bfloat16", "double"} else plain
+    for format in (torch.contiguous_format, torch.channels_last):
+        plain = plain.contiguous(memory_format=format)
+        y, right = function(sharded(plain.clone()), *operands), function(plain, *operands)
+        assert y.is_deferred
+        assert y.stride() == y.local.stride() == right.stride()
+        equal(y, right)
+
+
+def test_a_function_of_somebodys_own_with_the_name_of_a_deferred_one() -> None:
+    """torch's is not called in its place, over rows that nobody holds."""
+
+    @distpatch.register_pointwise
+    def sigmoid(x: Tensor) -> Tensor:
+        return (x + 3).clamp(0, 6) / 6
+
+    plain, x = image()
+    equal(sigmoid(x * 2), sigmoid(plain * 2))
 
 
 def test_no_step_exists_as_a_whole() -> None:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch import trace
-from distpatch.profiling.op_costs import FLOPS, Kernel, Meter, gathered, representative_chunks, representative_only
+from distpatch.lazy.row_patches import chosen_by, patches_to_run
+from distpatch.profiling.op_costs import FLOPS, Kernel, Meter, gathered, representatives
 from tests.support.oracle import random_tensor
 
 BYTES = 8  # of fp64
@@ -84,10 +85,10 @@ def test_timed() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 9])
 def test_few(count: int) -> None:
-    assert list(representative_chunks(range(count))) == list(range(count))
-    with representative_only():
-        chosen = list(representative_chunks(range(count)))
-        alike = list(representative_chunks(range(count), last_too=True))
+    assert list(patches_to_run(range(count))) == list(range(count))
+    with chosen_by(representatives):
+        chosen = list(patches_to_run(range(count)))
+        alike = list(patches_to_run(range(count), last_too=True))
     assert chosen == (list(range(count)) if count <= 3 else [0, 1, count - 1])
     assert alike == (list(range(count)) if count <= 2 else [0, count - 1])
 
@@ -98,17 +99,17 @@ def test_few_counts_all(last_too: bool) -> None:
 
     def run(*sizes: int) -> dict[Kernel, int]:
         with Meter() as meter:
-            for _ in representative_chunks(range(sizes[0]), last_too=last_too):
+            for _ in patches_to_run(range(sizes[0]), last_too=last_too):
                 y: Tensor = x * 2
-                for _ in representative_chunks(range(sizes[1])):
+                for _ in patches_to_run(range(sizes[1])):
                     y = y + 1
         return dict(meter.kernels)
 
     whole = run(7, 5)
-    with representative_only():
+    with chosen_by(representatives):
         assert run(7, 5) == whole
         with pytest.raises(KeyError):
-            for _ in representative_chunks(range(9)):
+            for _ in patches_to_run(range(9)):
                 raise KeyError
         assert run(7, 5) == whole, "a piece that failed is forgotten"
 

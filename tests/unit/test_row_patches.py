@@ -15,7 +15,8 @@ from torch import Tensor
 from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import WindowStencil
 from distpatch.layout.transfers import RankPlan, plan_rank
-from distpatch.lazy.row_patches import Slab, choose_patch_rows, compute_now
+from distpatch.lazy.patch_plan import Share, choose_patch_rows, cut_rows
+from distpatch.lazy.row_patches import Slab, compute_now
 from distpatch.rules.core.halo import paddings
 from tests.support.oracle import random_tensor
 from tests.unit.test_layout import bounds_of
@@ -27,6 +28,11 @@ class Options:
     splits: int | str = 1
     min_numel: int = 0
     workspace_bytes: int | None = None
+
+
+def share(x: Tensor) -> Share:
+    """All of an image, from which one as large is made."""
+    return Share(x.shape[2], x.numel(), x.numel(), x.element_size(), "cpu", torch.is_grad_enabled())
 
 
 def slabs(x: Tensor, bounds: tuple[int, ...], stencil: WindowStencil) -> Iterator[tuple[Slab, RankPlan]]:
@@ -58,7 +64,7 @@ def test_convolve(
     right = F.conv2d(F.pad(x, (1, 1, stencil.before, stencil.after)), weight, **options)
     with torch.set_grad_enabled(grad):
         outputs = [
-            compute_now(conv, slab, stencil, plan, patch_rows, pads=True, together=not sequential)
+            compute_now(conv, slab, cut_rows(stencil, plan, patch_rows, share(x), pads=True, together=not sequential))
             for slab, plan in slabs(x, bounds, stencil)
         ]
     torch.testing.assert_close(torch.cat(outputs, 2), right, rtol=1e-12, atol=1e-12)
@@ -79,33 +85,32 @@ def test_slab_rows() -> None:
 
 @pytest.mark.parametrize(("splits", "rows", "patch"), [(1, 9, 9), (3, 9, 3), (4, 9, 3), (100, 9, 1), (2, 1, 1)])
 def test_splits(splits: int, rows: int, patch: int) -> None:
-    x, weight = torch.zeros(1, 1, rows, 4), torch.zeros(1, 1, 3, 3)
-    assert choose_patch_rows(Options(splits), rows, x, weight, x.numel()) == patch
+    assert choose_patch_rows(Options(splits), share(torch.zeros(1, 1, rows, 4)), 9) == patch
 
 
 def test_never_more_elements_than_an_index_can_count() -> None:
     """Of the output too: 4 GiB elements are at least three calls, asked for or not."""
-    x, weight = torch.empty(1, 1, 64, 2, device="meta"), torch.empty(1, 1, 3, 3, device="meta")
-    assert choose_patch_rows(Options(1), 64, x, weight, 2**32) == 64 // 3 + 1
-    assert choose_patch_rows(Options(8), 64, x, weight, 2**32) == 8
+    x = share(torch.empty(1, 1, 64, 2, device="meta"))._replace(out_numel=2**32)
+    assert choose_patch_rows(Options(1), x, 9) == 64 // 3 + 1
+    assert choose_patch_rows(Options(8), x, 9) == 8
     large = torch.empty(1, 2**20, 64, 64, device="meta")
-    assert choose_patch_rows(Options(1), 64, large, weight, 8) == 64 // 3 + 1
+    assert choose_patch_rows(Options(1), share(large)._replace(out_numel=8), 9) == 64 // 3 + 1
 
 
 def test_automatic_splits_only_where_they_pay() -> None:
     """As many as keep a call's input and output in the budget, not more; without gradients, and no light patches."""
-    x, weight = torch.zeros(1, 8, 64, 16), torch.zeros(1, 8, 1, 1)
+    x = torch.zeros(1, 8, 64, 16)
 
-    def rows(of: Tensor, weight: Tensor, budget: int) -> int:
-        return choose_patch_rows(Options("auto", workspace_bytes=budget), 64, of, weight, of.numel())
+    def rows(weights: int, budget: int, recorded: bool = False) -> int:
+        part = share(x)._replace(recorded=recorded)
+        return choose_patch_rows(Options("auto", workspace_bytes=budget), part, weights)
 
-    with torch.no_grad():
-        assert rows(x, weight, x.nbytes) == 32  # input and output: two of these
-        assert rows(x, weight, x.nbytes // 2) == 16
-        assert rows(x, weight, x.nbytes // 2 - 1) == 13
-        assert rows(x, weight, 2 * x.nbytes) == 64
-        assert rows(x, weight, 3 * x.nbytes // 2) == 64  # a rest of a third is not worth a call
-        assert rows(x, torch.zeros(64, 8, 9, 9), 1) == 64
-        assert choose_patch_rows(Options(4, x.numel()), 64, x, weight, x.numel()) == 16
-        assert choose_patch_rows(Options(4, x.numel() + 1), 64, x, weight, x.numel()) == 64
-    assert rows(x, weight, 1) == 64
+    assert rows(64, x.nbytes) == 32  # input and output: two of these
+    assert rows(64, x.nbytes // 2) == 16
+    assert rows(64, x.nbytes // 2 - 1) == 13
+    assert rows(64, 2 * x.nbytes) == 64
+    assert rows(64, 3 * x.nbytes // 2) == 64  # a rest of a third is not worth a call
+    assert rows(64 * 8 * 81, 1) == 64
+    assert rows(64, 1, recorded=True) == 64
+    assert choose_patch_rows(Options(4, x.numel()), share(x), 64) == 16
+    assert choose_patch_rows(Options(4, x.numel() + 1), share(x), 64) == 64

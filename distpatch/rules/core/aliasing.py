@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.lazy import buffer_reuse
-from distpatch.lazy.recipe import detached_recipe
+from distpatch.lazy.deferred_ops import detached_recipe
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy
 from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.op_names import op_name
@@ -33,6 +34,8 @@ def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call writes to (``add_``, ``+=``, ``inplace=True``, ``out=``, an operator's schema), or None."""
     if kwargs.get("out") is not None:
         return kwargs["out"]
+    if not (may_write(func) or kwargs.get("inplace")):
+        return None
     if _known(func).keeps_statistics:
         return [*args[1:], *(value for key, value in kwargs.items() if key != "input")]
     schema = _schema(func)
@@ -40,11 +43,18 @@ def mutates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**{a.name: value for a, value in zip(schema.arguments, args)}, **kwargs}
         written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         return [given[name] for name in written if name in given] or None
-    name = getattr(func, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
-    if not (in_place or kwargs.get("inplace")):
-        return None
     return args[0] if args else kwargs.get("input", kwargs.get("self", list(kwargs.values())))
+
+
+@lru_cache(maxsize=1024)
+def may_write(func: Any) -> bool:
+    """Whether it writes to an argument without being told to (by ``out=`` or ``inplace=``); most functions do not."""
+    schema, name = _schema(func), getattr(func, "__name__", "")
+    if _known(func).keeps_statistics:
+        return True
+    if schema is not None:
+        return bool(schema.is_mutable)
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
 
 
 def _schema(func: Any) -> Any:
@@ -69,7 +79,7 @@ def before_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for x in written_tensors(func, args, kwargs):
         if x.is_deferred:
             x.recipe = detached_recipe(x.recipe)
-            buffer_reuse.own(x.recipe, x)
+            x.recipe.belong_to(x)
         else:
             buffer_reuse.materialize_readers(x.local)
 

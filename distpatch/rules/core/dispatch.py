@@ -7,20 +7,29 @@ stand in memory as on one device (memory_order.py).
 
 from __future__ import annotations
 
+import inspect
+from functools import lru_cache
+from itertools import pairwise, takewhile
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from distpatch.errors import UnsupportedOpError
-from distpatch.lazy import buffer_reuse
-from distpatch.rules.core.aliasing import before_writing, mutates, protect, through
-from distpatch.rules.core.argument_names import normal
+from distpatch.lazy.buffer_reuse import pending
+from distpatch.rules.core.aliasing import before_writing, may_write, mutates, protect, through
 from distpatch.rules.core.fallback import computed_on_all, fallback
 from distpatch.rules.core.memory_order import as_on_one_device
 from distpatch.rules.core.operands import in_order
 from distpatch.rules.core.out_argument import into
 from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor
-from distpatch.tensor.rule_table import RULES, RuleEntry, no_rule
+from distpatch.tensor.rule_table import RULES, Rule, RuleEntry, no_rule
 from distpatch.torch_utils.op_names import op_name
+from distpatch.torch_utils.private import schemas_named
 from distpatch.torch_utils.tree import map_tensors, tensors_in
+
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names of these too
 
 
 class _Dispatcher:
@@ -28,7 +37,7 @@ class _Dispatcher:
 
     def on_rows(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         """A call on sharded tensors."""
-        if buffer_reuse.anything_deferred():
+        if pending.rows and (may_write(func) or (kwargs and (kwargs.get("out") is not None or kwargs.get("inplace")))):
             before_writing(func, args, kwargs or {})
         entry = RULES[func]
         if kwargs or entry.asks_if_empty:
@@ -42,7 +51,7 @@ class _Dispatcher:
                 result = fallback(func, *args)
         kind = type(result)
         if kind is PatchTensor or kind is PatchCopy:
-            if result.row_layout.is_tiny or entry.of_many_kernels:
+            if result.row_layout.is_tiny or (entry.of_many_kernels and not _are_in_order(func, args, kwargs)):
                 return as_on_one_device(entry, func, args, kwargs or {}, result)
         elif (
             issubclass(kind, (tuple, list))
@@ -55,7 +64,7 @@ class _Dispatcher:
 
     def on_blocks(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call on rows in blocks: on the rows as they are, where the rule treats all alike, else in order."""
-        if buffer_reuse.anything_deferred():
+        if pending.rows:
             before_writing(func, args, kwargs)
         if (stand_in := RULES.stand_in(func)) is not None:  # what it calls comes here by itself
             return stand_in(*args, **kwargs)
@@ -83,13 +92,35 @@ def _is_any_order(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: di
     """Whether the rule treats all rows of this call alike."""
     if not callable(entry.any_order):
         return entry.any_order
-    places, named = normal(entry, func, args, kwargs) if kwargs else (args, kwargs)
+    places, named = _normal(entry, func, args, kwargs)
     return entry.any_order(*places, **named)
+
+
+def _are_in_order(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+    """Whether all arguments stand in the order of their dims: then so does the result, by any kernel."""
+    if func is F.scaled_dot_product_attention or torch.compiler.is_compiling():  # by some, heads stand behind tokens
+        return False
+    for arg in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(arg, PatchTensor):
+            rows = arg.local_or_recipe
+            if isinstance(rows, Tensor):
+                if not _fall(rows.stride()):
+                    return False
+            elif rows.format is not torch.contiguous_format:
+                return False
+        elif isinstance(arg, Tensor) and not _fall(arg.stride()):
+            return False
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _fall(strides: tuple[int, ...]) -> bool:
+    return all(a >= b for a, b in pairwise(strides))
 
 
 def _applied(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the rule makes of a call; where it does not apply, or has nothing to say of no elements, what torch does."""
-    places, named = normal(entry, func, args, kwargs) if kwargs else (args, kwargs)
+    places, named = _normal(entry, func, args, kwargs)
     if "out" in named:
         if not (entry.elementwise or entry.rule is no_rule) and named["out"] is not None:
             return into(func, places, named)
@@ -99,6 +130,51 @@ def _applied(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[st
         return computed_on_all(func, places, named)
     result = entry.rule(func, *places, **named)
     return fallback(func, *args, **kwargs) if result is NotImplemented and not entry.elementwise else result
+
+
+def _normal(
+    entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call as its rule takes it: names that the rule does not have become places, as torch's signature has them."""
+    form = _form(func, entry.rule, len(args), tuple(kwargs)) if kwargs and func in RULES else None
+    if form is None:
+        return args, kwargs
+    places, names = form
+    return (*args, *(kwargs[name] for name in places)), {new: kwargs[name] for new, name in names}
+
+
+@lru_cache(maxsize=4096)
+def _form(
+    func: Any, rule: Rule, count: int, given: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]] | None:
+    """Of arguments given by name, those that become places, and (its name in the rule, the name) of the others.
+
+    None where the rule takes them as they are.
+    """
+    if rule is no_rule:
+        return None
+    names = {_NUMPY_NAMES.get(name, name): name for name in given}
+    parameters = list(inspect.signature(rule).parameters.values())[1:]
+    places = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    taken = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL} | {"out"}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        taken |= names.keys()
+    moved: list[str] = []
+    if not (taken >= names.keys() >= set(places[count:])):
+        orders = (order for order in _signatures(func) if names.keys() <= {*order, *taken})
+        moved = list(takewhile(names.__contains__, next(orders, ())[count:]))
+    if not moved and all(new == name for new, name in names.items()):
+        return None
+    return tuple(names[new] for new in moved), tuple(pair for pair in names.items() if pair[0] not in moved)
+
+
+def _signatures(func: Any) -> list[tuple[str, ...]]:
+    """The arguments of a torch function in order, a tuple an overload."""
+    if inspect.isfunction(func):
+        return [tuple(inspect.signature(func).parameters)]
+    schemas = schemas_named(f"aten::{op_name(func)}")
+    named = [[a.name for a in schema.arguments if not a.kwarg_only] for schema in schemas]
+    return [tuple("input" if name == "self" else name for name in names) for names in named]
 
 
 RULES.dispatcher = _Dispatcher()

@@ -7,7 +7,7 @@ at once or in patches.
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
@@ -17,39 +17,31 @@ from torch import Tensor
 
 from distpatch.comm import collectives
 from distpatch.comm.row_exchange import fetch_rows
-from distpatch.errors import LayoutError
 from distpatch.layout.rows import Needs, RowLayout, Stencil
-from distpatch.layout.stencil import WindowStencil, ceil_div
-from distpatch.layout.transfers import RankPlan, out_sizes, plan_edges, plan_rank
+from distpatch.layout.stencil import WindowStencil
+from distpatch.layout.transfers import RankPlan, plan_edges
 from distpatch.lazy.deferred_ops import defer_window, unchanged
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import Kernel, Slab, choose_patch_rows, compute_now, fewest_calls
+from distpatch.lazy.row_patches import Kernel, Slab, compute_now
 from distpatch.rules.core.executor import deferrable
-from distpatch.rules.core.operands import (
-    along_rows,
-    fetch,
-    in_compute_dtype,
-    on_some_rows,
-    replicated_operand,
-    wrap,
-)
+from distpatch.rules.core.operands import PLAIN, along_rows, on_some_rows, replicated_operand, wrap
+from distpatch.rules.core.window_plan import Given, WindowPlan, plan_rows, plan_windows
 from distpatch.tensor.patch_tensor import PatchTensor
-from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.chunk_sizes import planned_for
+from distpatch.torch_utils.memory_format import format_by_strides
 from distpatch.torch_utils.op_names import op_name
 
 
 class Weights(NamedTuple):
-    """What a convolution has beside the image: ``channels`` come out; ``fit``: the input has those that it reads."""
+    """What a convolution has beside the image."""
 
     weight: Tensor
     bias: Tensor | None
-    channels: int
-    fit: bool
 
     def match(self, x: PatchTensor) -> bool:
         """Whether nothing can be wrong with the call: then an error need not come out at once."""
         kind = x.dtype, x.device
-        return self.fit and all(t is None or (t.dtype, t.device) == kind for t in (self.weight, self.bias))
+        return all(t is None or (t.dtype, t.device) == kind for t in self)
 
 
 def run_windows(
@@ -60,83 +52,57 @@ def run_windows(
     *,
     fill: float = 0.0,
     pads: bool = False,
-    weights: Weights | None = None,
 ) -> Any:
     """An operation with a stencil along each of the last dims; what the kernel returns, sharded.
 
     Where none of these is sharded, the kernel is called once, on whole images.
     """
-    spatial = len(stencils)
-    sizes = out_sizes(tuple(stencils), tuple(x.shape[-spatial:]))
-    if min(sizes) < 1:
-        raise LayoutError(
-            f"{op_name(func)}: an input of shape {tuple(x.shape)} is smaller than the kernel: "
-            f"{list(stencils)} give an output of {list(sizes)}"
-        )
-    axis = x.row_layout.dim - x.ndim + spatial
-    if axis >= 0:
-        channels = x.shape[-spatial - 1] if weights is None else weights.channels
-        shape = [*x.shape[: -spatial - 1], channels, *sizes]
-        return run_stencil(func, x, stencils[axis], kernel, fill=fill, pads=pads, weights=weights, shape=shape)
-    run = kernel if weights is None else partial(_weighted, kernel, weights)
-    local = on_some_rows(lambda rows: run(rows, 0, 0, sizes[0]), x.local, x.row_layout.dim)
-    return _wrapped(local, x, x.row_layout)
+    plan = plan_windows(op_name(func), given(x), tuple(stencils), pads=pads)
+    return carry_out(plan, func, x, kernel, fill=fill)
 
 
 def run_stencil(
-    func: Any,
-    x: PatchTensor,
-    stencil: Stencil,
-    kernel: Kernel,
-    *,
-    fill: float = 0.0,
-    pads: bool = False,
-    view: bool = False,
-    growth: int = 1,
-    weights: Weights | None = None,
-    shape: list[int] | None = None,
+    func: Any, x: PatchTensor, stencil: Stencil, kernel: Kernel, *, view: bool = False, growth: int = 1
 ) -> Any:
     """The same along the rows alone. An idle rank computes the first output row of a blank image, and keeps none.
 
-    ``view``: the result is one, and never computed in parts; ``growth``: how many times longer a row becomes;
-    ``shape``: of the result.
+    ``view``: the result is one, and never computed in parts; ``growth``: how many times longer a row becomes.
     """
-    options, dim = x.region.options, x.row_layout.dim
-    plan = plan_rank(x.row_layout, stencil, x.region.comm.rank)
-    lo, hi = plan.rows
-    patch_rows = hi - lo
-    if weights is not None and shape is not None:
-        shape[dim] = hi - lo
-        numel = math.prod(shape)
-        patch_rows = choose_patch_rows(options, hi - lo, x.local_or_recipe, weights.weight, numel)
-        may_defer = patch_rows < hi - lo and pads and options.sequential and weights.match(x)
-        if may_defer and deferrable([x], x, size_bytes=numel * x.dtype.itemsize) is not None:
-            return wrap(_later(func, x, stencil, kernel, weights, plan, shape, patch_rows), x, plan.layout)
-        kernel = partial(_weighted, kernel, weights)
-    elif not view:
-        rows = x.local.shape[dim]
-        largest = x.local.numel() * max(growth * (hi - lo), rows) // max(rows, 1)
-        patch_rows = max(ceil_div(hi - lo, fewest_calls(largest)), 1)
-    together = pads and weights is not None and not options.sequential
-    slab = halo(x, plan.needs, func, fill)
-    result = compute_now(kernel, slab, stencil, plan, patch_rows, pads=pads, view=view, together=together)
-    return _wrapped(result, x, plan.layout)
+    return carry_out(plan_rows(given(x), stencil, view=view, growth=growth), func, x, kernel)
 
 
-def _weighted(kernel: Kernel, weights: Weights, *rows: Any) -> Any:
-    return kernel(*rows, weights.weight, weights.bias)
+def given(x: PatchTensor, weight: Tensor | None = None) -> Given:
+    """What a plan is found by."""
+    rows, region, compiling = x.local_or_recipe, x.region, torch.compiler.is_compiling()
+    shape, of_weight = x.shape, torch.Size() if weight is None else weight.shape
+    if compiling:  # plans are constants: no size is a symbol
+        shape, of_weight = (torch.Size(map(operator.index, sizes)) for sizes in (shape, of_weight))
+    kind, recorded = planned_for.kind or rows.device.type, compiling or torch.is_grad_enabled()
+    return Given(shape, of_weight, x.row_layout, region.comm.rank, region.options, rows.dtype, kind, recorded)
 
 
-def _later(
-    func: Any,
-    x: PatchTensor,
-    stencil: Any,
-    kernel: Kernel,
-    weights: Weights,
-    plan: RankPlan,
-    shape: Sequence[int],
-    patch_rows: int,
-) -> Recipe:
+def fixed(value: Any) -> Any:
+    """A kernel's size, stride or the like in numbers, which a plan can be found by: a tensor may change."""
+    if type(value) is int or isinstance(value, str):
+        return value
+    return tuple(map(operator.index, value)) if isinstance(value, (tuple, list)) else operator.index(value)
+
+
+def carry_out(
+    plan: WindowPlan, func: Any, x: PatchTensor, kernel: Kernel, *, fill: float = 0.0, weights: Weights | None = None
+) -> Any:
+    """What is made of the tensor by its plan; the kernel gets the weights, too, by their names."""
+    if weights is not None:
+        if plan.may_defer and weights.match(x) and deferrable([x], x, size_bytes=plan.size_bytes) is not None:
+            return PatchTensor(_later(func, x, plan, kernel, weights), plan.rank.layout, x.region)
+        kernel = partial(kernel, weight=weights.weight, bias=weights.bias)
+    if plan.axis < 0:
+        local = on_some_rows(lambda rows: kernel(rows, 0, 0, plan.out_rows), x.local, x.row_layout.dim)
+        return _wrapped(local, x, x.row_layout)
+    return _wrapped(compute_now(kernel, halo(x, plan.rank, func, fill), plan.cut), x, plan.rank.layout)
+
+
+def _later(func: Any, x: PatchTensor, plan: WindowPlan, kernel: Kernel, weights: Weights) -> Recipe:
     """A convolution whose halo is exchanged now, and whose rows are deferred."""
     # By then what was convolved may be gone or changed: these are its weights now.
     weight, bias = weights.weight.detach(), weights.bias if weights.bias is None else weights.bias.detach()
@@ -144,37 +110,44 @@ def _later(
 
     def convolve(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
         check()
-        result: Tensor = kernel(rows, start, lo, hi, weight, bias)
+        result: Tensor = kernel(rows, start, lo, hi, weight=weight, bias=bias)
         return result
 
-    slab = halo(x, plan.needs, func, defer=True)
-    format = memory_format(weight)  # of the result, if it is not the input's
-    format = x.as_recipe.format if format is torch.contiguous_format else format
-    return defer_window(op_name(func), convolve, slab, stencil, plan.rows, shape, format, patch_rows)
+    source = x.as_recipe
+    # No views of the rank's own rows: somebody may write over these.
+    edges = fetch_edges(x, plan.rank.needs, func) if plan.rank.moves else []
+    slab = _slab(x, plan.rank, source, edges)
+    format = format_by_strides(weight.shape, weight.stride())  # of the result, if it is not the input's
+    format = source.format if format is torch.contiguous_format else format
+    place, patch_rows = plan.rank.rows[0], plan.cut.patch_rows
+    return defer_window(
+        op_name(func), convolve, slab, plan.stencil, place, plan.shape, format, patch_rows, plan.row_aligned
+    )
 
 
 def _wrapped(result: Any, x: PatchTensor, layout: RowLayout) -> Any:
-    return wrap(result, x, layout) if isinstance(result, Tensor) else tuple(wrap(t, x, layout) for t in result)
+    if not isinstance(result, Tensor):
+        return tuple(_wrapped(t, x, layout) for t in result)
+    return wrap(result, x, layout) if x.row_stride else PatchTensor(result, layout, x.region)
 
 
-def halo(x: PatchTensor, needs: Needs, func: Any, fill: float = 0.0, defer: bool = False) -> Slab:
-    """This rank's rows with the rows that it needs above and below them; beyond the image, ``fill``.
+def halo(x: PatchTensor, plan: RankPlan, func: Any, fill: float = 0.0) -> Slab:
+    """This rank's rows with the rows that it needs above and below them; beyond the image, ``fill``."""
+    own, rows = x.local, x.row_layout
+    if not plan.moves:
+        return _slab(x, plan, own, [], fill)
+    edges = fetch_rows(own, rows.dim, rows.bounds, plan.needs, x.region.comm.name, op_name(func), True)
+    if own.requires_grad:
+        own = collectives.anchor_in_graph(own, *edges)
+    return _slab(x, plan, own, edges, fill)
 
-    ``defer``: without computing the rank's own, if they are deferred (inference only).
-    """
-    dim, rank = x.row_layout.dim, x.region.comm.rank
-    own: Any
-    if defer:
-        above, below = fetch_edges(x, needs, func)  # no views of the rank's own: somebody may write over these
-        own = x.as_recipe
-    else:
-        above, below = fetch(x, needs, func, channels_last=True)
-        own = x.local
-        if own.requires_grad:
-            own = collectives.anchor_in_graph(own, above, below)
-    (top, _), (bottom, _) = needs[rank]
-    pieces = ((top, above), (x.row_layout.bounds[rank], own), (bottom, below))
-    return Slab(pieces, 1, dim, x.shape[dim], fill)
+
+def _slab(x: PatchTensor, plan: RankPlan, own: Any, edges: Sequence[Tensor], fill: float = 0.0) -> Slab:
+    dim, size = x.row_layout.dim, x.row_layout.size
+    if not edges:
+        return Slab(((plan.own[0], own),), 0, dim, size, fill)
+    (top, _), (bottom, _) = plan.needs[x.region.comm.rank]
+    return Slab(((top, edges[0]), (plan.own[0], own), (bottom, edges[1])), 1, dim, size, fill)
 
 
 def fetch_edges(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
@@ -188,9 +161,21 @@ def fetch_edges(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
 def convolved(
     func: Any, x: PatchTensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[PatchTensor, Tensor, Tensor | None]:
-    """The operands of a convolution: the image along its rows and in autocast's dtype, the weights replicated."""
-    x = in_compute_dtype(along_rows(x, func))
-    return x, replicated_operand(weight, x), None if bias is None else replicated_operand(bias, x)
+    """The operands of a convolution: the weights replicated, the image along its rows and in autocast's dtype.
+
+    So halo rows are sent in that dtype.
+    """
+    if x.row_layout.dim == 1:
+        x = along_rows(x, func)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
+        x = wrap(x.local.to(torch.get_autocast_dtype(kind)), x)
+    return x, _replicated(weight, x), None if bias is None else _replicated(bias, x)
+
+
+def _replicated(tensor: Tensor, x: PatchTensor) -> Tensor:
+    recorded = tensor.requires_grad and torch.is_grad_enabled()
+    return tensor if type(tensor) in PLAIN and not recorded else replicated_operand(tensor, x)
 
 
 def batched(ndim: int | None = None) -> Callable[[Any], Any]:

@@ -8,11 +8,9 @@ many rows there are. In both cases torch is asked what it does with the whole te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.rules.core.aliasing import strides_of
@@ -38,29 +36,13 @@ def as_on_one_device(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs:
     results = result if isinstance(result, (tuple, list)) else (result,)
     if torch.compiler.is_compiling() or not all(isinstance(t, PatchTensor) for t in results):
         return result
-    if 0 in results[0].shape or (not results[0].row_layout.is_tiny and _are_in_order(func, args)):
+    if 0 in results[0].shape:
         return result
     for x, strides in zip(results, _strides(entry, func, args, kwargs, results[0]) or ()):
         if x.ndim == len(strides) and not any(x is arg for arg in args):
             for each in (x, x.plain) if isinstance(x, PatchCopy) else (x,):
                 _settle(each, strides)
     return result
-
-
-def _are_in_order(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether all arguments stand in the order of their dims: then so does the result, by any kernel."""
-    if func is F.scaled_dot_product_attention:  # by some, heads stand behind tokens
-        return False
-    for arg in args:
-        if isinstance(arg, PatchTensor):
-            if arg.is_deferred:
-                if arg.recipe.format is not torch.contiguous_format:
-                    return False
-                continue
-            arg = arg.local  # noqa: PLW2901
-        if isinstance(arg, Tensor) and any(a < b for a, b in pairwise(arg.stride())):
-            return False
-    return True
 
 
 def _strides(

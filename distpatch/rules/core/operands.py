@@ -17,7 +17,7 @@ from distpatch.errors import LayoutError, UnsupportedOpError
 from distpatch.layout.rows import EMPTY, BlockLayout, Needs, RowLayout, even_bounds
 from distpatch.layout.transfers import needs_in_order
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import none_of, with_dummy_row
+from distpatch.lazy.row_patches import none_of, same_memory, with_dummy_row
 from distpatch.rules.core.gather_records import record
 from distpatch.rules.core.registry import nth
 from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor, gather_replicated, shard_in
@@ -47,7 +47,7 @@ def autocast(x: PatchTensor, probe: Callable[[Tensor], Tensor]) -> PatchTensor:
 
 
 MOST_PIECES = 1024  # more intervals of rows a rank than this are not worth an exchange of their own
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
@@ -60,15 +60,13 @@ def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = N
 
 def shares_memory(local: Tensor, other: Tensor) -> bool:
     """Whether it sees what is written to the other."""
-    if torch.compiler.is_compiling():
-        return True
-    return local is other or local.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return torch.compiler.is_compiling() or same_memory(local, other)
 
 
 def replicated_operand(tensor: Tensor, like: PatchTensor) -> Tensor:
     """A replicated tensor (or all of a sharded one) as an operand of rows: identity, all-reduce of the gradient."""
     tensor = gather_replicated(tensor)
-    if type(tensor) not in _PLAIN and is_dtensor(tensor):
+    if type(tensor) not in PLAIN and is_dtensor(tensor):
         raise UnsupportedOpError(refusal(tensor))
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor
@@ -86,12 +84,12 @@ def sum_ranks(partial: Tensor, like: PatchTensor, func: Any) -> Tensor:
     return collectives.sum_partials(partial, like.comm.name, op_name(func))
 
 
-def fetch(x: PatchTensor, needs: Needs, func: Any, channels_last: bool = False) -> list[Tensor]:
+def fetch(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
     """The intervals of global rows that each rank needs; gradients return and are added."""
     if type(x) is not PatchTensor:
         x = in_order(x)
     rows, name = x.row_layout, x.comm.name
-    return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), channels_last)
+    return fetch_rows(x.local, rows.dim, rows.bounds, needs, name, op_name(func), False)
 
 
 def unmerge_blocks(x: PatchTensor) -> PatchTensor:
@@ -130,14 +128,6 @@ def gather_partial(x: PatchTensor, func: Any) -> Tensor:
 def whole_operand(tensor: Tensor, like: PatchTensor, func: Any) -> Tensor:
     """All of an operand that this rank's rows are combined with; its gradient is summed over ranks."""
     return gather_partial(tensor, func) if isinstance(tensor, PatchTensor) else replicated_operand(tensor, like)
-
-
-def in_compute_dtype(x: PatchTensor) -> PatchTensor:
-    """In the dtype that autocast convolves in, so that halo rows are sent in it."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.dtype.is_floating_point or x.dtype == torch.float64:
-        return x
-    return wrap(x.local.to(torch.get_autocast_dtype(kind)), x)
 
 
 def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:

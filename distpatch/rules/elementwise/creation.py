@@ -128,8 +128,7 @@ def dropout(
     if alpha:
         result = _own(func(_placed(input.local, input), p, True), input)
     else:
-        keep = _kept_channels(func, input, p) if name in _OF_CHANNELS else _kept_elements(func, input, p)
-        result = input.local * keep * (1 / (1 - p) if p < 1 else 0.0)
+        result = input.local * _kept(func, input, p) * (1 / (1 - p) if p < 1 else 0.0)
     if not (inplace or name.endswith("_")):
         return wrap(result, input)
     input.local.copy_(result)
@@ -137,13 +136,10 @@ def dropout(
 
 
 @torch.no_grad()
-def _kept_elements(func: Any, x: PatchTensor, p: float) -> Tensor:
-    return _own(func(_whole_like(x).fill_(1), p, True) != 0, x)
-
-
-@torch.no_grad()
-def _kept_channels(func: Any, x: PatchTensor, p: float) -> Tensor:
-    """A channel of a sample is dropped as a whole. A sample alone has no batch dim."""
+def _kept(func: Any, x: PatchTensor, p: float) -> Tensor:
+    """Which elements stay, or which channels of a sample, as a whole. A sample alone has no batch dim."""
+    if op_name(func) not in _OF_CHANNELS:
+        return _own(func(_whole_like(x).fill_(1), p, True) != 0, x)
     alone = (op_name(func), x.ndim) in {("dropout1d", 2), ("dropout3d", 4)}
     shape = [n if d < 2 - alone else 1 for d, n in enumerate(x.shape)]
     keep = func(torch.ones(shape, dtype=x.dtype, device=x.device), p, True) != 0

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distpatch.lazy.buffer_reuse import own
-from distpatch.lazy.deferred_ops import defer
+from distpatch.lazy.deferred_ops import OfRows, defer
 from distpatch.lazy.recipe import MOST_HELD, Recipe
 from distpatch.rules.core.executor import deferrable
 from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.op_names import op_name
 
 SMALL_BYTES = 1 << 20  # of a replicated operand, which is copied: it may be written to before it is used
 
-# Floating point in and out, and the same for any rows. Others are computed at once.
-_NAMES = frozenset(
+# One result in its operand's order in memory, floating point in and out, and the same for any rows. Others, such as
+# ``logsigmoid``, are computed at once.
+NAMES = frozenset(
     """
     abs add addcdiv addcmul clamp clamp_max clamp_min clip cos div divide elu celu erf exp expm1 float double half
-    bfloat16 gelu hardsigmoid hardswish hardtanh leaky_relu lerp log log1p logsigmoid maximum minimum mish mul
+    bfloat16 gelu hardsigmoid hardswish hardtanh leaky_relu lerp log log1p maximum minimum mish mul
     multiply neg negative pow reciprocal relu relu6 rsqrt rsub selu sigmoid silu sin softplus softsign sqrt square
     sub subtract tanh true_divide radd rmul truediv rdiv rtruediv
     """.split()
@@ -67,7 +67,7 @@ def defer_pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if (recipe.shape, recipe.dtype) != (lead.recipe.shape, lead.recipe.dtype):
             return None  # torch writes in the dtype that there is, and refuses another shape
         lead.recipe = recipe
-        own(recipe, lead)
+        recipe.belong_to(lead)
         return lead
     return PatchTensor(recipe, lead.row_layout, lead.region)
 
@@ -84,7 +84,7 @@ def _form(func: Any) -> tuple[Any, bool, Any, bool] | None:
     plain = name.strip("_")
     if in_place and name.startswith("__i"):
         plain = plain[1:]
-    if plain not in _NAMES:
+    if plain not in NAMES or func not in RULES:  # somebody's own ``sigmoid`` is not torch's
         return None
     known = _SAME.get(plain, plain)
     if in_place:
@@ -118,27 +118,10 @@ def _recipe(
     if sample is given[places[0]]:  # such as to a dtype that it has
         return parents[0]
     row, shape = lead.row_layout.dim, list(sample.shape)
-    if not isinstance(sample, Tensor) or not sample.dtype.is_floating_point or len(shape) != lead.ndim or shape[row]:
+    if not sample.dtype.is_floating_point:
         return None
     shape[row] = lead.as_recipe.num_rows
     constants = [None if i in places else value for i, value in enumerate(values)]
-
-    def step(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
-        operands = list(constants)
-        for i, part in zip(places, parts):
-            operands[i] = part
-        if has_inplace and places[0] == 0 and any(rows is parts[0] for rows in spare):
-            return func(*operands, **kwargs, inplace=True)
-        if out is not None:
-            for rows in spare:
-                if rows.dtype == sample.dtype and _covers(rows, shape, row):
-                    return out(*operands, **kwargs, out=rows)
-        return func(*operands, **kwargs)
-
+    step = OfRows(func, constants, kwargs, places, has_inplace and places[0] == 0, out, sample, row)
     recipe = defer(op_name(func), parents, step, shape=shape, dtype=sample.dtype)
     return recipe if recipe.held_bytes <= MOST_HELD * recipe.size_bytes else None
-
-
-def _covers(part: Tensor, shape: list[int], row: int) -> bool:
-    """Whether the result has the shape of this part, but for the rows."""
-    return all(n == m for d, (n, m) in enumerate(zip(part.shape, shape)) if d != row)

@@ -35,7 +35,7 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
             alike = False
             break
     if lead is not None:
-        if may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
+        if lead.region.options.lazy and may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
             return later
         if alike and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
             locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]

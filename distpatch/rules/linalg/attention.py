@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +28,27 @@ from distpatch.rules.core.operands import (
     wrap,
 )
 from distpatch.rules.core.registry import rule
-from distpatch.rules.linalg.einsum import contract
 from distpatch.rules.linalg.kept_scores import keeps_scores, planned
-from distpatch.rules.linalg.matmul import batched
+from distpatch.rules.linalg.matmul import batched, contract
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 
 # Without gradients keys and values are gathered for a few heads at a time, and scores, where torch's kernel keeps
 # them, are made for a few queries at a time: no more bytes of either than these.
 GATHER_BYTES = 256 << 20
 SCORE_BYTES = 512 << 20
+
+
+class Call(NamedTuple):
+    """``query``: (..., heads, N, d), ``key``: (..., heads, M, d), ``value``: (..., heads, M, e)."""
+
+    func: Any
+    query: Any
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool = False
 
 
 @rule(F.scaled_dot_product_attention, any_order=True, of_many_kernels=True)
@@ -51,10 +63,9 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """``query``: (..., heads, N, d), ``key``: (..., heads, M, d), ``value``: (..., heads, M, e)."""
-    options = {"scale": scale, "enable_gqa": enable_gqa}
     if not any(isinstance(t, PatchTensor) for t in (query, key, value)):  # a sharded mask alone
-        return func(query, key, value, gather_replicated(attn_mask), dropout_p, is_causal, **options)  # type: ignore[arg-type]
+        more = {"scale": scale, "enable_gqa": enable_gqa}
+        return func(query, key, value, gather_replicated(attn_mask), dropout_p, is_causal, **more)  # type: ignore[arg-type]
     if dropout_p > 0:
         return NotImplemented
     if is_causal and attn_mask is not None:
@@ -64,9 +75,10 @@ def attention(
         queries: Any = query
         for _ in range(max(key.ndim, value.ndim) - query.ndim):  # the result has as many batch dims as the keys
             queries = queries.unsqueeze(0)
-        return _by_rows(func, queries, key, value, attn_mask, is_causal, options)
+        return _by_rows(Call(func, queries, key, value, attn_mask, is_causal, scale, enable_gqa))
+    call = Call(func, query, key, value, attn_mask, is_causal, scale)
     if enable_gqa:
-        return _by_groups(func, query, key, value, attn_mask, is_causal, scale)
+        return _by_groups(call)
     operands = [query, key, value, *([] if attn_mask is None else [attn_mask])]
     kinds = (("n", "d"), ("m", "d"), ("m", "e"), ("n", "m"))
     labels = [batched(t, *kind) for t, kind in zip(operands, kinds)]
@@ -83,7 +95,7 @@ def attention(
     lead = next(t for t in (query, key, value) if isinstance(t, PatchTensor))
     dtype = autocast(lead, partial(_one, func)).dtype
     with torch.autocast(query.device.type, enabled=False):
-        return _by_parts(query, key, value, attn_mask, is_causal, scale).to(dtype)
+        return _by_parts(call).to(dtype)
 
 
 def _some(t: Tensor) -> Tensor:
@@ -98,16 +110,9 @@ def _one(func: Any, number: Tensor) -> Tensor:
     return func(*[number.view(1, 1)] * 3)
 
 
-def _by_groups(
-    func: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> Tensor:
+def _by_groups(call: Call) -> Tensor:
     """Grouped queries as a dim of their own, over which the keys' heads are repeated."""
+    func, query, key, value, mask, is_causal, scale, _ = call
     heads = key.shape[-3]
     group = query.shape[-3] // heads
     if mask is not None and mask.ndim > 2:
@@ -117,13 +122,12 @@ def _by_groups(
     return result.flatten(-4, -3)
 
 
-def _by_parts(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
-) -> Tensor:
+def _by_parts(call: Call) -> Tensor:
     """Every rank's keys on their own, where they stay: scores, their softmax and sums merge over ranks."""
-    query, key, value = (t.to(precise(t.dtype)) for t in (query, key, value))
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
-    if is_causal:
+    query, key, value = (t.to(precise(t.dtype)) for t in (call.query, call.key, call.value))
+    scores = (query * (query.shape[-1] ** -0.5 if call.scale is None else call.scale)) @ key.transpose(-1, -2)
+    mask = call.mask
+    if call.is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if mask is None:
         return scores.softmax(-1) @ value
@@ -133,22 +137,16 @@ def _by_parts(
     return (weights @ value).masked_fill(blind, 0.0)
 
 
-def _by_rows(
-    func: Any,
-    query: PatchTensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    options: dict[str, Any],
-) -> PatchTensor:
+def _by_rows(call: Call) -> PatchTensor:
     """Queries stay; a few heads' keys and values at a time where all would be too many."""
+    func, query, key, value, mask, *_ = call
     if torch.is_autocast_enabled(query.device.type):  # gather what will be computed with
         query = autocast(query, partial(_one, func))
         key, value = key.to(query.dtype), value.to(query.dtype)
+        call = call._replace(query=query, key=key, value=value)
     size_bytes = sum(t.numel() * t.element_size() for t in (key, value) if isinstance(t, PatchTensor))
     if size_bytes <= GATHER_BYTES:
-        return wrap(_attend(func, query, key, value, mask, is_causal, options), query)
+        return wrap(_attend(call), query)
     dim, heads = max(enumerate(key.shape[:-2], -key.ndim), key=lambda item: item[1], default=(0, 1))
     alike = query.ndim == key.ndim == value.ndim and query.shape[dim] % heads == 0 and value.shape[dim] == heads
     alike = alike and all(
@@ -156,7 +154,7 @@ def _by_rows(
     )
     steps = min(ceil_div(size_bytes, GATHER_BYTES), heads)
     if steps < 2 or not alike or needs_grad(query, key, value, mask):
-        return wrap(_attend(func, query, key, value, mask, is_causal, options), query)
+        return wrap(_attend(call), query)
     group, at_once = query.shape[dim] // heads, ceil_div(heads, steps)
     out = query.local.new_empty((*query.local.shape[:-1], value.shape[-1]))
     for lo in range(0, heads, at_once):
@@ -165,21 +163,14 @@ def _by_rows(
         def of_queries(t: Any, lo: int = lo * group, count: int = count * group) -> Any:
             return t if t is None or t.ndim < -dim or t.shape[dim] == 1 else t.narrow(dim, lo, count)
 
-        some = key.narrow(dim, lo, count), value.narrow(dim, lo, count), of_queries(mask)
-        of_queries(out).copy_(_attend(func, of_queries(query), *some, is_causal, options))
+        some = of_queries(query), key.narrow(dim, lo, count), value.narrow(dim, lo, count), of_queries(mask)
+        of_queries(out).copy_(_attend(Call(func, *some, *call[5:])))
     return wrap(out, query)
 
 
-def _attend(
-    func: Any,
-    query: PatchTensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    options: dict[str, Any],
-) -> Tensor:
+def _attend(call: Call) -> Tensor:
     """This rank's queries and everybody's keys; a few queries at a time where scores are kept and would be too many."""
+    func, query, key, value, mask, is_causal, scale, grouped = call
     mask = None if mask is None else _mask_rows(mask, query, func)
     key, value = _all_keys(key, value, query, func)
     queries, key, value, *masks = join_gradients([query.local, key, value, *([] if mask is None else [mask])])
@@ -187,7 +178,7 @@ def _attend(
     first = query.own_interval[0] if is_causal else 0
     size_bytes = math.prod(query.shape[:-2]) * key.shape[-2] * 4
     at_once = max(SCORE_BYTES // max(size_bytes, 1), 1)
-    run, grouped = planned(func), bool(options["enable_gqa"])
+    run = partial(planned(func), scale=scale, enable_gqa=grouped)
 
     def attend(rows: Tensor) -> Tensor:
         count = rows.shape[-2]
@@ -201,13 +192,13 @@ def _attend(
         count = rows.shape[-2]
         if not is_causal:
             own = mask if mask is None or mask.shape[-2] == 1 else mask.narrow(-2, start, count)
-            return run(rows, key, value, own, **options)
+            return run(rows, key, value, own)
         seen = min(first + start + count, key.shape[-2])
         keys, values = key.narrow(-2, 0, seen), value.narrow(-2, 0, seen)
         if first + start == 0:
-            return run(rows, keys, values, is_causal=True, **options)
+            return run(rows, keys, values, is_causal=True)
         own = torch.ones(count, seen, dtype=torch.bool, device=rows.device).tril(first + start)
-        return run(rows, keys, values, own, **options)
+        return run(rows, keys, values, own)
 
     return on_some_rows(attend, queries, query.row_layout.dim)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from distpatch.torch_utils.chunk_sizes import kind_of, planned_kind
+from distpatch.torch_utils.chunk_sizes import kind_of, planned_for
 from distpatch.torch_utils.private import FakeTensor, fused_attention
 
 HALF = {torch.float16, torch.bfloat16}
@@ -26,7 +26,7 @@ def keeps_scores(
     kind = kind_of(query.device)
     if kind == "cpu":
         return not _fuses_on_cpu(query, key, value, mask, enable_gqa)
-    if planned_kind() or type(query) is FakeTensor or torch.compiler.is_compiling():
+    if planned_for.kind or type(query) is FakeTensor or torch.compiler.is_compiling():
         return not _fuses_on_cuda(query, key, value, mask, enable_gqa)
     try:
         chosen = fused_attention(query, key, value, mask, 0.0, is_causal, enable_gqa=enable_gqa)
@@ -37,7 +37,7 @@ def keeps_scores(
 
 def planned(func: Any) -> Any:
     """``scaled_dot_product_attention`` as the device runs it that is planned for; ``func`` where none is."""
-    return func if planned_kind() in {None, "cpu"} else _planned
+    return func if planned_for.kind in {None, "cpu"} else _planned
 
 
 def _planned(

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from distpatch.comm.collectives import share_out, stack_ranks
 from distpatch.lazy.row_patches import with_dummy_row
-from distpatch.rules.core.operands import (
-    kept,
-    needs_grad,
-    normalize_dims,
-    on_some_rows,
-    sum_ranks,
-)
+from distpatch.rules.core.operands import kept, needs_grad, normalize_dims, on_some_rows, sum_ranks
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.rules.reductions.reduction import Dims

@@ -44,8 +44,8 @@ def of_elements(func: Any, *args: Any, **kwargs: Any) -> Tensor:
     return _reduced(loss, reduction, len(input) if reduction == "batchmean" else loss.numel())
 
 
-@rule(F.cross_entropy, asks_if_empty=True)
-def cross_entropy(
+@rule(F.cross_entropy, F.nll_loss, asks_if_empty=True)
+def of_classes(
     func: Any,
     input: Tensor,
     target: Tensor,
@@ -56,39 +56,20 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """``input``: (N, C, ...) or (C,); ``target``: classes, or as many probabilities."""
+    """``input``: (N, C, ...) or (C,); ``target``: classes, or for ``cross_entropy`` as many probabilities."""
     if size_average is not None or reduce is not None or (label_smoothing and weight is not None):
         return NotImplemented
     dim = min(input.ndim - 1, 1)
-    logs, classes = torch.log_softmax(input, dim), input.shape[dim]
-    if not target.is_floating_point():
-        loss, weights = _of_classes(logs, target, weight, ignore_index, dim)
-        if label_smoothing:
-            smooth = torch.where(target == ignore_index, 0.0, -logs.sum(dim))
-            loss = loss * (1 - label_smoothing) + smooth * (label_smoothing / classes)
-        return _reduced(loss, reduction, weights.sum())
+    logs, classes = input if func is F.nll_loss else torch.log_softmax(input, dim), input.shape[dim]
+    if func is F.cross_entropy and target.is_floating_point():
+        target = target * (1 - label_smoothing) + label_smoothing / classes if label_smoothing else target
+        logs = logs if weight is None else logs * weight.view(-1, *[1] * (logs.ndim - dim - 1))
+        loss = -(logs * target).sum(dim)
+        return _reduced(loss, reduction, loss.numel())
+    loss, weights = _of_classes(logs, target, weight, ignore_index, dim)
     if label_smoothing:
-        target = target * (1 - label_smoothing) + label_smoothing / classes
-    if weight is not None:
-        logs = logs * _per_class(weight, logs, dim)
-    loss = -(logs * target).sum(dim)
-    return _reduced(loss, reduction, loss.numel())
-
-
-@rule(F.nll_loss, asks_if_empty=True)
-def nll_loss(
-    func: Any,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    if size_average is not None or reduce is not None:
-        return NotImplemented
-    loss, weights = _of_classes(input, target, weight, ignore_index, min(input.ndim - 1, 1))
+        smooth = torch.where(target == ignore_index, 0.0, -logs.sum(dim))
+        loss = loss * (1 - label_smoothing) + smooth * (label_smoothing / classes)
     return _reduced(loss, reduction, weights.sum())
 
 
@@ -98,7 +79,3 @@ def _of_classes(logs: Tensor, target: Tensor, weight: Tensor | None, ignored: in
     chosen = target.where(seen, 0)
     weights = (logs.new_ones(()) if weight is None else weight[chosen]) * seen
     return -logs.gather(dim, chosen.unsqueeze(dim)).squeeze(dim) * weights, weights
-
-
-def _per_class(weight: Tensor, like: Tensor, dim: int) -> Tensor:
-    return weight.view(-1, *[1] * (like.ndim - dim - 1))

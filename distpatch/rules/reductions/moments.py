@@ -19,8 +19,7 @@ from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.deferred_ops import Step
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import rows_now
-from distpatch.profiling.op_costs import representative_chunks
+from distpatch.lazy.row_patches import patches_to_run, rows_now
 from distpatch.rules.core.executor import deferrable, run_rows
 from distpatch.rules.core.operands import needs_grad, wrap
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -49,7 +48,7 @@ def moments(
     rows = local.shape[along]
     intervals = _intervals(rows, rows if whole else sizes.statistics_bytes // max(rows_bytes, 1))
     counts, means, m2s = [], [], []
-    for lo, hi in representative_chunks(intervals):
+    for lo, hi in patches_to_run(intervals):
         chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
         count = math.prod(chunk.shape[d] for d in dims)
         counts.append(count)

@@ -11,14 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
-from distpatch.rules.core.operands import (
-    along_rows,
-    autocast,
-    beside_rows,
-    precise,
-    replicated_operand,
-    wrap,
-)
+from distpatch.rules.core.operands import along_rows, autocast, beside_rows, precise, replicated_operand, wrap
 from distpatch.rules.core.registry import R, named, rule
 from distpatch.rules.reductions.moments import Norm, normalize, normalize_rows
 from distpatch.tensor.patch_tensor import PatchTensor, RowCopy, gather_replicated
@@ -179,45 +172,35 @@ def builtin_norm(func: Any, input: PatchTensor, weight: Any, bias: Any, mean: An
     return getattr(F, op_name(func))(input, mean, var, weight, bias, *args[:3])
 
 
-@norm_rule(*named("layer_norm"))
-def layer_norm(
-    func: Any,
-    input: PatchTensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *cudnn: Any,
-) -> Any:
+@norm_rule(*named("layer_norm", "rms_norm"))
+def over_last_dims(func: Any, input: PatchTensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Any:
     first = input.ndim - len(normalized_shape)
     if input.row_layout.dim < first:
-        return _local(func, input, normalized_shape, weight, bias, eps, *cudnn)
+        return _local(func, input, normalized_shape, *args, **kwargs)
     if input.shape[first:] != tuple(normalized_shape):
         return NotImplemented
     input = autocast(input, lambda t: func(t, (1,)))
-    # One group of one channel, in whose place stand the samples.
-    local = input.local.to(precise(input.dtype))
+    of = _layer_norm if op_name(func) == "layer_norm" else _rms_norm
+    return of(input, first, *args, **kwargs).to(input.dtype)
+
+
+def _layer_norm(
+    x: PatchTensor, first: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *cudnn: Any
+) -> Tensor:
+    """As a norm of one group of one channel, in whose place stand the samples."""
+    local = x.local.to(precise(x.dtype))
     samples = local.reshape(math.prod(local.shape[:first]), 1, *local.shape[first:])
-    norm = Norm(1, eps, input.row_layout.with_dim(input.row_layout.dim - first + 2), input.comm.name, op_name(func))
-    out: Tensor = wrap(normalize(samples, None, None, norm)[0].view(local.shape), input)
+    norm = Norm(1, eps, x.row_layout.with_dim(x.row_layout.dim - first + 2), x.comm.name, "layer_norm")
+    out: Tensor = wrap(normalize(samples, None, None, norm)[0].view(local.shape), x)
     out = out if weight is None else out * weight
-    return (out if bias is None else out + bias).to(input.dtype)
+    return out if bias is None else out + bias
 
 
-@norm_rule(*named("rms_norm"))
-def rms_norm(
-    func: Any, input: PatchTensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-) -> Any:
-    first = input.ndim - len(normalized_shape)
-    if input.row_layout.dim < first:
-        return _local(func, input, normalized_shape, weight, eps)
-    if input.shape[first:] != tuple(normalized_shape):
-        return NotImplemented
-    input = autocast(input, lambda t: func(t, (1,)))
-    x = input.to(precise(input.dtype))
+def _rms_norm(x: Tensor, first: int, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    x = x.to(precise(x.dtype))
     mean_square = x.square().mean(tuple(range(first, x.ndim)), keepdim=True)
     out = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if eps is None else eps))
-    return (out if weight is None else out * weight).to(input.dtype)
+    return out if weight is None else out * weight
 
 
 @rule(F.local_response_norm)

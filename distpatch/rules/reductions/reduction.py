@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,15 +11,7 @@ from torch import Tensor
 
 from distpatch.comm.collectives import stack_ranks
 from distpatch.lazy.row_patches import with_dummy_row
-from distpatch.rules.core.operands import (
-    autocast,
-    kept,
-    needs_grad,
-    normalize_dims,
-    on_some_rows,
-    precise,
-    sum_ranks,
-)
+from distpatch.rules.core.operands import autocast, kept, needs_grad, normalize_dims, on_some_rows, precise, sum_ranks
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.reductions.moments import merge_ranks, moments
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -40,25 +31,6 @@ def _added(add: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return partial
 
 
-def _multiplied(rows: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
-    return rows.prod() if len(dims) == rows.ndim else rows.prod(dims[0], keepdim)
-
-
-@dataclass(frozen=True)
-class Reduce:
-    """A reduction over the rows: ``partial(rows, dims, keepdim)`` of each rank's own, merged over ranks.
-
-    ``finish(merged, rows, count)``: the result, of the merged value, the rank's rows and how many elements were
-    reduced. ``casts``: autocast has a word on its dtype. ``keeps``: it takes ``keepdim``.
-    """
-
-    partial: Callable[..., Tensor]
-    merge: str = "sum"
-    finish: Callable[[Tensor, Tensor, Any], Tensor] = lambda merged, rows, count: merged
-    casts: bool = False
-    keeps: bool = True
-
-
 def _in_dtype(merged: Tensor, rows: Tensor, count: Any = 1) -> Tensor:
     return merged.to(rows.dtype) if rows.dtype.is_floating_point else merged
 
@@ -71,40 +43,55 @@ def _of_truth(found: Tensor, rows: Tensor) -> Tensor:
     return found.to(torch.uint8) if rows.dtype == torch.uint8 else found
 
 
-REDUCTIONS = {
-    "sum": Reduce(_added(torch.sum), finish=_in_dtype, casts=True),
-    "nansum": Reduce(_added(torch.nansum), finish=_in_dtype, casts=True),
-    "mean": Reduce(_added(torch.sum), finish=_averaged, casts=True),
-    "nanmean": Reduce(_added(torch.nansum), finish=_averaged, casts=True),
-    "any": Reduce(lambda rows, *at: (rows != 0).sum(*at), finish=lambda n, rows, _: _of_truth(n > 0, rows)),
-    "all": Reduce(lambda rows, *at: (rows == 0).sum(*at), finish=lambda n, rows, _: _of_truth(n == 0, rows)),
-    "count_nonzero": Reduce(lambda rows, dims, _: rows.count_nonzero(dims), keeps=False),
-    "prod": Reduce(_multiplied, merge="prod"),
+# What each rank makes of its rows, ``(rows, dims, keepdim)``; and the result, of what these add up to, the rank's rows
+# and how many elements were reduced.
+_SUMS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor, Any], Tensor]]] = {
+    "sum": (_added(torch.sum), _in_dtype),
+    "nansum": (_added(torch.nansum), _in_dtype),
+    "mean": (_added(torch.sum), _averaged),
+    "nanmean": (_added(torch.nansum), _averaged),
+    "any": (lambda rows, *at: (rows != 0).sum(*at), lambda n, rows, _: _of_truth(n > 0, rows)),
+    "all": (lambda rows, *at: (rows == 0).sum(*at), lambda n, rows, _: _of_truth(n == 0, rows)),
 }
 
 
-@rule(*named(*REDUCTIONS), any_order=True)
+@rule(*named(*_SUMS), any_order=True)
 def reduce(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Local where the rows stay; else a rank's own first, which are then merged."""
+    """Local where the rows stay; else a rank's own first, which are then added."""
     if isinstance(dim, torch.dtype):
         dim, dtype = None, dim
     name, dims, kind = op_name(func), normalize_dims(dim, input.ndim), dtype or input.dtype
-    how = REDUCTIONS[name]
+    partial, finish = _SUMS[name]
     averages = name.endswith("mean")
     if input.row_layout.dim not in dims or (averages and not (kind.is_floating_point or kind.is_complex)):
-        at = [dims[0] if name == "prod" else dims, *([keepdim] if how.keeps else [])]
-        return kept(input, func(input.local, *at, **({} if dtype is None else {"dtype": dtype})), dims, keepdim)
-    input = autocast(input, func) if how.casts else input
+        options = {} if dtype is None else {"dtype": dtype}
+        return kept(input, func(input.local, dims, keepdim, **options), dims, keepdim)
+    input = autocast(input, func) if name not in {"any", "all"} else input
     rows = input.local if dtype is None else input.local.to(dtype)
-    partial = how.partial(rows, dims, keepdim)
-    if how.merge == "prod":
-        return how.finish(stack_ranks(partial, input.comm.name, name).prod(0), rows, None)
-    merged, count = sum_ranks(partial, input, func), None
+    merged, count = sum_ranks(partial(rows, dims, keepdim), input, func), None
     if averages:
         count = math.prod(input.shape[d] for d in dims)
         if name == "nanmean":
             count = sum_ranks((~rows.isnan()).sum(dims, keepdim), input, func)
-    return how.finish(merged, rows, count)
+    return finish(merged, rows, count)
+
+
+@rule(*named("count_nonzero"), any_order=True)
+def count_nonzero(func: Any, input: PatchTensor, dim: Dims = None) -> Any:
+    dims = normalize_dims(dim, input.ndim)
+    local = input.local.count_nonzero(dims)
+    return sum_ranks(local, input, func) if input.row_layout.dim in dims else kept(input, local, dims, False)
+
+
+@rule(*named("prod"), any_order=True)
+def product(func: Any, input: PatchTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if isinstance(dim, torch.dtype):
+        dim, dtype = None, dim
+    dims, options = normalize_dims(dim, input.ndim), {} if dtype is None else {"dtype": dtype}
+    local = input.local.prod(**options) if dim is None else input.local.prod(dims[0], keepdim, **options)
+    if input.row_layout.dim not in dims:
+        return kept(input, local, dims, keepdim)
+    return stack_ranks(local, input.comm.name, op_name(func)).prod(0)
 
 
 @rule(*named("var", "std", "var_mean", "std_mean"))

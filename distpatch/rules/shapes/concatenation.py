@@ -122,9 +122,7 @@ def repeat_interleave(
     func: Any, input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
 ) -> Any:
     """Each row so many times; a different number for every row takes the fallback."""
-    if repeats is None:  # the input says how often its places are repeated
-        return NotImplemented
-    if not isinstance(input, PatchTensor) or dim is None:
+    if repeats is None or dim is None or not isinstance(input, PatchTensor):  # no repeats: the input says how many
         return NotImplemented
     at = nth(dim, input.ndim)
     if at != input.row_layout.dim:

@@ -17,8 +17,8 @@ from distpatch.rules.core.fresh_buffers import shard_along, shard_like
 from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.shapes.concatenation import assembled
+from distpatch.rules.shapes.gather_scatter import rows_by_number
 from distpatch.rules.shapes.slicing import slice_dim
-from distpatch.rules.shapes.take_rows import rows_by_number
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.private import FakeTensor
 from distpatch.torch_utils.tree import tensors_in

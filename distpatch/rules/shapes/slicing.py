@@ -96,7 +96,7 @@ def slice_dim(x: Tensor, dim: int, item: slice) -> Tensor:
     return part_of(x, local, RowLayout(dim, bounds), step)
 
 
-@rule(*named("tril", "triu"))
+@rule(*named("tril", "triu", "tril_", "triu_"))
 def triangle(func: Any, input: PatchTensor, diagonal: int = 0) -> Any:
     """The diagonal is where it is in the whole matrix, of which the rank has some rows or columns."""
     if input.row_layout.dim >= input.ndim - 2:
@@ -104,9 +104,3 @@ def triangle(func: Any, input: PatchTensor, diagonal: int = 0) -> Any:
         diagonal += first if input.row_layout.dim == input.ndim - 2 else -first
     result = func(input.local, diagonal)
     return written(input) if result is input.local else wrap(result, input)
-
-
-@rule(*named("tril_", "triu_"))
-def triangle_(func: Any, input: PatchTensor, diagonal: int = 0) -> PatchTensor:
-    triangle(func, input, diagonal)
-    return input

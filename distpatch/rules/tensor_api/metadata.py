@@ -43,35 +43,49 @@ def from_wrapper(func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
+def _on_local(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
+    func(x.local, *args, **kwargs)
+    return x
+
+
+def _stride(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
+    """Strides that the global tensor would have, dense in the memory order of the local rows."""
+    strides = dense_strides(x.shape, dim_order(x)) if x.strides is None else x.strides
+    return strides if dim is None else strides[dim]
+
+
 _ANSWERS: list[tuple[list[Any], Rule]] = [
     ([*named("dim", "ndimension"), *_getters("ndim")], lambda func, x: len(x.shape)),
     (named("numel", "nelement"), lambda func, x: x.shape.numel()),
     (_getters("shape"), lambda func, x: x.shape),
     (_getters("nbytes"), lambda func, x: x.shape.numel() * x.element_size()),
     ([torch.Tensor.size], lambda func, x, dim=None: x.shape if dim is None else x.shape[dim]),
+    ([torch.Tensor.stride], _stride),
     ([torch.Tensor.__len__], lambda func, x: x.shape[0]),
     ([torch.Tensor.__hash__], lambda func, x: id(x)),
+    # What it is, without a word with the other ranks: values are printed of ``distpatch.gather(x)``.
+    ([torch.Tensor.__repr__, torch.Tensor.__format__], lambda func, x, spec="", **_: format(repr(x), spec)),
+    (
+        named("result_type", "promote_types", "can_cast"),
+        lambda func, *args: func(*(x.local if isinstance(x, PatchTensor) else x for x in args)),
+    ),
+    # Autograd's record, and where the rows are, are the local tensor's.
+    (
+        [
+            *_getters("requires_grad", "is_leaf", "retains_grad", "output_nr", "_version", "grad_dtype"),
+            *_getters("_backward_hooks", "_post_accumulate_grad_hooks", "_grad_fn", "volatile"),
+            *named("is_inference", "is_pinned", "is_shared", "is_distributed", "dim_order", "record_stream"),
+            *named("is_coalesced", "sparse_dim", "dense_dim", "qscheme"),
+        ],
+        lambda func, x, *args, **kwargs: func(x.local, *args, **kwargs),
+    ),
+    (
+        [torch.Tensor.requires_grad_, torch.Tensor.retain_grad, torch.Tensor.requires_grad.__set__],  # type: ignore[attr-defined]
+        _on_local,
+    ),
 ]
 for _funcs, _answer in _ANSWERS:
     rule(*_funcs, any_order=True)(_answer)
-
-
-@rule(torch.Tensor.__repr__, torch.Tensor.__format__, any_order=True)
-def text(func: Any, x: PatchTensor, spec: str = "", **kwargs: Any) -> str:
-    """What it is, without a word with the other ranks: values are printed of ``distpatch.gather(x)``."""
-    return format(repr(x), spec)
-
-
-# Autograd's record, and where the rows are, are the local tensor's.
-@rule(
-    *_getters("requires_grad", "is_leaf", "retains_grad", "output_nr", "_version", "grad_dtype"),
-    *_getters("_backward_hooks", "_post_accumulate_grad_hooks", "_grad_fn", "volatile"),
-    *named("is_inference", "is_pinned", "is_shared", "is_distributed", "dim_order", "record_stream"),
-    *named("is_coalesced", "sparse_dim", "dense_dim", "qscheme"),
-    any_order=True,
-)
-def from_local(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> Any:
-    return func(x.local, *args, **kwargs)
 
 
 @rule(*_getters("data"), any_order=True, view=True)
@@ -89,17 +103,6 @@ def set_part(func: Any, x: PatchTensor, value: Tensor | None) -> None:
             f"{x!r}: a sharded tensor keeps its shape and dtype"
         )
     func(x.local, None if value is None else local_rows_of(value.detach(), x, x.row_layout.dim - x.ndim, func))
-
-
-@rule(torch.Tensor.requires_grad_, torch.Tensor.retain_grad, any_order=True)
-def on_local(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
-    func(x.local, *args, **kwargs)
-    return x
-
-
-@rule(torch.Tensor.requires_grad.__set__, any_order=True)  # type: ignore[attr-defined]
-def set_requires_grad(func: Any, x: PatchTensor, value: bool) -> None:
-    x.local.requires_grad_(value)
 
 
 @rule(*named("cpu", "cuda", "xpu", "mtia", "ipu", "type", "to_dense", "pin_memory"), any_order=True)
@@ -160,18 +163,6 @@ def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format
         return input
     result = wrap(local, input)
     return copied(result, input, func, lambda: input.copy_(result))
-
-
-@rule(torch.Tensor.stride, any_order=True)
-def stride(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
-    """Strides that the global tensor would have, dense in the memory order of the local rows."""
-    strides = dense_strides(x.shape, dim_order(x)) if x.strides is None else x.strides
-    return strides if dim is None else strides[dim]
-
-
-@rule(*named("result_type", "promote_types", "can_cast"), any_order=True)
-def promotion(func: Any, *args: Any) -> Any:
-    return func(*(a.local if isinstance(a, PatchTensor) else a for a in args))
 
 
 @rule(

@@ -20,7 +20,7 @@ from distpatch.layout.stencil import AreaStencil
 from distpatch.layout.transfers import plan_stencil
 from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.halo import run_stencil, spatial_dims
-from distpatch.rules.core.operands import on_some_rows, per_dim, precise, sum_ranks, wrap
+from distpatch.rules.core.operands import beside_rows, on_some_rows, per_dim, precise, sum_ranks, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.windows.filters import averaged
 from distpatch.rules.windows.pooling import global_indices
@@ -36,7 +36,7 @@ def adaptive_avg_pool(func: Any, input: PatchTensor, output_size: Sizes) -> Any:
     sizes, axis, parts = _parts(func, input, output_size)
     dim, dtype = input.row_layout.dim, input.dtype
     if axis < 0:
-        return wrap(on_some_rows(lambda rows: func(rows, sizes), input.local, dim), input)
+        return beside_rows(func, input, sizes)
 
     def pool(rows: Tensor, rows_out: int) -> Tensor:
         """Of one pixel torch takes the mean, which has other derivatives: never of what one rank alone may have."""

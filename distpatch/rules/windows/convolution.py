@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.layout.stencil import WindowStencil
-from distpatch.rules.core.halo import Weights, batched, convolved, paddings, run_windows
+from distpatch.rules.core.halo import Weights, batched, carry_out, convolved, fixed, given, paddings
 from distpatch.rules.core.operands import per_dim
 from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.window_plan import Given, WindowPlan, plan_windows
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.torch_utils.op_names import op_name
 
 Sizes = int | Sequence[int]
 
@@ -33,31 +37,44 @@ def convolution(
         bias = None if bias is None else gather_replicated(bias)
         return func(input, gather_replicated(weight), bias, stride, padding, dilation, groups)
     input, weight, bias = convolved(func, input, weight, bias)
-    kernel, spatial = weight.shape[2:], weight.ndim - 2
-    axis, strides, dilations = input.row_layout.dim - 2, per_dim(stride, spatial), per_dim(dilation, spatial)
-    before, after = _paddings(padding, kernel, dilations, strides)
-    if before != after:
-        input, after = _pad_far_side(input, axis, before, after)
-    windows = [WindowStencil(*numbers) for numbers in zip(kernel, strides, before, after, dilations, strict=True)]
+    stride, padding, dilation = fixed(stride), fixed(padding), fixed(dilation)
+    call = _plan(op_name(func), given(input, weight), stride, padding, dilation, groups)
+    if call.far_side is not None:
+        input = cast(PatchTensor, F.pad(input, call.far_side))
+    windows, axis = call.windows, call.plan.axis
 
     def conv(rows: Tensor, start: int, lo: int, hi: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-        pads = paddings(windows, axis, start, lo)
-        result: Tensor = func(rows, weight, bias, strides, pads, dilations, groups)
+        result: Tensor = func(rows, weight, bias, stride, paddings(windows, axis, start, lo), dilation, groups)
         return result
 
-    fit = weight.shape[1] * groups == input.shape[1] and weight.shape[0] % groups == 0
-    weights = Weights(weight, bias, weight.shape[0], fit)
-    return run_windows(func, input, windows, conv, pads=True, weights=weights)
+    return carry_out(call.plan, func, input, conv, weights=Weights(weight, bias))
 
 
-def _pad_far_side(
-    x: PatchTensor, axis: int, before: Sequence[int], after: Sequence[int]
-) -> tuple[PatchTensor, tuple[int, ...]]:
-    """ "same" with an even kernel: one more on the far side, of all dims but the rows."""
+class _Plan(NamedTuple):
+    """``far_side``: what "same" with an even kernel adds behind, as ``F.pad`` takes it, in all dims but the rows."""
+
+    windows: tuple[WindowStencil, ...]
+    far_side: list[int] | None
+    plan: WindowPlan
+
+
+@lru_cache(maxsize=4096)
+def _plan(op: str, given: Given, stride: Sizes, padding: Sizes | str, dilation: Sizes, groups: int) -> _Plan:
+    weight, kernel, spatial = given.weight, given.weight[2:], len(given.weight) - 2
+    axis, strides, dilations = given.layout.dim - 2, per_dim(stride, spatial), per_dim(dilation, spatial)
+    before, after = _paddings(padding, kernel, dilations, strides)
     more = [0 if d == axis else stop - start for d, (start, stop) in enumerate(zip(before, after))]
+    windows = tuple(
+        WindowStencil(k, s, start, stop - extra, d)
+        for k, s, start, stop, extra, d in zip(kernel, strides, before, after, more, dilations, strict=True)
+    )
+    far_side = None
     if any(more):
-        x = cast(PatchTensor, F.pad(x, [n for extra in reversed(more) for n in (0, extra)]))
-    return x, tuple(stop - extra for stop, extra in zip(after, more))
+        far_side = [n for extra in reversed(more) for n in (0, extra)]
+        sizes = [size + extra for size, extra in zip(given.shape[2:], more)]
+        given = given._replace(shape=torch.Size([*given.shape[:2], *sizes]))
+    fit = weight[1] * groups == given.shape[1] and weight[0] % groups == 0
+    return _Plan(windows, far_side, plan_windows(op, given, windows, pads=True, channels=weight[0], fit=fit))
 
 
 def _paddings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from distpatch.errors import LayoutError
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.layout.transfers import plan_rank
-from distpatch.rules.core.halo import paddings, run_windows, spatial_dims
+from distpatch.rules.core.halo import fixed, paddings, run_windows, spatial_dims
 from distpatch.rules.core.operands import gather_partial, per_dim, precise, redistribute, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
@@ -33,7 +34,9 @@ def max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    windows, axis, dim = _windows(func, input, kernel_size, stride, padding, dilation, ceil_mode)
+    windows, axis, dim = _windows(
+        func, input, kernel_size, stride or kernel_size, padding, dilation, ceil_mode=ceil_mode
+    )
     return_indices |= op_name(func).endswith("indices")
     plain, strides = getattr(F, f"max_pool{len(windows)}d"), [window.stride for window in windows]
 
@@ -70,7 +73,7 @@ def avg_pool(
     divisor_override: int | None = None,
 ) -> Any:
     """Each mean is over a whole window, then corrected for the rows of it that should not count."""
-    windows, axis, dim = _windows(func, input, kernel_size, stride, padding, 1, ceil_mode)
+    windows, axis, dim = _windows(func, input, kernel_size, stride or kernel_size, padding, 1, ceil_mode=ceil_mode)
     strides, window = [each.stride for each in windows], windows[max(axis, 0)]
     how = (ceil_mode, count_include_pad, *([divisor_override] if len(windows) > 1 else []))
     outside = window.before if count_include_pad else 0
@@ -104,7 +107,7 @@ def max_unpool(
     values, and keeps those of its rows. The output, which is larger, is not gathered."""
     spatial, dim = spatial_dims(func), input.row_layout.dim
     axis = dim - input.ndim + spatial
-    kernel, strides, pads = (per_dim(n, spatial) for n in (kernel_size, stride or kernel_size, padding))
+    kernel, strides, pads = (per_dim(fixed(n), spatial) for n in (kernel_size, stride or kernel_size, padding))
     sizes = F._unpool_output_size(input, kernel, strides, pads, output_size)[-spatial:]  # type: ignore[attr-defined]
     if not isinstance(indices, PatchTensor):
         indices = shard_in(input.region, indices, input.row_layout)
@@ -140,22 +143,21 @@ def global_indices(indices: Tensor, rows: Tensor, dim: int, start: int, image: P
     return (indices // (inner * rows.shape[dim]) * image.row_layout.size + row) * inner + indices % inner
 
 
-def _windows(
-    func: Any,
-    x: PatchTensor,
-    kernel: Sizes,
-    stride: Sizes | None,
-    padding: Sizes,
-    dilation: Sizes,
-    ceil_mode: bool,
-) -> tuple[list[WindowStencil], int, int]:
+def _windows(func: Any, x: PatchTensor, *numbers: Any, ceil_mode: bool) -> tuple[tuple[WindowStencil, ...], int, int]:
     """One a spatial dim; which of these is sharded (below 0: none), and the sharded dim."""
-    spatial, dim = spatial_dims(func), x.row_layout.dim
-    numbers = [per_dim(n, spatial) for n in (kernel, stride or kernel, padding, dilation)]
-    windows = [WindowStencil(k, s, p, p, d, ceil_mode) for k, s, p, d in zip(*numbers, strict=True)]
+    windows = _stencils(func, x.shape, *map(fixed, numbers), ceil_mode)
+    return windows, x.row_layout.dim - x.ndim + len(windows), x.row_layout.dim
+
+
+@lru_cache(maxsize=4096)
+def _stencils(
+    func: Any, shape: torch.Size, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool
+) -> tuple[WindowStencil, ...]:
+    numbers = [per_dim(n, spatial_dims(func)) for n in (kernel, stride, padding, dilation)]
+    windows = tuple(WindowStencil(k, s, p, p, d, ceil_mode) for k, s, p, d in zip(*numbers, strict=True))
     if any(2 * window.before > window.span for window in windows):
         raise LayoutError(
-            f"{op_name(func)}: an input of shape {tuple(x.shape)} with kernel {kernel}, padding {padding} and dilation "
+            f"{op_name(func)}: an input of shape {tuple(shape)} with kernel {kernel}, padding {padding} and dilation "
             f"{dilation}: padding may be at most half of the (dilated) kernel"
         )
-    return windows, dim - x.ndim + spatial, dim
+    return windows

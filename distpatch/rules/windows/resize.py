@@ -15,7 +15,7 @@ from torch import Tensor
 from distpatch.layout.stencil import FilterStencil, Interval, NearestStencil, ceil_div
 from distpatch.rules.core.executor import run_rows
 from distpatch.rules.core.halo import run_stencil
-from distpatch.rules.core.operands import needs_grad, on_some_rows, per_dim, precise, wrap
+from distpatch.rules.core.operands import beside_rows, needs_grad, per_dim, precise, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.windows.filters import FILTERS, enlarged, filtered
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -37,8 +37,7 @@ def interpolate(
     how = (mode, align_corners, recompute_scale_factor, antialias)
     spatial, axis, shape = input.ndim - 2, input.row_layout.dim - 2, input.shape[2:]
     if axis < 0:  # whole images, or whole channels
-        local = on_some_rows(lambda part: func(part, size, scale_factor, *how), input.local, input.row_layout.dim)
-        return wrap(local, input)
+        return beside_rows(func, input, size, scale_factor, *how)
     nearest, smooth = mode.startswith("nearest"), (mode, spatial, antialias) in FILTERS
     factors = None if scale_factor is None else per_dim(scale_factor, spatial)
     if factors is None:
@@ -125,18 +124,15 @@ def _smooth(x: PatchTensor, resize: Resize) -> PatchTensor:
     corners = bool(resize.align_corners) and not antialias  # with antialias it sets the scale alone
     stencil = FilterStencil(rows_in, rows_out, scale, reach, corners)
 
-    def columns(x: PatchTensor) -> PatchTensor:
-        return wrap(on_some_rows(resize, x.local, x.row_layout.dim), x)
-
     def rows(x: PatchTensor) -> PatchTensor:
         return filtered(x, stencil, filter, antialias, resize.func)
 
     if rows_in == rows_out:
-        return columns(x)
+        return beside_rows(resize, x)
     if times * scale == 1 and times.bit_count() == 1 and not (antialias or corners):
         return enlarged(x, stencil, times, lambda part: resize(part, times), resize.func)
     if math.prod(resize.sizes) * rows_in < math.prod(x.shape[2:]) * rows_out:
-        resized = rows(columns(wrap(x.local.to(precise(x.dtype)), x)))
+        resized = rows(beside_rows(resize, wrap(x.local.to(precise(x.dtype)), x)))
     else:
-        resized = columns(rows(x))
+        resized = beside_rows(resize, rows(x))
     return wrap(resized.local.to(x.dtype), resized)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from distpatch.errors import LayoutError
 from distpatch.layout.stencil import TransposedStencil
 from distpatch.lazy.row_patches import with_dummy_row
-from distpatch.rules.core.halo import Weights, batched, convolved, run_windows
+from distpatch.rules.core.halo import Weights, batched, carry_out, convolved, fixed, given
 from distpatch.rules.core.operands import per_dim
 from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.window_plan import Given, WindowPlan, plan_windows
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
@@ -38,26 +40,35 @@ def transposed_convolution(
         bias = None if bias is None else gather_replicated(bias)
         return func(input, gather_replicated(weight), bias, stride, padding, output_padding, groups, dilation)
     input, weight, bias = convolved(func, input, weight, bias)
-    axis, spatial = max(input.row_layout.dim - 2, 0), weight.ndim - 2
-    strides, pads, extras, dilations = (per_dim(n, spatial) for n in (stride, padding, output_padding, dilation))
-    if any(e >= max(s, d) for e, s, d in zip(extras, strides, dilations, strict=True)):
-        raise LayoutError(
-            f"{op_name(func)}: output_padding {output_padding} must be smaller than the stride {stride} or the "
-            f"dilation {dilation}, for an input of shape {tuple(input.shape)}"
-        )
-    numbers = zip(weight.shape[2:], strides, pads, dilations, extras, strict=True)
-    windows = [TransposedStencil(*each) for each in numbers]
+    stride, padding, dilation, extra = fixed(stride), fixed(padding), fixed(dilation), fixed(output_padding)
+    windows, plan = _plan(op_name(func), given(input, weight), groups, stride, padding, dilation, extra)
+    axis = max(plan.axis, 0)
 
     def kernel(rows: Tensor, start: int, lo: int, hi: int, weight: Tensor, bias: Tensor | None) -> Tensor:
         def write(rows: Tensor, cut: int, more: int) -> Tensor:
-            cuts = [cut if d == axis else pad for d, pad in enumerate(pads)]
-            adds = [more if d == axis else extra for d, extra in enumerate(extras)]
-            result: Tensor = func(rows, weight, bias, strides, cuts, adds, groups, dilations)
+            cuts = [cut if d == axis else window.before for d, window in enumerate(windows)]
+            adds = [more if d == axis else window.extra for d, window in enumerate(windows)]
+            result: Tensor = func(rows, weight, bias, stride, cuts, adds, groups, dilation)
             return result
 
         return written(write, windows[axis], rows, axis + 2, start, lo, hi)
 
-    return run_windows(func, input, windows, kernel, weights=Weights(weight, bias, weight.shape[1] * groups, False))
+    return carry_out(plan, func, input, kernel, weights=Weights(weight, bias))
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    op: str, given: Given, groups: int, stride: Sizes, padding: Sizes, dilation: Sizes, output_padding: Sizes
+) -> tuple[tuple[TransposedStencil, ...], WindowPlan]:
+    kernel = given.weight[2:]
+    numbers = [per_dim(n, len(kernel)) for n in (stride, padding, dilation, output_padding)]
+    windows = tuple(TransposedStencil(*each) for each in zip(kernel, *numbers, strict=True))
+    if any(window.extra >= max(window.stride, window.dilation) for window in windows):
+        raise LayoutError(
+            f"{op}: output_padding {output_padding} must be smaller than the stride {stride} or the "
+            f"dilation {dilation}, for an input of shape {tuple(given.shape)}"
+        )
+    return windows, plan_windows(op, given, windows, channels=given.weight[1] * groups)
 
 
 def written(write: Write, stencil: TransposedStencil, rows: Tensor, dim: int, start: int, lo: int, hi: int) -> Tensor:

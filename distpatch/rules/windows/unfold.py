@@ -15,8 +15,8 @@ from distpatch.errors import LayoutError
 from distpatch.layout.rows import RowLayout, aligned_bounds, even_bounds
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.rules.core.aliasing import copied
-from distpatch.rules.core.halo import batched, paddings, run_stencil, run_windows
-from distpatch.rules.core.operands import on_some_rows, per_dim, redistribute, wrap
+from distpatch.rules.core.halo import batched, fixed, paddings, run_stencil, run_windows
+from distpatch.rules.core.operands import beside_rows, on_some_rows, per_dim, redistribute, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.rules.windows.transposed import written
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -36,7 +36,7 @@ def unfold(
     stride: Sizes = 1,
 ) -> Any:
     """(N, C, H, W) to (N, C * window, L): L counts the windows row by row, so it is sharded as the rows are."""
-    kernel, dilations, pads, strides = (per_dim(n, 2) for n in (kernel_size, dilation, padding, stride))
+    kernel, dilations, pads, strides = (per_dim(fixed(n), 2) for n in (kernel_size, dilation, padding, stride))
     if input.row_layout.dim < 2:  # whole images, or channels, which stay one after the other
         local = on_some_rows(
             lambda rows: func(rows, kernel, dilations, pads, strides), input.local, input.row_layout.dim
@@ -67,7 +67,7 @@ def fold(
 ) -> Any:
     """(N, C * window, L) to (N, C, H, W): each row sums what the windows over it hold for it."""
     size, kernel, dilations, pads, strides = (
-        per_dim(n, 2) for n in (output_size, kernel_size, dilation, padding, stride)
+        per_dim(fixed(n), 2) for n in (output_size, kernel_size, dilation, padding, stride)
     )
     if input.row_layout.dim < 2:
         pixels = kernel[0] * kernel[1] if input.row_layout.dim == 1 else 1
@@ -99,26 +99,21 @@ def windows_of_dim(func: Any, input: PatchTensor, dimension: int, size: int, ste
     if at != input.row_layout.dim:
         return wrap(input.local.unfold(at, size, step), input)
     stencil = WindowStencil(size, step)
-    _check(func, input, [stencil.out_rows(input.row_layout.size)])
+    if stencil.out_rows(input.row_layout.size) < 1:
+        raise LayoutError(f"{op_name(func)}: an input of shape {tuple(input.shape)} has no room for a window")
     windows = run_stencil(func, input, stencil, lambda rows, start, lo, hi: rows.unfold(at, size, step), view=True)
     return copied(windows, input, func)
 
 
-@rule(*named("pixel_shuffle"), asks_if_empty=True)
-def pixel_shuffle(func: Any, input: PatchTensor, upscale_factor: int) -> PatchTensor:
-    """(*, C * r * r, H, W) to (*, C, H * r, W * r); r * r channels that become one go to one rank."""
-    times, unit = _shuffled(input, upscale_factor)
+@rule(*named("pixel_shuffle", "pixel_unshuffle"), asks_if_empty=True)
+def pixel_shuffle(func: Any, input: PatchTensor, factor: int) -> PatchTensor:
+    """(*, C * r * r, H, W) to (*, C, H * r, W * r), or back; rows or channels that become one go to one rank."""
+    kinds = {input.ndim - 3: (1, factor * factor), input.ndim - 2: (factor, 1), input.ndim - 1: (factor, 1)}
+    times, unit = kinds.get(input.row_layout.dim, (1, 1))  # how many rows become how many: (out, in)
+    if op_name(func) == "pixel_unshuffle":
+        times, unit = unit, times
     x = _aligned(input, unit, func)
-    local = on_some_rows(lambda rows: func(rows, upscale_factor), x.local, x.row_layout.dim, unit)
-    return _repeated(x, local, times, unit)
-
-
-@rule(*named("pixel_unshuffle"), asks_if_empty=True)
-def pixel_unshuffle(func: Any, input: PatchTensor, downscale_factor: int) -> PatchTensor:
-    """The inverse; r rows that become one go to one rank."""
-    unit, times = _shuffled(input, downscale_factor)
-    x = _aligned(input, unit, func)
-    local = on_some_rows(lambda rows: func(rows, downscale_factor), x.local, x.row_layout.dim, unit)
+    local = on_some_rows(lambda rows: func(rows, factor), x.local, x.row_layout.dim, unit)
     return _repeated(x, local, times, unit)
 
 
@@ -126,13 +121,7 @@ def pixel_unshuffle(func: Any, input: PatchTensor, downscale_factor: int) -> Pat
 def channel_shuffle(func: Any, input: PatchTensor, groups: int) -> Any:
     if input.row_layout.dim == 1:
         return NotImplemented
-    return wrap(on_some_rows(lambda rows: func(rows, groups), input.local, input.row_layout.dim), input)
-
-
-def _shuffled(x: PatchTensor, factor: int) -> tuple[int, int]:
-    """How many rows become how many in a pixel shuffle: (out, in)."""
-    kinds = {x.ndim - 3: (1, factor * factor), x.ndim - 2: (factor, 1), x.ndim - 1: (factor, 1)}
-    return kinds.get(x.row_layout.dim, (1, 1))
+    return beside_rows(func, input, groups)
 
 
 def _aligned(x: PatchTensor, unit: int, func: Any) -> PatchTensor:
@@ -148,11 +137,3 @@ def _aligned(x: PatchTensor, unit: int, func: Any) -> PatchTensor:
 def _repeated(x: PatchTensor, local: Tensor, times: int, unit: int = 1) -> PatchTensor:
     """Every ``unit`` rows of ``x`` have become ``times``."""
     return wrap(local, x, x.row_layout.with_bounds(tuple(bound // unit * times for bound in x.row_layout.bounds)))
-
-
-def _check(func: Any, x: PatchTensor, sizes: Sequence[int]) -> None:
-    if min(sizes) < 1:
-        raise LayoutError(
-            f"{op_name(func)}: an input of shape {tuple(x.shape)} has no room for a window: there would be "
-            f"{list(sizes)} of them"
-        )

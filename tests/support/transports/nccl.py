@@ -35,7 +35,6 @@ LATE_S = 2e-3  # after which a batch is sent that nobody waits for
 LOOK_S = 0.01
 TAG = 0
 
-is_on = False  # the suite runs so
 _until_the_end = contextlib.ExitStack()
 _garbage = threading.local()  # a generator a thread: the default one is the model's
 
@@ -186,8 +185,6 @@ def simulated(pg: dist.ProcessGroup, device: torch.device) -> Transport:
 
 def apply() -> None:
     """In this process, until it ends."""
-    global is_on
-    is_on = True
     _until_the_end.enter_context(using(maybe(simulated)))
 
 

@@ -10,7 +10,7 @@ import contextlib
 import torch
 import torch.distributed as dist
 
-from distpatch.comm.choose_transport import Factory, using
+from distpatch.comm.choose_transport import Factory, between, factory, using
 from distpatch.comm.point_to_point import PointToPoint
 from distpatch.comm.staged import Staged
 from distpatch.comm.transport import Transport
@@ -29,6 +29,11 @@ def apply() -> None:
 def staged(pg: dist.ProcessGroup, device: torch.device) -> Transport:
     """To be used instead of ``choose_transport.between``."""
     return Staged(PointToPoint(pg))
+
+
+def is_usual() -> bool:
+    """Whether no test has put a transport in the place of the suite's."""
+    return factory() is (staged if _is_on else between)
 
 
 def maybe(make: Factory) -> Factory:

@@ -1,6 +1,6 @@
 """What becomes of every torch function that meets a sharded tensor, read off the table of rules.
 
-``python -m distpatch.rules.coverage > docs/coverage.md`` writes the table; a test compares it with the file.
+``python docs/coverage.py > docs/coverage.md`` writes the table (``make coverage``); a test compares it with the file.
 """
 
 from __future__ import annotations
@@ -98,8 +98,7 @@ def table() -> str:
     lines = [
         "# Coverage",
         "",
-        "Made by `python -m distpatch.rules.coverage > docs/coverage.md` (`make coverage`) "
-        "from the table of rules, for",
+        "Made by `python docs/coverage.py > docs/coverage.md` (`make coverage`) from the table of rules, for",
         f"torch {release}: {sum(counts.values())} functions, of which "
         + ", ".join(f"{counts[k]} {k}" for k in KINDS)
         + ".",
