@@ -197,12 +197,12 @@ def _strides(
 ) -> tuple[Strides, ...] | None:
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
-    try:  # hidden from modes, and from hooks on what is saved for a backward pass
+    try:  # hidden from modes, and from hooks on what is saved for a backward pass: a result that is would keep itself
         with (
             DisableTorchFunction(),
             no_modes(),
             FakeMode() if by_device else nullcontext(),
-            saved_tensors_hooks(lambda t: t, lambda t: t),
+            saved_tensors_hooks(lambda _: None, lambda _: None),
         ):
             args, kwargs = _answered(asked, not by_device)
             result = func(*args, **kwargs)
