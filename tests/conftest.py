@@ -31,16 +31,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--staged", action="store_true", help="all tensors go through other memory (tests/support/transports/staged.py)"
     )
+    parser.addoption("--nccl", action="store_true", help="over a simulated NCCL (tests/support/transports/nccl.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     from tests.support import forced
-    from tests.support.transports import staged
+    from tests.support.transports import nccl, staged
 
     if config.getoption("--forced"):
         forced.apply()
     if config.getoption("--staged"):
         staged.apply()
+    if config.getoption("--nccl"):
+        nccl.apply()
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 

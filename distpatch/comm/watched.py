@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from distpatch.comm.failures import Failures
+from distpatch.comm.failures import Failures, Note
 from distpatch.comm.transport import Batch, Layer, Transport, Works
 from distpatch.comm.watch import Watch
 from distpatch.errors import DistPatchError, RankError
@@ -103,10 +103,11 @@ class Watched(Layer):
         waited = f"{ended} waiting for {'another rank' if peer is None else f'rank {peer}'}"
         # A connection is lost because of another rank, which may be about to say why; all else is an error of this one.
         first = self.failures.find() if lost and not late else self.failures.look()
+        own = Note(self.rank, f"{waited} in {op} ({type(error).__name__}: {error})")
         if first is None:
-            first = self.failures.report(self.rank, f"{waited} in {op} ({type(error).__name__}: {error})")
+            first = self.failures.report(own.rank, own.text)
         self.give_up()
-        because = f"; {first}" if first.rank != self.rank else ""
+        because = f"; {first}" if first != own else ""  # this rank itself may have been stopped for a while
         return RankError(f"{op}: rank {self.rank} {waited}{because} ({error})")
 
 

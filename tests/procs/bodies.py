@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
+from distpatch.comm import processes
 from tests.support import forced as _forced  # noqa: F401  where the suite runs so
 from tests.support.oracle import random_tensor
 from tests.support.zoo.models import tiny_kl
@@ -97,3 +102,56 @@ def dies_between_calls(rank: int, victim: int) -> str:
 def raises(rank: int) -> None:
     dist.barrier()  # the other rank may still be connecting
     raise ValueError(f"rank {rank}")
+
+
+@contextlib.contextmanager
+def as_if_on(hosts: str, rank: int) -> Iterator[None]:
+    """``hosts``: "each": every rank is on a host of its own, and sees no other process."""
+    before = processes._host
+    if hosts == "each":
+        processes._host = lambda: f"host {rank}"
+    try:
+        yield
+    finally:
+        processes._host = before
+
+
+def is_stopped(rank: int, victim: int, hosts: str, seconds: float) -> tuple[str, Tensor]:
+    """One rank's process is stopped in a call, and goes on later; what all say, and a call after that."""
+    goes_on = time.monotonic() + seconds + 1
+    with as_if_on(hosts, rank), torch.no_grad():
+        model: Any = distpatch.convert_model(tiny_kl(), dist.group.WORLD, liveness=1.0)
+        message = "no error"
+
+        def stop(module: nn.Module, args: Any) -> None:
+            subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        hook = model.decoder.mid_block.register_forward_pre_hook(stop) if rank == victim else None
+        try:
+            model.decode(random_tensor((1, 4, 12, 5)))
+        except distpatch.RankError as error:
+            message = str(error)
+        if hook is not None:
+            hook.remove()
+        time.sleep(max(goes_on - time.monotonic(), 0))
+        return message, model.decode(random_tensor((1, 4, 12, 5))).sample
+
+
+def computes_alone(rank: int, slow: int, way: str, hosts: str) -> Tensor:
+    """One rank computes for five seconds while the others wait for its rows, with ``liveness=0.5``."""
+    with as_if_on(hosts, rank), torch.no_grad():
+        model: Any = distpatch.convert_model(tiny_kl(), dist.group.WORLD, liveness=0.5)
+
+        def compute(module: nn.Module, args: Any) -> None:
+            end = time.monotonic() + 5
+            count, matrix = 0, torch.ones(300, 300)
+            while time.monotonic() < end:
+                if way == "Python":
+                    count += sum(number * number for number in range(1000))
+                else:
+                    matrix = (matrix @ matrix).clamp(max=1)
+
+        if rank == slow:
+            model.decoder.mid_block.register_forward_pre_hook(compute)
+        return model.decode(random_tensor((1, 4, 12, 5))).sample

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +13,14 @@ import einops
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import distpatch
 from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 X = (2, 3, H, 5)
 WEIGHT = (3, 3, 3, 3)
@@ -261,3 +266,17 @@ def test_a_plain_function_is_left_alone() -> None:
     s = torch.sigmoid(x)
     assert torch.allclose(x.grad, s * (1 + x * (1 - s)))
     assert torch.autograd.Function.apply.__name__ == "apply"
+
+
+def test_a_hook_keeps_no_tensor() -> None:
+    """Of a graph that never runs backward, too, as after an error."""
+
+    def body(rank: int) -> None:
+        y = distpatch.shard(random_tensor((1, 3, 8, 5)).requires_grad_(), dist.group.WORLD) * 2
+        y.register_hook(lambda grad: grad * 3)
+        kept = weakref.ref(y)
+        del y
+        gc.collect()
+        assert kept() is None
+
+    run_ranks(2, body)

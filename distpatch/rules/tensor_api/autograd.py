@@ -110,9 +110,12 @@ def _like(grad: Any, x: Any) -> Any:
 def register_hook(func: Any, x: PatchTensor, hook: Callable[[Tensor], Any]) -> Any:
     """The hook sees, and may return, the gradient of the whole tensor, sharded."""
 
+    kind = _kind(x)  # not x: what computes its gradient keeps the hook, and would keep x, which keeps that
+
     def on_rows(grad: Tensor) -> Tensor | None:
-        result = hook(wrap(grad, x))
-        return None if result is None else _cotangent(result, x)
+        whole = _sharded(grad, kind)
+        result = hook(whole)
+        return None if result is None else _cotangent(result, whole)
 
     return func(x.local, on_rows)
 

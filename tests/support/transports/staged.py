@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 
@@ -14,13 +16,14 @@ from distpatch.comm.staged import Staged
 from distpatch.comm.transport import Transport
 
 _is_on = False
+_until_the_end = contextlib.ExitStack()
 
 
 def apply() -> None:
     """In this process, until it ends."""
     global _is_on
     _is_on = True
-    using(staged).__enter__()
+    _until_the_end.enter_context(using(staged))
 
 
 def staged(pg: dist.ProcessGroup, device: torch.device) -> Transport:

@@ -1,0 +1,1 @@
+"""What the other ranks are told, and how soon, when one rank fails."""
