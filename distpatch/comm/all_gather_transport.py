@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from distpatch.comm.transport import Batch, Layer, Transport, Works, as_bytes
+from distpatch.comm.point_to_point import as_bytes
+from distpatch.comm.transport import Batch, Layer, Transport, Works
 
 
 class ByAllGather(Layer):

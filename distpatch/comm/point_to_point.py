@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distpatch.comm import process_groups
-from distpatch.comm.transport import Batch, Transport, Works, as_bytes
+from distpatch.comm.transport import Batch, Transport, Works
 from distpatch.torch_utils import private
 
 # What gloo and NCCL add alike, and in what the rest is added. Messages travel as bytes, whatever they are.
@@ -37,7 +37,7 @@ class PointToPoint(Transport):
         return pg
 
     def post(self, batch: Batch) -> Works:
-        if batch.empty:
+        if not batch.to and not batch.source:
             return []
         pg, peers = self.pg, [*batch.source, *batch.to]
         ops = [
@@ -93,3 +93,10 @@ def _end_batch(pg: dist.ProcessGroup, device: torch.device = CPU) -> None:
         for end in (partial(private.end_batch, pg, device), backend.abort):
             with contextlib.suppress(Exception):  # the first one is what is told
                 end()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A flat, contiguous tensor as it stands in memory: NCCL and gloo each lack some dtypes."""
+    if tensor.stride(0) != 1:  # of one element or none, the stride may be any
+        tensor = tensor.as_strided(tensor.shape, (1,))
+    return tensor.view(torch.uint8)

@@ -33,10 +33,6 @@ class Batch:
     key: tuple[Any, ...] | None = None
 
     @property
-    def empty(self) -> bool:
-        return not self.to and not self.source
-
-    @property
     def sent_bytes(self) -> int:
         return sum(message.numel() * message.element_size() for message in self.outgoing)
 
@@ -50,12 +46,6 @@ class Work(Protocol):
 
 Works: TypeAlias = "list[tuple[Work, int | None]]"  # each with the rank it waits for, None where that is not known
 Moments: TypeAlias = "tuple[Sequence[int], Tensor]"  # how many samples; mean and centred second moment, (K, 2, ...)
-
-
-def wait(works: Works) -> None:
-    """Until all have ended, in order."""
-    for work, _ in works:
-        work.wait()
 
 
 class Transport(ABC):
@@ -75,7 +65,8 @@ class Transport(ABC):
 
     def exchange(self, batch: Batch) -> None:
         """Send and receive; returns when all has landed (on a GPU: for the stream that computes)."""
-        wait(self.post(batch))
+        for work, _ in self.post(batch):
+            work.wait()
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, op: str) -> None:
@@ -140,10 +131,3 @@ class Layer(Transport):
 
 
 AddLayer = Callable[[Transport], Transport]  # a transport, with a layer on top
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A flat, contiguous tensor as it stands in memory: NCCL and gloo each lack some dtypes."""
-    if tensor.stride(0) != 1:  # of one element or none, the stride may be any
-        tensor = tensor.as_strided(tensor.shape, (1,))
-    return tensor.view(torch.uint8)

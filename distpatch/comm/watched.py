@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from distpatch.comm.failures import Failures, Note
-from distpatch.comm.transport import Batch, Layer, Transport, Works, wait
+from distpatch.comm.transport import Batch, Layer, Transport, Works
 from distpatch.comm.watch import Watch
 from distpatch.errors import DistPatchError, RankError
 from distpatch.profiling.trace import Recorder
@@ -46,10 +46,14 @@ class Watched(Layer):
         return bool(self.recorder.listening or profiler._is_profiler_enabled)
 
     def exchange(self, batch: Batch) -> None:
-        if batch.empty or not self.is_recorded:
-            return wait(self.post(batch))
+        if not (batch.to or batch.source) or not self.is_recorded:
+            return self._carry(batch)
         with self.recorder.transfer("p2p", batch.op, batch.sent_bytes, len(batch.to), batch.device):
-            wait(self.post(batch))
+            self._carry(batch)
+
+    def _carry(self, batch: Batch) -> None:
+        for work, _ in self.post(batch):
+            work.wait()
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
         if not self.is_recorded:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.communicator import Communicator
-from distpatch.comm.transport import Batch, Works, wait
+from distpatch.comm.transport import Batch, Works
 from distpatch.torch_utils import private
 
 ALIGNED_BYTES = 16  # of each site's part of a message: as large as any number
@@ -79,7 +79,8 @@ class SharedMessages:
             return
         works, self.works = self.works, None
         asked = time.perf_counter()
-        wait(works)
+        for work, _ in works:
+            work.wait()
         self.background.recorder.waited("displaced step", asked - self.started, time.perf_counter() - asked)
 
 

@@ -248,7 +248,7 @@ def files_of(call: Callable[[], object]) -> dict[str, None]:
     return found
 
 
-@pytest.mark.parametrize(("lazy", "most", "of_rows"), [(False, 16, 7), (True, 23, 11)], ids=["eager", "deferred"])
+@pytest.mark.parametrize(("lazy", "most", "of_rows"), [(False, 9, 7), (True, 11, 11)], ids=["eager", "deferred"])
 def test_walk_of_a_convolution(lazy: bool, most: int, of_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through how few files a convolution goes, as a layer calls it, once its plans are cached.
 
