@@ -27,7 +27,8 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from distpatch.comm import process_groups
 from distpatch.comm.choose_transport import using
-from distpatch.comm.transport import Batch, Transport, Works, as_bytes
+from distpatch.comm.point_to_point import as_bytes
+from distpatch.comm.transport import Batch, Transport, Works
 from tests.support.transports.staged import maybe
 
 FOR_EVER = timedelta(days=1)
