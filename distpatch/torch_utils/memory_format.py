@@ -202,7 +202,7 @@ def _strides(
             DisableTorchFunction(),
             no_modes(),
             FakeMode() if by_device else nullcontext(),
-            saved_tensors_hooks(lambda _: None, lambda _: None),
+            saved_tensors_hooks(lambda _: None, lambda nothing: nothing),
         ):
             args, kwargs = _answered(asked, not by_device)
             result = func(*args, **kwargs)
