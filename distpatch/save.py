@@ -199,7 +199,7 @@ def _stream(
 def _arrays(pieces: Iterator[Tensor], comm: Communicator, path: Any) -> Iterator[Any]:
     """Each piece on rank 0. What a rank raises here ends what the others wait for; the file's writer may go on."""
     while True:
-        with comm.told_of_failures(f"saving {path}"):
+        with comm.open_call(f"saving {path}"):
             try:
                 array = _at_rank0(next(pieces))
             except StopIteration:

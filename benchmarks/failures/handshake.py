@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import time
-from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import distpatch
-from distpatch.comm.communicator import communicator
+from tests.support.meetings import milliseconds_of, requests_of
 
 RANKS = (2, 8, 32)
 CALLS, MEETINGS, ROUNDS = 20, 100, 5
@@ -27,17 +25,6 @@ class Cost:
     ranks: int
     requests: dict[str, float]
     milliseconds: float
-
-
-class Counting:
-    """A store that counts what is asked of it."""
-
-    def __init__(self, store: Any) -> None:
-        self.store, self.count = store, Counter[str]()
-
-    def __getattr__(self, name: str) -> Any:
-        self.count[name] += 1
-        return getattr(self.store, name)
 
 
 def measure() -> list[Cost]:
@@ -78,22 +65,11 @@ def _rank(pipe: Connection, rank: int, size: int, port: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     net: Any = distpatch.convert_model(torch.nn.Conv2d(1, 1, 3, padding=1), dist.group.WORLD)
-    meeting: Any = communicator(dist.group.WORLD).rendezvous
     with torch.no_grad():
         image = torch.ones(1, 1, 2 * size, 4)
         for _ in range(3):
             net(image)
-        counting = meeting.store = Counting(meeting.store)
-        for _ in range(CALLS):
-            net(image)
-        meeting.store = counting.store
-    rounds = []
-    for _ in range(ROUNDS):
-        dist.barrier()
-        started = time.perf_counter()
-        for _ in range(MEETINGS):
-            meeting.require_same_call("measured", "the same")
-        rounds.append(1e3 * (time.perf_counter() - started) / MEETINGS)
-    pipe.send(({name: count / CALLS for name, count in counting.count.items()}, statistics.median(rounds)))
+        requests = requests_of(lambda: net(image), CALLS)
+    pipe.send((requests, statistics.median(milliseconds_of(MEETINGS) for _ in range(ROUNDS))))
     dist.barrier()
     dist.destroy_process_group()

@@ -16,12 +16,21 @@ from distpatch.torch_utils import patches, private
 
 
 def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    opened = [comm for comm in connected() if not comm.in_call and not comm.broken]
+    for comm in opened:
+        comm.in_call = True
     try:
-        return _PATCH.original(outputs, *args, **kwargs)
+        result = _PATCH.original(outputs, *args, **kwargs)
+        for comm in opened:
+            comm.end_call()
+        return result
     except BaseException as error:
         for comm in _communicators(outputs):
             comm.abort_call(f"raised {type(error).__name__}: {error} (in a backward pass)")
         raise
+    finally:
+        for comm in opened:
+            comm.in_call = False
 
 
 def _communicators(outputs: Iterable[Any]) -> set[Communicator]:

@@ -22,11 +22,10 @@ def between(pg: dist.ProcessGroup, device: torch.device) -> Transport:
 
     Raises ``RankError`` where the group has no backend for them, and none for the CPU that they can go by.
     """
-    direct = PointToPoint(pg, device)
     if backend_name(pg, device) not in ("" if device.type == "cpu" else "gloo", ""):
-        return direct
+        return PointToPoint(pg, device)
     if device.type != "cpu" and backend_name(pg, torch.device("cpu")):
-        return Staged(direct)
+        return Staged(PointToPoint(pg))
     served = ", ".join(map(str, private.devices_of(pg)))
     raise RankError(
         f"the group has no backend for tensors of {device} (it has {served}): move the model and its arguments to one "

@@ -48,6 +48,7 @@ class Communicator:
         self._group: Callable[[], dist.ProcessGroup | None] = _nothing if group is None else weakref.ref(group)
         self._connection: Connection | None = None
         self._liveness: float | None = LIVENESS_S
+        self.late_check = False
         self._layers: tuple[AddLayer, ...] = ()
         self._transports: dict[torch.device, Transport] = {}  # with the layers on top
         tell(self)
@@ -200,46 +201,71 @@ class Communicator:
     ) -> list[Payload]:
         """Meet all ranks before a sharded computation; mend the transfers if the last one failed.
 
-        Returns every rank's payload, with ``"broken"`` added. Raises ``RankError`` on every rank where they come
-        differently, or one does not come.
+        Returns every rank's payload, with ``"broken"`` and ``"unchecked"`` added. Raises ``RankError`` on every rank
+        where they come differently, one does not come, or the call before ended unchecked and has failed.
         """
         if self.closed and self.name:
             raise RankError(f"{what}: the process group is closed (this is rank {self.rank})")
-        mine = {"broken": self.broken, **(payload or {})}
+        last = self._connection
+        unchecked = any(connection.ended_unchecked() for connection in self._connections())
+        mine = {"broken": self.broken, "unchecked": unchecked, **(payload or {})}
         answers = self.rendezvous.require_same_call(what, signature, mine)
         if any(answer["broken"] for answer in answers):
             self.give_up()
             self.connect()
+            if last is not None and any(answer["unchecked"] for answer in answers):
+                raise RankError(
+                    f"{what}: the call before it, whose end was not waited for (late_check=True), has failed: what it "
+                    f"returned is not whole (this is rank {self.rank}; {last.failures.look()})"
+                )
         return answers
 
     def end_call(self) -> None:
-        """What has landed in this call is whole, or ``RankError``: on a GPU it waits until that is known."""
-        if self._connection is not None:
-            self._connection.end_call()
+        """What has landed in this call is whole, or ``RankError``: on a GPU it waits until that is known.
+
+        ``late_check``: the next call will tell.
+        """
+        self.in_call = False
+        for connection in self._connections():
+            connection.end_call(wait=not self.late_check)
 
     @contextmanager
-    def told_of_failures(self, what: str) -> Iterator[None]:
-        """While it is open, an exception of this rank ends the others' waits, and is told to them."""
+    def open_call(self, what: str) -> Iterator[None]:
+        """An exception of this rank ends the others' waits, and is told to them; without one, ``end_call`` follows."""
+        self.in_call = True
         try:
             yield
+            self.end_call()
         except BaseException as error:
             self.abort_call(f"raised {type(error).__name__}: {error} (in {what})")
             raise
 
+    @property
+    def in_call(self) -> bool:
+        """Whether ``end_call`` will follow."""
+        return self._connection is not None and self._connection.failures.in_call
+
+    @in_call.setter
+    def in_call(self, whether: bool) -> None:
+        for connection in self._connections():
+            connection.failures.in_call = whether
+
+    def _connections(self) -> list[Connection]:
+        """Of this communicator and its duplicates."""
+        return [other._connection for other in self._duplicates if other._connection is not None]
+
     def give_up(self) -> None:
         """Send nothing more until all ranks have connected anew; what the others wait for from this rank fails."""
-        for communicator in list(self._duplicates):
-            if communicator._connection is not None:
-                communicator._connection.give_up()
+        for connection in self._connections():
+            connection.give_up()
 
     def abort_call(self, note: str) -> None:
         """Say that this rank gives up the call, and why, for the others to read; the first note of any counts."""
-        connection = self._connection
+        connection, self.in_call = self._connection, False
         if connection is not None and not connection.broken and not self.closed:
             connection.failures.report(self.rank, note)
-            for communicator in list(self._duplicates):
-                other = communicator._connection
-                if other is not None and other is not connection and not other.broken:
+            for other in self._connections():
+                if other is not connection and not other.broken:
                     other.failures.report(self.rank, note)
         self.give_up()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from distpatch.comm.watch import Watch
 from distpatch.comm.watched import Watched
 from distpatch.errors import RankError
 from distpatch.profiling.trace import Recorder
+
+POLL_S = 50e-6
 
 
 class Connection:
@@ -41,6 +44,8 @@ class Connection:
         self.broken = False
         self._pg: Callable[[], dist.ProcessGroup | None] = weakref.ref(pg)
         self._made: dict[torch.device, Watched] = {}
+        self._landing: list[Iterator[None]] = []  # of calls that are not known to be whole
+        self._late = False
         self._opened = {device}
         self.failures = Failures(rendezvous, Processes(processes, rendezvous.rank), pg.group_name)
         this = weakref.ref(self)
@@ -66,7 +71,8 @@ class Connection:
         rank = self.rendezvous.rank
         if self.pg is None:
             raise RankError(f"the process group is closed (this is rank {rank})")
-        made = Watched(factory()(self.pg, device), self.failures, self.watch, self.recorder, self.give_up)
+        inner = factory()(self.pg, device)
+        made = Watched(inner, self.failures, self.recorder, self.give_up, self.end_call)
         if device not in self._opened:
             if device.type != "cpu":
                 identity = devices.identity(self.pg, device)
@@ -76,10 +82,33 @@ class Connection:
         self._made[device] = made
         return made
 
-    def end_call(self) -> None:
-        """Raise ``RankError`` where what has landed since the last call may not be whole."""
-        for transport in self._made.values():
-            transport.end_call()
+    def end_call(self, *, wait: bool = True) -> None:
+        """Raise ``RankError`` where what has landed since the last call may not be whole.
+
+        ``wait``: until that is known; else ``ended_unchecked`` may tell it later.
+        """
+        if self.failures.waiting_since is not None:
+            self._landing += [transport.finish() for transport in self._made.values()]
+            self._late = not wait
+            self._look(wait)
+        if (first := self.failures.first) is not None and wait:
+            raise RankError(f"rank {self.rendezvous.rank} gave up the call, as another one has failed; {first}")
+
+    def ended_unchecked(self) -> bool:
+        """Whether the last call has ended before it was known to be whole; where one has failed, whether it is not."""
+        if self._late:
+            self._look(wait=False)
+        return self._late and (self.failures.first is None or bool(self._landing))
+
+    def _look(self, wait: bool) -> None:
+        while self.failures.first is None:
+            self._landing = [landing for landing in self._landing if next(landing, self) is not self]
+            if not self._landing:
+                self.failures.waiting_since = None
+                return
+            if not wait:
+                return
+            time.sleep(POLL_S)
 
     def give_up(self) -> None:
         """Send nothing more, and let the others' waits for this rank fail."""

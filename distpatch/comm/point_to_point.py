@@ -28,6 +28,7 @@ class PointToPoint(Transport):
     def __init__(self, pg: dist.ProcessGroup, device: torch.device = CPU) -> None:
         self._pg = weakref.ref(pg)  # torch keeps it while it is open
         self.device = device
+        self.lands_later = device.type == "cuda"
 
     @property
     def pg(self) -> dist.ProcessGroup:
@@ -73,8 +74,8 @@ class PointToPoint(Transport):
             process_groups.abort(pg)
 
     def finish(self) -> Iterator[None]:
-        if self.device.type != "cuda" or private.backend_of(self.pg, self.device).name() == "gloo":
-            return  # a wait has lasted until all had landed
+        if not self.lands_later:
+            return
         landed = torch.cuda.Event()
         landed.record(torch.cuda.current_stream(self.device))
         while not landed.query():

@@ -36,11 +36,9 @@ class Processes:
     def __init__(self, ranks: Sequence[Process], rank: int) -> None:
         host = ranks[rank].host
         self.here = {r: p for r, p in enumerate(ranks) if host and p.host == host and p != ranks[rank]}
-        elsewhere = [r for r, p in enumerate(ranks) if r != rank and (not host or p.host != host)]
-        # One rank of the others is listened to, the next one: so every rank is, by somebody, whatever their number.
-        self.listens_to = min(elsewhere, key=lambda r: (r - rank) % len(ranks), default=None)
+        self.elsewhere = [r for r, p in enumerate(ranks) if r != rank and (not host or p.host != host)]
         self._since: dict[int, float] = {}  # when a rank was first seen stopped
-        self._heard: tuple[str, float] = "", 0.0
+        self._heard: dict[int, tuple[str, float]] = {}  # the last sign of life of a rank, and when it was new
 
     def gone(self, patience: float | None) -> dict[int, str]:
         """The ranks of this host that have ended, or are stopped for longer than ``patience`` seconds, and how so."""
@@ -55,20 +53,22 @@ class Processes:
                 found[rank] = f"is stopped (process {process.pid})"
         return found
 
-    def silent(self, read: Callable[[int], str], patience: float | None) -> dict[int, str]:
-        """The rank of another host that is listened to, if it gives no sign for too long; ``read``: its last one."""
-        if self.listens_to is None or patience is None:
+    def silent(self, read: Callable[[Sequence[int]], Sequence[str]], patience: float | None) -> dict[int, str]:
+        """The ranks of other hosts that give no sign for too long; ``read``: the last one of each."""
+        if not self.elsewhere or patience is None:
             return {}
-        sign, now = read(self.listens_to), time.monotonic()
-        if sign != self._heard[0] or not self._heard[1]:
-            self._heard = sign, now
-        if now - self._heard[1] <= FARTHER * patience:
-            return {}
-        return {self.listens_to: "gives no sign of life: its process is stopped or has ended, or its host is lost"}
+        found = {}
+        for rank, sign in zip(self.elsewhere, read(self.elsewhere), strict=True):
+            now = time.monotonic()
+            if self._heard.setdefault(rank, (sign, now))[0] != sign:
+                self._heard[rank] = sign, now
+            if now - self._heard[rank][1] > FARTHER * patience:
+                found[rank] = "gives no sign of life: its process is stopped or has ended, or its host is lost"
+        return found
 
     def listen_anew(self) -> None:
         """What was not heard until now counts no more."""
-        self._heard = "", 0.0
+        self._heard.clear()
         self._since.clear()
 
 

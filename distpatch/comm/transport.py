@@ -52,8 +52,10 @@ class Transport(ABC):
     """One rank's end of a group. Every rank of the group makes the same calls in the same order.
 
     ``op``: the operation that asked for a call, for errors and records. What fails raises ``RuntimeError``; which
-    rank was waited for is told by ``Watched``.
+    rank was waited for is told by ``Watched``. ``lands_later``: a wait may end before all has landed, as a GPU's do.
     """
+
+    lands_later: bool = False
 
     def open(self, device: torch.device) -> None:
         """Make the connections for tensors of this device."""
@@ -106,7 +108,7 @@ class Layer(Transport):
     """A transport on top of another: what it does not change goes through as it is."""
 
     def __init__(self, inner: Transport) -> None:
-        self.inner = inner
+        self.inner, self.lands_later = inner, inner.lands_later
 
     def post(self, batch: Batch) -> Works:
         return self.inner.post(batch)

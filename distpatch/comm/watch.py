@@ -7,7 +7,7 @@ rank computes is never asked.
 
 from __future__ import annotations
 
-import atexit
+import multiprocessing.util
 import threading
 import time
 import weakref
@@ -20,34 +20,32 @@ _running: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 
 class Watch:
-    """Of one connection of a group. ``since``: when this rank began to wait, None where it does not.
-
-    ``abort``: ends all waits of this rank for the others.
-    """
+    """Of one connection of a group. ``abort``: ends all waits of this rank for the others."""
 
     def __init__(self, failures: Failures, abort: Callable[[], None]) -> None:
         self.failures, self._abort = failures, abort
-        self.since: float | None = None
-        self._ended = threading.Event()
+        self.ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Needed for the first wait; ends with ``stop``, or with whatever holds the watch."""
-        self._thread = threading.Thread(target=_run, args=(weakref.ref(self), self._ended), name="distpatch watch")
-        self._thread.daemon = True
-        weakref.finalize(self, self._ended.set)
+        self._thread = threading.Thread(target=_run, args=(weakref.ref(self), self.failures, self.ended), daemon=True)
+        self._thread.name = "distpatch watch"
+        weakref.finalize(self, self.ended.set)
+        if not _running:  # as atexit, which processes that multiprocessing forks do not have
+            multiprocessing.util.Finalize(None, _stop_all, exitpriority=0)
         _running.add(self)
         self._thread.start()
 
     def stop(self) -> None:
-        self._ended.set()
+        self.ended.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(TICK_S)
 
     def tick(self) -> None:
         """One look."""
         self.failures.give_sign()
-        failures, since, meeting = self.failures, self.since, self.failures.rendezvous.waiting
+        failures, since, meeting = self.failures, self.failures.waiting_since, self.failures.rendezvous.waiting
         if meeting is not None and time.monotonic() - meeting[1] > TICK_S:
             if gone := failures.gone():
                 failures.rendezvous.refuse(meeting[0], failures.store, gone)
@@ -58,16 +56,19 @@ class Watch:
             failures.processes.listen_anew()
 
 
-def _run(watch: weakref.ref[Watch], ended: threading.Event) -> None:
+def _run(watch: weakref.ref[Watch], failures: Failures, ended: threading.Event) -> None:
     while not ended.wait(TICK_S):
         this = watch()
         if this is None:
-            return
+            break
         this.tick()
         del this
+    failures.leave()
 
 
-@atexit.register
 def _stop_all() -> None:
-    for watch in list(_running):
+    watches = list(_running)
+    for watch in watches:
+        watch.ended.set()
+    for watch in watches:
         watch.stop()

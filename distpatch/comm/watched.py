@@ -13,30 +13,38 @@ from torch.autograd import profiler
 
 from distpatch.comm.failures import Failures, Note
 from distpatch.comm.transport import Batch, Layer, Transport, Works
-from distpatch.comm.watch import Watch
 from distpatch.errors import DistPatchError, RankError
 from distpatch.profiling.trace import Recorder
 
 T = TypeVar("T")
-POLL_S = 50e-6
 LATE = ("timeout", "timed out")  # in what gloo, NCCL and the store say
 LOST = ("connection", "closed", "reset", "broken pipe", "remote process", "nccl", "aborted")
 
 
 class Watched(Layer):
-    """``give_up``: ends the group's transfers on this rank, so that those of the others that wait for it fail."""
+    """``give_up``: ends the group's transfers on this rank, so that those of the others that wait for it fail.
+
+    ``end_call``: waits until what has landed is known to be whole.
+    """
 
     def __init__(
-        self, inner: Transport, failures: Failures, watch: Watch, recorder: Recorder, give_up: Callable[[], None]
+        self,
+        inner: Transport,
+        failures: Failures,
+        recorder: Recorder,
+        give_up: Callable[[], None],
+        end_call: Callable[[], None],
     ) -> None:
         super().__init__(inner)
-        self.failures, self.watch, self.recorder, self.give_up = failures, watch, recorder, give_up
+        self.failures, self.recorder = failures, recorder
+        self.give_up, self.end_call = give_up, end_call
         self.rank, self.size = failures.rendezvous.rank, failures.rendezvous.size
 
     def open(self, device: torch.device) -> None:
         self.wait_or_raise("set-up", lambda: self.inner.open(device), None)
 
     def post(self, batch: Batch) -> Works:
+        self.failures.transfers += 1
         works = self.wait_or_raise(batch.op, lambda: self.inner.post(batch), None)
         return [(_Named(self, batch.op, work.wait, peer), peer) for work, peer in works]
 
@@ -56,6 +64,7 @@ class Watched(Layer):
             work.wait()
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
+        self.failures.transfers += 1
         if not self.is_recorded:
             return self.wait_or_raise(op, lambda: self.inner.all_reduce(tensor, op), None)
         sent = ring_traffic("all_reduce", tensor.nbytes, self.size)
@@ -63,27 +72,19 @@ class Watched(Layer):
             self.wait_or_raise(op, lambda: self.inner.all_reduce(tensor, op), None)
 
     def all_gather(self, tensor: Tensor, op: str) -> Tensor:
+        self.failures.transfers += 1
         if not self.is_recorded:
             return self.wait_or_raise(op, lambda: self.inner.all_gather(tensor, op), None)
         sent = ring_traffic("all_gather", tensor.nbytes, self.size)
         with self.recorder.transfer("all_gather", op, *sent, tensor.device):
             return self.wait_or_raise(op, lambda: self.inner.all_gather(tensor, op), None)
 
-    def end_call(self) -> None:
-        """Until all that has landed so far is known to be whole. Raises ``RankError`` where it is not."""
-        self.watch.since = time.monotonic()
-        for _ in self.inner.finish():
-            if self.failures.first is not None:
-                break
-            time.sleep(POLL_S)
-        self.watch.since = None
-        if (first := self.failures.first) is not None:
-            raise RankError(f"rank {self.rank} gave up the call, as another one has failed; {first}")
-
     def wait_or_raise(self, op: str, wait: Callable[[], T], peer: int | None) -> T:
         """Run one wait of a transfer; a failure becomes a ``RankError`` that names the rank waited for."""
-        watch = self.watch
-        before, watch.since = watch.since, time.monotonic()
+        failures = self.failures
+        before = failures.waiting_since
+        if before is None or not self.lands_later:
+            failures.waiting_since = time.monotonic()
         try:
             result = wait()
         except DistPatchError:
@@ -91,9 +92,12 @@ class Watched(Layer):
         except Exception as error:
             raise self._blame(op, error, peer) from error
         finally:
-            watch.since = before
-        if self.failures.first is not None:  # on a GPU an aborted wait ends like any other
+            if not self.lands_later:
+                failures.waiting_since = before
+        if failures.first is not None:  # on a GPU an aborted wait ends like any other
             raise self._blame(op, RuntimeError("aborted"), peer)
+        if self.lands_later and not failures.in_call:
+            self.end_call()
         return result
 
     def _blame(self, op: str, error: Exception, peer: int | None) -> RankError:

@@ -68,7 +68,7 @@ def split_guidance(model: M, mesh: DeviceMesh, **options: Any) -> M:
             )
         if halves.broken:
             halves.connect()
-        with halves.told_of_failures(f"{type(model).__name__}.forward"):
+        with halves.open_call(f"{type(model).__name__}.forward"):
             given = map_tensors(lambda t: _half(t, batch, halves), (args, kwargs))
             return map_tensors(lambda t: _join(t, halves), forward(*given[0], **given[1]))
 

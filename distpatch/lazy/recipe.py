@@ -95,7 +95,7 @@ class Recipe:
         self.shape = torch.Size(like.shape if shape is None else shape)
         self.dtype = dtype or like.dtype
         self.device = like.device
-        found = like.format if isinstance(like, Recipe) else format_by_order(like)
+        found = like.format if isinstance(like, Recipe) else format_by_order(like.shape, like.stride())
         self.format = format or found or torch.contiguous_format
         self.parents = tuple(parents)
         self.compute = compute
@@ -209,7 +209,7 @@ class Recipe:
         walk = Walk(spare if once else None, overwrites=spare is not None)
         if spare is None and step >= rows:
             part, fresh = walk.rows(self, 0, rows)
-            if format_by_order(part) is not self.format:
+            if format_by_order(part.shape, part.stride()) is not self.format:
                 return part.clone(memory_format=self.format)
             return part if fresh else part.clone()
 

@@ -202,16 +202,14 @@ def inside(
         yield
         return
     comm = state.region.comm
-    comm.liveness = state.options.liveness
+    comm.liveness, comm.late_check = state.options.liveness, state.options.late_check
     answers = comm.begin_call(what, signature, None if steps is None else steps.payload(given))
     if problem:
         raise LayoutError(problem)
-    with state.thread.as_if(inside=True), comm.told_of_failures(what):
+    with state.thread.as_if(inside=True), comm.open_call(what):
         if steps is not None:
             steps.begin(signature, answers)
         yield
-        if not state.options.late_check:
-            comm.end_call()
 
 
 def leave(tensor: Tensor, state: Conversion) -> Any:

@@ -32,6 +32,7 @@ def begin_call(name: str, what: str, signature: str) -> None:
     """A barrier that checks that all ranks make the same call, at every run of a compiled graph."""
     comm = communicator_of(name)
     comm.begin_call(what, signature)
+    comm.in_call = True
     if comm.has_peers:
         _tell_of_an_exception(comm, what)
 

@@ -92,6 +92,7 @@ def convert_model(
     warn_of_known_faults(model)
     comm = communicator(group, devices.of_model(model))
     comm.rendezvous.require_same_call("convert_model", lambda: _identity(model, comm, options))
+    comm.liveness, comm.late_check = liveness, late_check
     state = Conversion(Region(comm, options, conversion=object()))
     wrappers = {
         name: _entry(getattr(model, name), name, state, model)

@@ -84,17 +84,18 @@ def same_order(one: Order, other: Order, shape: Sequence[int]) -> bool:
     return one == other or [d for d in one if shape[d] > 1] == [d for d in other if shape[d] > 1]
 
 
-def format_by_order(tensor: Tensor) -> torch.memory_format | None:
-    """The memory format that has the tensor's dims in the order that they have; None, where none has.
+@lru_cache(maxsize=4096)
+def format_by_order(shape: Sequence[int], strides: Sequence[int]) -> torch.memory_format | None:
+    """The memory format that has the dims of a tensor in the order that they have; None, where none has.
 
     Element-wise kernels keep the order alone. Of a view whose batch of one has any stride, torch says contiguous.
     """
-    known = memory_format(tensor)
-    if known is not torch.contiguous_format or tensor.is_contiguous():
+    known = _format(shape, strides)
+    if known is not torch.contiguous_format or torch.empty_strided(shape, strides, device="meta").is_contiguous():
         return known
-    order = memory_order(tensor)
-    format = format_of(tuple(order))
-    return format if same_order(order, order_in(format, tensor.ndim), tensor.shape) else None
+    order = order_by(shape, strides)
+    format = format_of(order)
+    return format if same_order(order, order_in(format, len(shape)), shape) else None
 
 
 def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:

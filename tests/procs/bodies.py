@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import distpatch
 from distpatch.comm import processes
 from tests.support import forced as _forced  # noqa: F401  where the suite runs so
 from tests.support.oracle import random_tensor
+from tests.support.transports.nccl import simulated_nccl
 from tests.support.zoo.models import tiny_kl
 
 SHAPE = (1, 3, 27, 16)
@@ -136,6 +138,22 @@ def is_stopped(rank: int, victim: int, hosts: str, seconds: float) -> tuple[str,
             hook.remove()
         time.sleep(max(goes_on - time.monotonic(), 0))
         return message, model.decode(random_tensor((1, 4, 12, 5))).sample
+
+
+def leaves_early(rank: int, nccl: bool) -> tuple[Any, str]:
+    """Rank 1 ends as soon as it has sent its rows, long before rank 2; then the others call once more."""
+    with simulated_nccl() if nccl else contextlib.nullcontext(), torch.no_grad():
+        model: Any = distpatch.convert_model(tiny_kl(), dist.group.WORLD, output="rank0")
+        if rank == 2:
+            model.decoder.register_forward_hook(lambda *_: time.sleep(2))
+        image = model.decode(random_tensor((1, 4, 12, 5))).sample
+        if rank == 1:
+            sys.exit()
+        try:
+            model.decode(random_tensor((1, 4, 12, 5)))
+        except distpatch.RankError as error:
+            return image, str(error)
+        return image, "no error"
 
 
 def computes_alone(rank: int, slow: int, way: str, hosts: str) -> Tensor:

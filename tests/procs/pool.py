@@ -101,6 +101,8 @@ def _serve(pipe: Connection, port: int, backend: str) -> None:
                 answer = body(rank, *args)
             finally:
                 dist.destroy_process_group()
+        except SystemExit:
+            raise
         except BaseException as error:
             answer = error
         try:

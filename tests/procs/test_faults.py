@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks.failures.cases import AGENT, FAILURES, FILE, RANK_0, TRANSPORTS, Case, Failure, run
 from tests.procs import bodies
-from tests.procs.pool import Pool
+from tests.procs.pool import Died, Pool
 from tests.support.oracle import assert_same, random_tensor
 from tests.support.zoo.models import tiny_kl
 
@@ -83,3 +84,14 @@ def test_a_rank_that_computes_for_long(three: Pool, way: str, hosts: str) -> Non
     """Alone, between two exchanges, for many times the patience: no alarm."""
     for image in three.run(3, bodies.computes_alone, 1, way, hosts, timeout=HALF_AN_HOUR):
         assert_image(image)
+
+
+@pytest.mark.parametrize("nccl", [False, True], ids=TRANSPORTS)
+def test_a_rank_that_has_done_its_part_may_leave(nccl: bool) -> None:
+    """Its process ends while others still wait for each other: no alarm, until they call it again."""
+    pool = Pool(3)
+    with contextlib.closing(pool):
+        (image, said), left, (_, said_on_2) = pool.outcomes(3, bodies.leaves_early, nccl, timeout=HALF_AN_HOUR)
+    assert isinstance(left, Died)
+    assert_image(image)
+    assert "rank 1 has ended" in said and "rank 1 has ended" in said_on_2

@@ -84,13 +84,13 @@ def test_one_that_went_on_in_between(clock: Clock, state: dict[int, tuple[str, s
 def test_ranks_of_one_process(state: dict[int, tuple[str, str]]) -> None:
     """Threads: there is no other process to look at, and none to listen to."""
     ranks = Processes([OWN, OWN], 0)
-    assert (ranks.here, ranks.listens_to) == ({}, None)
+    assert (ranks.here, ranks.elsewhere) == ({}, [])
 
 
-def test_the_next_rank_of_another_host_is_listened_to() -> None:
-    """Of a host, one rank at least is; the others of it are seen by that one."""
+def test_all_ranks_of_other_hosts_are_listened_to() -> None:
+    """Those that see a stopped process may not be waiting, and say nothing of it."""
     ranks = [OWN, PEER, OTHER, Process("third", 7, "1")]
-    assert [Processes(ranks, rank).listens_to for rank in range(4)] == [2, 2, 3, 0]
+    assert [Processes(ranks, rank).elsewhere for rank in range(4)] == [[2, 3], [2, 3], [0, 1, 3], [0, 1, 2]]
     assert set(Processes(ranks, 0).here) == {1}
 
 
@@ -99,12 +99,12 @@ def test_where_no_host_is_known(state: dict[int, tuple[str, str]]) -> None:
     unknown = [Process("", 1, ""), Process("", 2, "")]
     state.clear()
     ranks = Processes(unknown, 0)
-    assert ranks.gone(1.0) == {} and ranks.listens_to == 1
+    assert ranks.gone(1.0) == {} and ranks.elsewhere == [1]
 
 
 def test_silence(clock: Clock) -> None:
     ranks, sign = Processes([OWN, OTHER], 0), ["1"]
-    silent = lambda: ranks.silent(lambda rank: sign[0] if rank == 1 else "", 1.0)  # noqa: E731
+    silent = lambda: ranks.silent(lambda ranks: sign, 1.0)  # noqa: E731
     assert silent() == {}
     clock.now += FARTHER - 0.1
     assert silent() == {}
@@ -119,19 +119,27 @@ def test_silence(clock: Clock) -> None:
 def test_silence_while_nobody_listened(clock: Clock) -> None:
     """A rank that begins to wait after an hour of work hears of the others first."""
     ranks = Processes([OWN, OTHER], 0)
-    assert ranks.silent(lambda rank: "1", 1.0) == {}
+    assert ranks.silent(lambda ranks: ["1"], 1.0) == {}
     clock.now += 3600
     ranks.listen_anew()
-    assert ranks.silent(lambda rank: "1", 1.0) == {}
-    assert ranks.silent(lambda rank: "1", None) == {}
+    assert ranks.silent(lambda ranks: ["1"], 1.0) == {}
+    assert ranks.silent(lambda ranks: ["1"], None) == {}
+
+
+def test_one_of_several_is_silent(clock: Clock) -> None:
+    ranks, signs = Processes([OWN, OTHER, Process("third", 7, "1")], 0), ["1", "1"]
+    assert ranks.silent(lambda ranks: signs, 1.0) == {}
+    clock.now += FARTHER + 0.1
+    signs[0] = "2"
+    assert list(ranks.silent(lambda ranks: signs, 1.0)) == [2]
 
 
 def test_no_sign_at_all(clock: Clock) -> None:
     """A rank that has never given one."""
     ranks = Processes([OWN, OTHER], 0)
-    assert ranks.silent(lambda rank: "", 1.0) == {}
+    assert ranks.silent(lambda ranks: [""], 1.0) == {}
     clock.now += FARTHER + 0.1
-    assert list(ranks.silent(lambda rank: "", 1.0)) == [1]
+    assert list(ranks.silent(lambda ranks: [""], 1.0)) == [1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

@@ -88,7 +88,7 @@ def _may_be_read_later(x: PatchTensor, lead: PatchTensor) -> bool:
         and rows.shape.numel() > 0
         and rows.device.type != "meta"
         and not torch.is_autocast_enabled(rows.device.type)
-        and (x.is_deferred or format_by_order(x.local) is not None)
+        and (x.is_deferred or format_by_order(x.local.shape, x.local.stride()) is not None)
         and x.as_recipe.format is lead.as_recipe.format
     )
 

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from tests.support.transports.staged import maybe
 FOR_EVER = timedelta(days=1)
 LATE_S = 2e-3  # after which a batch is sent that nobody waits for
 LOOK_S = 0.01
+AHEAD_S = 0.1
 TAG = 0
 
 _until_the_end = contextlib.ExitStack()
@@ -68,9 +70,16 @@ class Waited:
 
 
 class SimulatedNCCL(Transport):
-    """One rank's end of a group."""
+    """One rank's end of a group.
 
-    def __init__(self, pg: dist.ProcessGroup) -> None:
+    ``runs_ahead``: a wait for what does not come ends soon, as it does for the host; what it computes then is wrong.
+    The host waits in ``synchronize``, as it would for the GPU.
+    """
+
+    lands_later = True
+
+    def __init__(self, pg: dist.ProcessGroup, *, runs_ahead: bool = False) -> None:
+        self.runs_ahead = runs_ahead
         self._pg = weakref.ref(pg)
         self.size = pg.size()
         self.aborted = threading.Event()
@@ -109,10 +118,16 @@ class SimulatedNCCL(Transport):
         """Whether it is there: after ``abort`` it is said to be, and nothing is."""
         job.asked.set()
         self._under_way = [other for other in self._under_way if not other.ended.is_set()] + [job]
+        asked = time.monotonic()
         while not until.wait(LOOK_S):
-            if self.aborted.is_set():
+            if self.aborted.is_set() or (self.runs_ahead and time.monotonic() - asked > AHEAD_S):
                 return False
         return not self.aborted.is_set()
+
+    def synchronize(self) -> None:
+        """What ``torch.cuda.synchronize`` does."""
+        for _ in self.finish():
+            time.sleep(LOOK_S)
 
     def abort(self) -> None:
         self.aborted.set()
@@ -190,7 +205,7 @@ def apply() -> None:
 
 
 @contextlib.contextmanager
-def simulated_nccl() -> Iterator[None]:
+def simulated_nccl(*, runs_ahead: bool = False) -> Iterator[None]:
     """All groups of this process, in all threads, move their tensors so while the context is open."""
-    with using(maybe(simulated)):
+    with using(maybe(lambda pg, device: SimulatedNCCL(pg, runs_ahead=runs_ahead))):
         yield
