@@ -28,7 +28,7 @@ from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import format_of, in_memory_order, memory_format, order_in
-from distpatch.torch_utils.private import keep_in_order
+from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
 
 
 def in_one_thread(device: torch.device) -> None:
@@ -327,14 +327,14 @@ class _Stack(torch.autograd.Function):
         return replicated_operand(grad, ctx.name)[communicator_of(ctx.name).rank], None, None
 
 
-@torch.library.custom_op("distpatch::all_reduce", mutates_args=())
+@torch.library.custom_op("distpatch::all_reduce", mutates_args=(), tags=NEVER_REPLAYED)
 def _all_reduce(tensor: Tensor, name: str, op: str) -> Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
     communicator_of(name).transport(total.device).all_reduce(total, op)
     return total
 
 
-@torch.library.custom_op("distpatch::all_gather", mutates_args=())
+@torch.library.custom_op("distpatch::all_gather", mutates_args=(), tags=NEVER_REPLAYED)
 def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
     return communicator_of(name).transport(tensor.device).all_gather(tensor.contiguous(), op)
 

@@ -23,7 +23,7 @@ from distpatch.comm.communicator import Communicator, communicator_of
 from distpatch.comm.transport import Batch
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.transfers import TransferPlan, plan_transfer
-from distpatch.torch_utils.private import keep_in_order
+from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
 
 Parts: TypeAlias = "list[tuple[int, list[Tensor]]]"  # by peer: the pieces of one message, in order
 
@@ -50,7 +50,7 @@ def fetch_rows(
     return pieces
 
 
-@torch.library.custom_op("distpatch::fetch_rows", mutates_args=())
+@torch.library.custom_op("distpatch::fetch_rows", mutates_args=(), tags=NEVER_REPLAYED)
 def _fetch(
     local: Tensor,
     dim: int,
@@ -83,7 +83,7 @@ def _empty_rows(like: Tensor, dim: int, rows: int, order: list[int]) -> Tensor:
     return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
 
 
-@torch.library.custom_op("distpatch::return_rows", mutates_args=())
+@torch.library.custom_op("distpatch::return_rows", mutates_args=(), tags=NEVER_REPLAYED)
 def _return(
     pieces: Sequence[Tensor],
     dim: int,

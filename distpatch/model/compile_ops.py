@@ -24,10 +24,10 @@ from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, shard_input
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES, RuleEntry
-from distpatch.torch_utils.private import keep_in_order
+from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
 
 
-@torch.library.custom_op("distpatch::begin_call", mutates_args=())
+@torch.library.custom_op("distpatch::begin_call", mutates_args=(), tags=NEVER_REPLAYED)
 def begin_call(name: str, what: str, signature: str) -> None:
     """A barrier that checks that all ranks make the same call, at every run of a compiled graph."""
     comm = communicator_of(name)
@@ -37,7 +37,7 @@ def begin_call(name: str, what: str, signature: str) -> None:
         _tell_of_an_exception(comm, what)
 
 
-@torch.library.custom_op("distpatch::end_call", mutates_args=())
+@torch.library.custom_op("distpatch::end_call", mutates_args=(), tags=NEVER_REPLAYED)
 def end_call(name: str) -> None:
     """All that the graph sends has been sent, and what it was sent is whole."""
     if sys.gettrace() is _look_at_no_frame:

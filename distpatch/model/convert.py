@@ -20,6 +20,7 @@ from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.model.arguments import is_image, problem_of, signature_of
 from distpatch.model.calls import STATE, Call, Conversion, inside, leave, sharded_buffers
 from distpatch.model.compile_ops import begin_call, end_call, enter_compiled
+from distpatch.model.compiled_calls import compiled_calls
 from distpatch.model.known_torch_bugs import warn_of_known_faults
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
@@ -52,6 +53,7 @@ def convert_model(
     lazy: bool = True,
     liveness: float | None = 3.0,
     late_check: bool = False,
+    compile: bool | dict[str, Any] = False,
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -74,8 +76,9 @@ def convert_model(
     long a rank computes is no matter. ``late_check``: on GPUs, do not wait at the end of a call until all that other
     ranks sent is known to have landed: a failure is then raised by the next call (for loops of many short calls).
 
-    The converted model, or an entry point of it, can be compiled with ``torch.compile(..., fullgraph=True)``;
-    each shape of the arguments has a graph of its own, in which the ranks meet as in a plain call.
+    ``compile=True``: each entry point is one graph of ``torch.compile``, made at the first call of each shape, in which
+    the ranks meet as in a plain call: rules cost no host time then. A dict: what ``torch.compile`` is told beside that,
+    such as ``{"mode": "max-autotune"}``. Displaced steps run as without it. From torch 2.13.
 
     Returns the model. Raises ``DistPatchError`` where it is converted already, ``RankError`` where a rank
     is missing, is no member, or has other weights or options, ``ValueError`` for an option out of range.
@@ -85,7 +88,18 @@ def convert_model(
     if is_converted(model):
         raise DistPatchError(f"this {type(model).__name__} is converted already; call distpatch.restore_model first")
     options = Options(
-        splits, sequential, dim, output, fallback, tiled, min_numel, workspace_bytes, lazy, liveness, late_check
+        splits,
+        sequential,
+        dim,
+        output,
+        fallback,
+        tiled,
+        min_numel,
+        workspace_bytes,
+        lazy,
+        liveness,
+        late_check,
+        compile,
     )
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
@@ -95,7 +109,7 @@ def convert_model(
     comm.liveness, comm.late_check = liveness, late_check
     state = Conversion(Region(comm, options, conversion=object()))
     wrappers = {
-        name: _entry(getattr(model, name), name, state, model)
+        name: compiled_calls(_entry(getattr(model, name), name, state, model), state)
         for name in ENTRY_POINTS
         if callable(getattr(model, name, None))
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 OUTPUTS = ("gather", "shard", "rank0")
 FALLBACKS = ("warn", "allow", "error")
@@ -14,8 +16,9 @@ class Options:
 
     ``splits``, ``sequential``, ``min_numel``, ``workspace_bytes``: how convolutions are cut; ``lazy``: whether rows
     may be computed later (lazy/recipe.py); ``fallback``: what an operation without a rule does; ``dim``, ``output``,
-    ``tiled``, ``liveness`` (seconds), ``late_check``: how calls of a converted model begin and end. By default as for
-    tensors of no model: nothing is cut.
+    ``tiled``, ``liveness`` (seconds), ``late_check``: how calls of a converted model begin and end; ``compile``:
+    whether they are compiled, and what ``torch.compile`` is told. By
+    default as for tensors of no model: nothing is cut.
     """
 
     splits: int | str = 1
@@ -29,6 +32,7 @@ class Options:
     lazy: bool = False
     liveness: float | None = 3.0
     late_check: bool = False
+    compile: bool | Mapping[str, Any] = field(default=False, hash=False)
 
     def __post_init__(self) -> None:
         check_splits(self.splits)
@@ -45,7 +49,7 @@ class Options:
             )
 
     def __str__(self) -> str:
-        return ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+        return ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
 
     @property
     def packed(self) -> str:

@@ -146,6 +146,10 @@ def own_connection(store: Any) -> Any:
     return store.clone()
 
 
+# Of an operator that has to run whenever its graph does: a CUDA graph would replay its kernels without its Python.
+NEVER_REPLAYED = (torch.Tag.cudagraph_unsafe,)
+
+
 def keep_in_order(operator: Any) -> None:
     """Have every compiled graph keep all calls of a custom operator, in one order with those of others."""
     operator.register_effect(EffectType.ORDERED)

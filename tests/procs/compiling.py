@@ -35,19 +35,20 @@ def values(
 ) -> list[list[Tensor | None]]:
     """What the model makes of each size, and its gradients: plain (``way`` is ""), or compiled, twice each.
 
-    ``way``: "converted": the converted model's entry point is compiled; "inside": a module of the converted
-    model; "sharded": the module, called with sharded tensors.
+    ``way``: "converted": the converted model's entry point is compiled; "option": by ``convert_model``; "inside": a
+    module of the converted model; "sharded": the module, called with sharded tensors.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model: Any = model_of(kind, dtype)
     whole = model.decode if kind == "decoder" else model
-    if way in {"converted", "inside"}:
-        distpatch.convert_model(model, dist.group.WORLD, fallback="error")
+    if way in {"converted", "inside", "option"}:
+        option = {"backend": backend} if way == "option" else False
+        distpatch.convert_model(model, dist.group.WORLD, fallback="error", compile=option)
         whole = model.decode if kind == "decoder" else model
         if way == "converted":
             whole = torch.compile(whole, fullgraph=True, backend=backend)
-        else:
+        elif way == "inside":
             part = model.decoder if kind == "decoder" else model.mid_block
             part.compile(fullgraph=True, backend=backend)
     elif way == "sharded":
@@ -114,3 +115,21 @@ def gradients_across(rank: int, leaf: bool) -> str:
     except Exception as error:
         return str(error)
     return "no error"
+
+
+def steps_between_compiled_calls(rank: int) -> list[Tensor]:
+    """``compile=True``: a compiled call, displaced steps, which are not, another one, and one of the restored model."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model: Any = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1)).double()
+    nn.init.ones_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    image = random_tensor((1, 3, 8, 4))
+    distpatch.convert_model(model, dist.group.WORLD, compile={"backend": "aot_eager"})
+    with torch.no_grad():
+        results = [model(image)]
+        with distpatch.displaced(model, warmup_steps=1):
+            results += [model(image) for _ in range(3)]
+        results.append(model(image))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        return [*results, distpatch.restore_model(model)(image)]

@@ -41,8 +41,15 @@ def test_inductor(pool: Pool, world: int, kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_module_of_a_converted_model(pool: Pool) -> None:
-    check(pool, 2, "decoder", "inside", "aot_eager", sizes=1)
+@pytest.mark.parametrize("way", ["inside", "option"])
+def test_a_module_of_a_converted_model(pool: Pool, way: str) -> None:
+    check(pool, 2, "decoder", way, "aot_eager", sizes=1)
+
+
+def test_displaced_steps_between_compiled_calls(pool: Pool) -> None:
+    for results in pool.run(2, compiling.steps_between_compiled_calls, timeout=60):
+        for result in results:
+            assert_same(result, results[-1], 1e-12, "picture")
 
 
 @pytest.mark.slow
