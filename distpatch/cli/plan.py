@@ -33,6 +33,10 @@ def plan(
     method: Annotated[Literal["decode", "encode", "forward"], typer.Option(help="What is called.")] = "decode",
     dtype: o.DtypeOption = "float32",
     device: Annotated[str, typer.Option(help="Whose rates make the estimate of time; 'cpu' for no estimate.")] = "H100",
+    host_us: Annotated[
+        float | None,
+        typer.Option(min=0, help="Microseconds in which the host launches a kernel, if known."),
+    ] = None,
     link: Annotated[str | None, typer.Option(help="Between ranks; the device's own if not given.")] = None,
     calibrate: Annotated[
         bool,
@@ -72,7 +76,8 @@ def plan(
         with torch.device("meta"):
             built, given = _model(model, precision), torch.empty(size, dtype=precision)
         check_input(built, method, size, f"--shape {shape}")
-        call = {"method": None if method == "forward" else method, **rates}
+        host = None if host_us is None else 1e-6 * host_us
+        call = {"method": None if method == "forward" else method, "host": host, **rates}
         try:
             with here.notes.status(f"planning {method} of {tuple(size)}"):
                 planned, smallest = _planned(built, given, world_size, fits, plot is not None, call)

@@ -47,6 +47,7 @@ def plan(
     world_size: int = 8,
     method: str | None = None,
     device: Device | str = "H100",
+    host: float | None = None,
     link: Link | str | None = None,
     ranks: Sequence[int] | None = None,
     backward: bool = False,
@@ -63,7 +64,9 @@ def plan(
     ``method``: the entry point that is called ("decode", "encode"; None: the model itself). ``device``: whose
     rates make the estimate of time: "H100" and others of ``distpatch.costs.DEVICES``, a ``Device`` such as
     ``distpatch.calibrate`` measures, or "cpu" for no estimate. ``link``: of ``distpatch.costs.LINKS``; None is
-    the device's own, or InfiniBand where there are more than 8 ranks. ``ranks``: those that are run; None is the
+    the device's own, or InfiniBand where there are more than 8 ranks. ``host``: seconds that the host takes to launch
+    a kernel, in place of the device's ``launch_seconds``: where kernels are shorter, the host is what takes time
+    (``Plan.bound``). ``ranks``: those that are run; None is the
     first, the last, and one of each height between (up to 4 ranks: all). ``backward``: also the backward pass of
     the sum of the results. ``options``: those of ``convert_model`` (splits, output, dim, ...). Without
     ``backward`` it is inference.
@@ -74,7 +77,7 @@ def plan(
     ``UnsupportedOpError`` where the model asks for the value of a tensor, ``DistPatchError`` where it is
     converted already or cannot be copied, ``ValueError`` for an option out of range.
     """
-    subject = Subject(model, args, kwargs, method=method, device=device, backward=backward, options=options)
+    subject = Subject(model, args, kwargs, method=method, device=device, host=host, backward=backward, options=options)
     return subject.plan(world_size, link=link, ranks=ranks)
 
 
@@ -85,6 +88,7 @@ def smallest_plan(
     most: int = 1024,
     method: str | None = None,
     device: Device | str = "H100",
+    host: float | None = None,
     link: Link | str | None = None,
     backward: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -95,7 +99,7 @@ def smallest_plan(
     Arguments as those of ``plan``. None where not even ``most`` ranks do. Taken to be true, and not checked: more
     ranks never need more memory each.
     """
-    subject = Subject(model, args, kwargs, method=method, device=device, backward=backward, options=options)
+    subject = Subject(model, args, kwargs, method=method, device=device, host=host, backward=backward, options=options)
     if memory_bytes is None and subject.device is None:
         raise ValueError("smallest_plan: say how many bytes a rank has (memory_bytes), or name a device")
 
@@ -144,6 +148,7 @@ class Subject:
         *,
         method: str | None,
         device: Device | str,
+        host: float | None,
         backward: bool,
         options: Mapping[str, Any] | None,
     ) -> None:
@@ -154,7 +159,7 @@ class Subject:
         self.name, self.method = type(model).__name__, method or "forward"
         if not callable(getattr(model, self.method, None)):
             raise ValueError(f"plan: {self.name} has no method {self.method!r}")
-        self.device, self.backward = device_named(device), backward
+        self.device, self.backward = device_named(device, host), backward
         self.options = {"fallback": "allow", **(options or {})}
         self.kind = "cpu" if self.device is None else self.device.kind
         given = [*model.parameters(), *model.buffers(), *tensors_in((args, kwargs))]

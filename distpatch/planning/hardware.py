@@ -8,7 +8,7 @@ the least time that the hardware allows, which no run reaches; ``distpatch.calib
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -161,8 +161,16 @@ RANKS_OF_A_HOST = 8
 BETWEEN_HOSTS = "InfiniBand NDR"
 
 
-def device_named(device: Device | str) -> Device | None:
-    """One of ``DEVICES`` by its name; None for "cpu", of which nothing is known until it is calibrated."""
+def device_named(device: Device | str, launch_seconds: float | None = None) -> Device | None:
+    """One of ``DEVICES`` by its name; None for "cpu", of which nothing is known until it is calibrated.
+
+    ``launch_seconds``: of another host than the device's own.
+    """
+    if launch_seconds is not None:
+        if launch_seconds < 0:
+            raise ValueError(f"host is a number of seconds for each kernel; got {launch_seconds!r}")
+        found = device_named(device)
+        return None if found is None else replace(found, launch_seconds=launch_seconds)
     if isinstance(device, Device):
         return device
     if device == "cpu":

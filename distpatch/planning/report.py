@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distpatch.planning.hardware import Device, Link
@@ -114,6 +114,20 @@ class Plan:
     def transfer_seconds_of(self, rank: RankPlan) -> float | None:
         return 0.0 if self.world_size == 1 else rank.transfer_seconds(self.link)
 
+    @property
+    def host_seconds(self) -> float | None:
+        """Time that the host of the slowest rank takes to launch its kernels; None without a device."""
+        return None if self.device is None else self.busiest.launches * self.device.launch_seconds
+
+    @property
+    def bound(self) -> str | None:
+        """What takes most of the slowest rank's time: "computing", "host" (launching kernels) or "sending"."""
+        if self.device is None or self.host_seconds is None or self.seconds is None:
+            return None
+        bare = self.busiest.compute_seconds(replace(self.device, launch_seconds=0.0)) or 0.0
+        takes = {"computing": bare, "host": self.host_seconds, "sending": self.transfer_seconds_of(self.busiest) or 0.0}
+        return max(takes, key=takes.__getitem__)
+
     def seconds_of(self, rank: RankPlan) -> float | None:
         parts = self.compute_seconds_of(rank), self.transfer_seconds_of(rank)
         return None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
@@ -180,6 +194,8 @@ class Plan:
             "imbalance": self.imbalance,
             "replicated_share": self.replicated_share,
             "seconds": self.seconds,
+            "host_seconds": self.host_seconds,
+            "bound": self.bound,
             "fallbacks": [asdict(fallback) for fallback in self.fallbacks],
             "ranks": [self._rank_dict(rank) for rank in self.ranks],
         }
@@ -233,6 +249,12 @@ class Plan:
                 f"time      {_seconds(seconds)}: computing {_seconds(compute)} on {self.device.name}, sending "
                 f"{_seconds(transfer)}{over} ({least})"
             )
+            if self.bound == "host":
+                lines.append(
+                    f"          host-bound: to launch {busiest.launches:,} kernels takes the host "
+                    f"{_seconds(self.host_seconds or 0.0)}; compile=True leaves out the rules' part, fewer ranks or "
+                    "larger pictures are the other way"
+                )
             fits = "fits" if self.fits() else "does not fit"
             lines.append(f"          {fits} in the {self.device.memory_bytes / 1e9:,.0f} GB of one {self.device.name}")
         done = ", ".join(f"{r.rank} ({r.rows} rows; stands for {r.stands_for})" for r in self.ranks)

@@ -30,13 +30,23 @@ class Scaling:
         """The first of these plans that fits in so many bytes a rank (None: the device's); None if none does."""
         return next((plan for plan in self.plans if plan.fits(memory_bytes)), None)
 
+    @property
+    def fastest(self) -> Plan | None:
+        """The plan that takes least time, of several the one with the fewest ranks; None where time is not known."""
+        timed = [plan for plan in self.plans if plan.seconds is not None]
+        return min(timed, key=lambda plan: (plan.seconds, plan.world_size), default=None)
+
     def table(self) -> str:
-        """Text, a line a world size: memory, FLOPs, traffic of the rank with most, and the estimate of time."""
+        """Text, a line a world size: memory, FLOPs, traffic of the rank with most, and the estimate of time.
+
+        The last column says what takes most of it (``Plan.bound``).
+        """
         first = self.plans[0]
         lines = [
             f"{first.model}.{first.method} of {', '.join(map(str, first.shapes))}",
             f"{'ranks':>5} {'memory GiB':>11} {'activations GiB':>16} {'TFLOPs a rank':>14} {'imbalance':>10} "
-            f"{'replicated':>11} {'launches':>9} {'rounds':>7} {'sent MiB':>11} {'messages':>9} {'seconds':>9}",
+            f"{'replicated':>11} {'launches':>9} {'rounds':>7} {'sent MiB':>11} {'messages':>9} {'seconds':>9} "
+            f"{'bound by':>9}",
         ]
         for plan in self.plans:
             seconds = "" if plan.seconds is None else f"{plan.seconds:.4g}"
@@ -44,8 +54,10 @@ class Scaling:
                 f"{plan.world_size:5} {plan.memory_bytes / GIB:11,.2f} {plan.peak_bytes / GIB:16,.3f} "
                 f"{max(rank.flops for rank in plan.ranks) / 1e12:14,.3f} {plan.imbalance:10.3f} "
                 f"{plan.replicated_share:11.1%} {plan.launches:9,} {plan.rounds:7,} "
-                f"{plan.sent_bytes / MIB:11,.1f} {plan.messages:9,} {seconds:>9}"
+                f"{plan.sent_bytes / MIB:11,.1f} {plan.messages:9,} {seconds:>9} {plan.bound or '':>9}"
             )
+        if (fastest := self.fastest) is not None and fastest is not self.plans[-1]:
+            lines.append(f"more than {fastest.world_size} rank{'s' * (fastest.world_size > 1)} take longer")
         return "\n".join(lines)
 
     def to_json(self, indent: int | None = 1) -> str:
@@ -84,6 +96,7 @@ def scaling(
     world_sizes: Sequence[int] = POWERS,
     method: str | None = None,
     device: Device | str = "H100",
+    host: float | None = None,
     link: Link | str | None = None,
     ranks: Sequence[int] | None = None,
     backward: bool = False,
@@ -91,5 +104,5 @@ def scaling(
     **kwargs: Any,
 ) -> Scaling:
     """``distpatch.plan`` for several world sizes: 1, 2, 4 ... 512, or ``world_sizes``; other arguments as there."""
-    subject = Subject(model, args, kwargs, method=method, device=device, backward=backward, options=options)
+    subject = Subject(model, args, kwargs, method=method, device=device, host=host, backward=backward, options=options)
     return Scaling(tuple(subject.plan(size, link=link, ranks=ranks) for size in world_sizes))

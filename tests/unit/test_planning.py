@@ -155,10 +155,28 @@ def test_smallest_plan() -> None:
         distpatch.smallest_plan(model, x, device="cpu")
 
 
+def test_a_slow_host() -> None:
+    """It is what takes time, more of it on more ranks, and is said to; a host that takes none is never."""
+    image = torch.zeros(1, 4, 64, 64)
+    slow = distpatch.scaling(tiny_unetish(), image, world_sizes=(1, 4), host=1e-3)
+    alone, several = slow
+    assert alone.bound == several.bound == "host"
+    assert several.host_seconds == several.busiest.launches * 1e-3 < (several.seconds or 0)
+    assert slow.fastest is alone and "more than 1 rank take longer" in slow.table()
+    assert "host-bound" in alone.table() and '"bound": "host"' in alone.to_json()
+    at_once = distpatch.plan(tiny_unetish(), image, world_size=2, host=0.0)
+    assert at_once.host_seconds == 0.0 and at_once.bound in {"computing", "sending"}
+    assert "host-bound" not in at_once.table()
+    unknown = distpatch.plan(tiny_unetish(), image, world_size=2, device="cpu")
+    assert unknown.bound is None and unknown.host_seconds is None
+    with pytest.raises(ValueError, match="host"):
+        distpatch.plan(tiny_unetish(), image, host=-1.0)
+
+
 def test_scaling(tmp_path: Path) -> None:
     found = distpatch.scaling(tiny_unetish(), torch.zeros(1, 4, 64, 64), world_sizes=(1, 2, 16))
     assert [plan.world_size for plan in found] == [1, 2, 16]
-    assert [line.split()[0] for line in found.table().splitlines()[2:]] == ["1", "2", "16"]
+    assert [line.split()[0] for line in found.table().splitlines()[2:5]] == ["1", "2", "16"]
     second = found.plans[1]
     assert found.smallest(second.memory_bytes) is second and found.smallest(1) is None
     assert len(json.loads(found.to_json())) == 3
