@@ -18,6 +18,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import distpatch
+from tests.support import forced
 from tests.support.oracle import random_tensor
 from tests.support.threads import run_ranks
 from tests.support.zoo.models import sd_decoder
@@ -80,8 +81,10 @@ def test_plan_and_trace_agree(name: str) -> None:
             where = f"{name}, rank {planned.rank} of {world}"
             assert planned.trace.records == real.records, where
             assert (planned.sent_bytes, planned.messages) == (real.sent_bytes, real.messages), where
-            # torch gives results of fake tensors other strides in dims of size 1, and a few of them are copied or not.
-            assert planned.rounds == real.rounds and planned.launches == pytest.approx(real.launches, rel=0.005), where
+            # torch gives results of fake tensors other strides in dims of size 1, and a few of them are copied or not
+            # (more of them in the patches of few rows that --forced makes).
+            few = 0.03 if forced.IS_ON else 0.005
+            assert planned.rounds == real.rounds and planned.launches == pytest.approx(real.launches, rel=few), where
             assert planned.flops == pytest.approx(real.flops, rel=0.01), where
             assert planned.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05), where
             assert real.peak_bytes and real.flops and real.wait_seconds > 0 and real.launches and real.rounds
