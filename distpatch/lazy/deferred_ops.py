@@ -138,9 +138,9 @@ def _keep_freed_patches() -> None:
     """Let malloc keep what a patch has freed for the next one: to be given fresh pages takes longer than to use them.
 
     glibc gives free memory back beyond twice the largest block that was freed so far, of up to 32 MiB. This one is
-    never touched, so that it costs no memory.
+    never touched, so that it costs no memory; it is no tensor, which a plan would make a fake one of, and count.
     """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+    torch.UntypedStorage((32 << 20) - (64 << 10))
 
 
 def unchanged(op: str, *tensors: Tensor | None) -> Callable[[], None]:

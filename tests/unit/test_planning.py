@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distpatch
+from distpatch.lazy import deferred_ops, recipe
 from distpatch.planning.fake_run import _representatives
 from tests.support import forced
 from tests.support.oracle import random_tensor
@@ -153,6 +154,17 @@ def test_smallest_plan() -> None:
     assert whole is not None and whole.world_size == 1 and whole.fits()
     with pytest.raises(ValueError, match="memory_bytes"):
         distpatch.smallest_plan(model, x, device="cpu")
+
+
+def test_what_is_done_once_a_process_is_in_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first deferred convolution of a process tells malloc something, which is no activation."""
+    monkeypatch.setattr(recipe, "LEAST_BYTES", 0)
+    deferred_ops._keep_freed_patches.cache_clear()
+    first, second = (
+        distpatch.plan(tiny_unetish(), torch.zeros(1, 4, 64, 64), world_size=2, device="cpu", options={"splits": 3})
+        for _ in range(2)
+    )
+    assert first.peak_bytes == second.peak_bytes < 1 << 20
 
 
 def test_a_slow_host() -> None:
