@@ -22,8 +22,11 @@ _ALONG = {"hstack": 1, "vstack": 0, "row_stack": 0, "dstack": 2, "column_stack":
 
 
 def composite(*funcs: Any, **properties: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what stands for these functions; it takes the function and its arguments."""
-    return rule(*funcs, any_order=True, **properties)
+    """Register what stands for these functions; it takes the function and its arguments.
+
+    ``any_order=False``: rows in blocks are brought in order first, where it writes to a copy of an argument.
+    """
+    return rule(*funcs, **{"any_order": True, **properties})
 
 
 def _run(body: Callable[..., Any], func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,19 +41,20 @@ for _func in (
     composite(_func)(partial(_run, inlined(_func)))
 
 
+_WRITES = {"any_order": False}
 # Those that are one expression, and what is known of them.
 _EXPRESSIONS: list[tuple[list[Any], Callable[..., Any], dict[str, bool]]] = [
     (named("ravel"), lambda func, input: input.reshape(-1), {"view": True}),
     (named("view_as", "reshape_as"), lambda func, input, other: input.reshape(other.shape), {"view": True}),
     (named("expand_as"), lambda func, input, other: input.expand(other.shape), {"view": True}),
     ([torch.Tensor.__iter__], lambda func, input: iter(input.unbind(0)), {}),
-    (named("select_scatter"), lambda func, input, src, dim, index: _with_part(input, src, dim, index), {}),
+    (named("select_scatter"), lambda func, input, src, dim, index: _with_part(input, src, dim, index), _WRITES),
     (
         named("slice_scatter"),
         lambda func, input, src, dim=0, start=None, end=None, step=1: _with_part(
             input, src, dim, slice(start, end, step)
         ),
-        {},
+        _WRITES,
     ),
     ([torch.Tensor.__rmatmul__], lambda func, self, other: torch.matmul(other, self), {}),
     ([torch.linalg.vecdot], lambda func, x, y, *, dim=-1: (x.conj() * y).sum(dim), {}),

@@ -219,6 +219,15 @@ CASES = {
         (Input((8, 1, 2, 2), 3, (0, 1, 2, 2)),),
         ("x = x.unflatten(-3, (1, -1))", "x = F.interpolate(x, scale_factor=(1.0, 1.3, 1.3), mode='nearest')"),
     ),
+    "a part replaced in a copy of rows in blocks": Chain(
+        3,
+        (Input((2, 2, 3, 4, 2), 3, (0, 1, 2, 4)),),
+        (
+            "x = x.reshape(1, -1)",
+            "x = x.select_scatter(x.select(0, 0) * 2, 0, 0)",
+            "x = x.slice_scatter(x[:, 1:3], 1, 5, 9, 2)",
+        ),
+    ),
 }
 
 
