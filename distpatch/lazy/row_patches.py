@@ -28,14 +28,24 @@ T = TypeVar("T")
 # (rows, start, lo, hi, *weights): output rows [lo, hi), one tensor or several, of input rows of which ``start`` is the
 # first: all that they read, of an image that ``fill`` surrounds. If it ``pads``, also of the image alone.
 Kernel = Callable[..., Any]
+Landed = Callable[[], object]  # waits for halo rows
 RowsAt = Callable[[int, int, "Tensor | None"], Any]  # (start, stop, where to write them, perhaps) -> rows
+
+
+def never(patch: Any) -> bool:
+    """No patch has to wait for the others."""
+    return False
+
+
+def nothing_to_wait_for() -> None:
+    """Of halo rows that are there."""
 
 
 class Slab(NamedTuple):
     """The rows of an image of ``size`` rows that one rank can read; beyond the image they are ``fill``.
 
     ``pieces``: (first global row, tensor) in ascending order; ``local`` of them is the rank's own, which may be
-    a ``Recipe``: then ``rows`` is told how to ``take`` some.
+    a ``Recipe``: then ``rows`` is told how to ``take`` some. The others are there once ``landed`` was called.
     """
 
     pieces: tuple[tuple[int, Any], ...]
@@ -43,19 +53,26 @@ class Slab(NamedTuple):
     dim: int
     size: int
     fill: float = 0.0
+    landed: Landed = nothing_to_wait_for
 
     @property
     def own(self) -> tuple[int, int, Any]:
         first, tensor = self.pieces[self.local]
         return first, first + tensor.shape[self.dim], tensor
 
+    def has_own(self, lo: int, hi: int) -> bool:
+        """Whether these rows are the rank's own."""
+        start, stop, _ = self.own
+        return start <= lo and hi <= stop
+
     def rows(self, lo: int, hi: int, take: Callable[[int, int], Tensor] | None = None) -> Tensor:
         """Rows [lo, hi): a view where the rank's own suffice, else a copy of just these rows."""
-        start, stop, own = self.own
+        start, _, own = self.own
         if take is None:
             take = partial(_narrow, own, self.dim)
-        if start <= lo and hi <= stop:
+        if self.has_own(lo, hi):
             return take(lo - start, hi - start)
+        self.landed()
         parts = [self._padding(min(hi, 0) - lo)] if lo < 0 else []
         for index, (first, piece) in enumerate(self.pieces):
             a, b = max(lo - first, 0), min(hi - first, piece.shape[self.dim])
@@ -106,7 +123,10 @@ def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
         first, last = cut.reads[a]
         return kernel(slab.rows(first, last), first, a, b)
 
-    return in_patches(rows_at, cut.rows, cut.patch_rows, dim)
+    def needs_halo(a: int) -> bool:
+        return not slab.has_own(*cut.reads[a])
+
+    return in_patches(rows_at, cut.rows, cut.patch_rows, dim, late=needs_halo)
 
 
 def _batched(kernel: Kernel, slab: Slab, cut: Cut) -> Tensor:
@@ -171,14 +191,19 @@ def none_of(result: Any, dim: int) -> Any:
     return map_tensors(lambda t: t.narrow(dim, 0, 0).clone(), result)
 
 
-def in_patches(rows_at: Callable[[int, int], Any], out: Interval, patch_rows: int, dim: int) -> Any:
-    """Output rows ``out``, computed by ``rows_at(start, stop)`` for ``patch_rows`` at a time; one tensor or several."""
+def in_patches(
+    rows_at: Callable[[int, int], Any], out: Interval, patch_rows: int, dim: int, late: Callable[[int], bool] = never
+) -> Any:
+    """Output rows ``out``, computed by ``rows_at(start, stop)`` for ``patch_rows`` at a time; one tensor or several.
+
+    ``late``: whether a patch, by its first row, has to wait for the others (without gradients).
+    """
     lo, hi = out
     if patch_rows >= hi - lo:
         return rows_at(lo, hi)
     if torch.is_grad_enabled():
         return joined([rows_at(a, min(a + patch_rows, hi)) for a in range(lo, hi, patch_rows)], dim)
-    return collect(lambda a, b, place: rows_at(a, b), out, patch_rows, dim)
+    return collect(lambda a, b, place: rows_at(a, b), out, patch_rows, dim, late=late)
 
 
 def collect(
@@ -190,13 +215,14 @@ def collect(
     *,
     format: torch.memory_format | None = None,
     last_too: bool = False,
+    late: Callable[[int], bool] = never,
 ) -> Any:
     """The same without gradients: in ``whole``, or in new tensors of the patches' memory format, or ``format``.
 
     ``rows_at`` is given the place of its rows, where there is one already: it may write them there, or return others.
     """
     lo, hi = out
-    for a in patches_to_run(range(lo, hi, patch_rows), last_too):
+    for a in patches_to_run(range(lo, hi, patch_rows), last_too, late):
         b = min(a + patch_rows, hi)
         place = whole.narrow(dim, a - lo, b - a) if isinstance(whole, Tensor) else None
         rows = rows_at(a, b, place)
@@ -216,12 +242,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def patches_to_run(patches: Sequence[T], last_too: bool = False) -> Iterable[T]:
-    """All patches; in a planned run, those that the planner chooses.
+def patches_to_run(patches: Sequence[T], last_too: bool = False, late: Callable[[T], bool] = never) -> Iterable[T]:
+    """All patches, those after the others that are ``late``; in a planned run, those that the planner chooses.
 
     ``last_too``: all are alike but for the first; else also but for the last.
     """
-    return patches if _thread.choose is None else _thread.choose(patches, last_too)
+    if _thread.choose is not None:
+        return _thread.choose(patches, last_too)
+    return patches if late is never else sorted(patches, key=late)
 
 
 @contextmanager

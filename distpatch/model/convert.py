@@ -52,6 +52,7 @@ def convert_model(
     lazy: bool = True,
     liveness: float | None = 3.0,
     late_check: bool = False,
+    overlap: bool = True,
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -73,6 +74,8 @@ def convert_model(
     up and name it (of another host, of which nothing is heard: three times as many); None: the group's timeout. How
     long a rank computes is no matter. ``late_check``: on GPUs, do not wait at the end of a call until all that other
     ranks sent is known to have landed: a failure is then raised by the next call (for loops of many short calls).
+    ``overlap``: without gradients, rows that need no halo are computed while it is under way; False: it is waited for
+    first. The result has the same bits.
 
     The converted model, or an entry point of it, can be compiled with ``torch.compile(..., fullgraph=True)``;
     each shape of the arguments has a graph of its own, in which the ranks meet as in a plain call.
@@ -85,7 +88,18 @@ def convert_model(
     if is_converted(model):
         raise DistPatchError(f"this {type(model).__name__} is converted already; call distpatch.restore_model first")
     options = Options(
-        splits, sequential, dim, output, fallback, tiled, min_numel, workspace_bytes, lazy, liveness, late_check
+        splits,
+        sequential,
+        dim,
+        output,
+        fallback,
+        tiled,
+        min_numel,
+        workspace_bytes,
+        lazy,
+        liveness,
+        late_check,
+        overlap,
     )
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)

@@ -13,7 +13,8 @@ class Options:
     """What ``convert_model`` says of them. Raises ``ValueError`` for one out of range.
 
     ``splits``, ``sequential``, ``min_numel``, ``workspace_bytes``: how convolutions are cut; ``lazy``: whether rows
-    may be computed later (lazy/recipe.py); ``fallback``: what an operation without a rule does; ``dim``, ``output``,
+    may be computed later (lazy/recipe.py); ``overlap``: whether halo rows travel while rows are computed that need none
+    (rules/core/halo.py); ``fallback``: what an operation without a rule does; ``dim``, ``output``,
     ``tiled``, ``liveness`` (seconds), ``late_check``: how calls of a converted model begin and end. By default as for
     tensors of no model: nothing is cut.
     """
@@ -29,6 +30,7 @@ class Options:
     lazy: bool = False
     liveness: float | None = 3.0
     late_check: bool = False
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         check_splits(self.splits)
