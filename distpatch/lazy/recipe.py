@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distpatch.errors import DistPatchError
 from distpatch.lazy.buffer_reuse import deferred_rows, is_only_holder, nobody, pending
-from distpatch.lazy.row_patches import collect, never
+from distpatch.lazy.row_patches import collect
 from distpatch.profiling.op_costs import attributed_to, running
 from distpatch.profiling.trace import Recorder
 from distpatch.torch_utils.chunk_sizes import sizes_of
@@ -223,7 +223,7 @@ class Recipe:
             walk.forget()
             return part
 
-        late = (lambda lo: lo == 0) if top_last else never
+        late = (0,) if top_last else ()
         last_too, whole = not self.expensive and rows % step == 0, None if spare is None else spare.value
         result: Tensor = collect(rows_at, (0, rows), step, dim, whole, format=self.format, last_too=last_too, late=late)
         return result
@@ -293,8 +293,8 @@ class Walk:
         ``above``: where the rows end that the output row above these reads.
         """
         head = None if self._heads is None else self._heads.get(key)
-        if head is not None and start < head[0] < stop == head[0] + head[1].shape[dim]:
-            return torch.cat([read(start, head[0]), head[1]], dim)
+        if head is not None and start < head[0] <= stop == head[0] + head[1].shape[dim]:  # the first patch, last
+            return torch.cat([read(start, head[0]), head[1]], dim) if head[0] < stop else read(start, stop)
         first, carried = self._carried.pop(key, (0, None))
         if carried is not None and first <= start <= first + carried.shape[dim] <= stop:
             last = first + carried.shape[dim]

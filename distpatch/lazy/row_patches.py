@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -30,11 +30,6 @@ T = TypeVar("T")
 Kernel = Callable[..., Any]
 Landed = Callable[[], object]  # waits for halo rows
 RowsAt = Callable[[int, int, "Tensor | None"], Any]  # (start, stop, where to write them, perhaps) -> rows
-
-
-def never(patch: Any) -> bool:
-    """No patch has to wait for the others."""
-    return False
 
 
 def nothing_to_wait_for() -> None:
@@ -60,19 +55,20 @@ class Slab(NamedTuple):
         first, tensor = self.pieces[self.local]
         return first, first + tensor.shape[self.dim], tensor
 
-    def has_own(self, lo: int, hi: int) -> bool:
-        """Whether these rows are the rank's own."""
+    def needs_halo(self, lo: int, hi: int) -> bool:
+        """Whether any of these rows are other ranks'."""
         start, stop, _ = self.own
-        return start <= lo and hi <= stop
+        return max(lo, 0) < start or stop < min(hi, self.size)
 
     def rows(self, lo: int, hi: int, take: Callable[[int, int], Tensor] | None = None) -> Tensor:
         """Rows [lo, hi): a view where the rank's own suffice, else a copy of just these rows."""
-        start, _, own = self.own
+        start, stop, own = self.own
         if take is None:
             take = partial(_narrow, own, self.dim)
-        if self.has_own(lo, hi):
+        if start <= lo and hi <= stop:
             return take(lo - start, hi - start)
-        self.landed()
+        if self.needs_halo(lo, hi):
+            self.landed()
         parts = [self._padding(min(hi, 0) - lo)] if lo < 0 else []
         for index, (first, piece) in enumerate(self.pieces):
             a, b = max(lo - first, 0), min(hi - first, piece.shape[self.dim])
@@ -123,10 +119,8 @@ def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
         first, last = cut.reads[a]
         return kernel(slab.rows(first, last), first, a, b)
 
-    def needs_halo(a: int) -> bool:
-        return not slab.has_own(*cut.reads[a])
-
-    return in_patches(rows_at, cut.rows, cut.patch_rows, dim, late=needs_halo)
+    late = [a for a, read in cut.reads.items() if slab.needs_halo(*read)]
+    return in_patches(rows_at, cut.rows, cut.patch_rows, dim, late=late)
 
 
 def _batched(kernel: Kernel, slab: Slab, cut: Cut) -> Tensor:
@@ -192,11 +186,11 @@ def none_of(result: Any, dim: int) -> Any:
 
 
 def in_patches(
-    rows_at: Callable[[int, int], Any], out: Interval, patch_rows: int, dim: int, late: Callable[[int], bool] = never
+    rows_at: Callable[[int, int], Any], out: Interval, patch_rows: int, dim: int, late: Collection[int] = ()
 ) -> Any:
     """Output rows ``out``, computed by ``rows_at(start, stop)`` for ``patch_rows`` at a time; one tensor or several.
 
-    ``late``: whether a patch, by its first row, has to wait for the others (without gradients).
+    ``late``: first rows of patches that come after the others (without gradients).
     """
     lo, hi = out
     if patch_rows >= hi - lo:
@@ -215,7 +209,7 @@ def collect(
     *,
     format: torch.memory_format | None = None,
     last_too: bool = False,
-    late: Callable[[int], bool] = never,
+    late: Collection[int] = (),
 ) -> Any:
     """The same without gradients: in ``whole``, or in new tensors of the patches' memory format, or ``format``.
 
@@ -242,14 +236,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def patches_to_run(patches: Sequence[T], last_too: bool = False, late: Callable[[T], bool] = never) -> Iterable[T]:
+def patches_to_run(patches: Sequence[T], last_too: bool = False, late: Collection[T] = ()) -> Iterable[T]:
     """All patches, those after the others that are ``late``; in a planned run, those that the planner chooses.
 
     ``last_too``: all are alike but for the first; else also but for the last.
     """
     if _thread.choose is not None:
         return _thread.choose(patches, last_too)
-    return patches if late is never else sorted(patches, key=late)
+    return sorted(patches, key=late.__contains__) if late else patches
 
 
 @contextmanager
