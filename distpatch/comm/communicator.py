@@ -17,7 +17,8 @@ from distpatch.comm.choose_transport import tell
 from distpatch.comm.connection import Connection
 from distpatch.comm.rendezvous import NoPeers, Payload, Rendezvous
 from distpatch.comm.simulated import Simulated
-from distpatch.comm.transport import AddLayer, Transport
+from distpatch.comm.transport import AddLayer, Batch, Finish, Transport
+from distpatch.comm.watched import UnderWay
 from distpatch.errors import LayoutError, RankError
 from distpatch.profiling.trace import Recorder
 from distpatch.torch_utils import private
@@ -51,6 +52,7 @@ class Communicator:
         self.late_check = False
         self._layers: tuple[AddLayer, ...] = ()
         self._transports: dict[torch.device, Transport] = {}  # with the layers on top
+        self._under_way: UnderWay | None = None  # what was begun last
         tell(self)
         self._duplicates: weakref.WeakSet[Communicator] = weakref.WeakSet()  # of the same ranks, this one among them
         self._duplicates.add(self)
@@ -155,8 +157,9 @@ class Communicator:
     def transport(self, device: torch.device) -> Transport:
         """How tensors of this device travel. The first time every rank of the group calls it: it opens the channels.
 
-        Raises ``RankError`` where the last transfers of the group failed.
+        What was begun before is waited for. Raises ``RankError`` where the last transfers of the group failed.
         """
+        self.finish()
         connection, transport = self._connection, self._transports.get(device)
         if transport is not None and connection is not None and not connection.broken:
             return transport
@@ -174,6 +177,21 @@ class Communicator:
             transport = add(transport)
         self._transports[device] = transport
         return transport
+
+    def begin(self, batch: Batch, *unpack: Finish) -> UnderWay:
+        """Messages behind what is computed; they end at the latest where the group's next transfer or its call does.
+
+        ``unpack``: what is done with them then.
+        """
+        transport = self.transport(batch.device)
+        self._under_way = begun = UnderWay(batch.op, transport.begin(batch), *unpack)
+        return begun
+
+    def finish(self) -> None:
+        """Wait for what was begun."""
+        if self._under_way is not None:
+            begun, self._under_way = self._under_way, None
+            begun.finish()
 
     def forget_transports(self) -> None:
         """Make them anew, where another factory has come to count."""
@@ -235,6 +253,7 @@ class Communicator:
         self.in_call = True
         try:
             yield
+            self.finish()
             self.end_call()
         except BaseException as error:
             self.abort_call(f"raised {type(error).__name__}: {error} (in {what})")
@@ -256,6 +275,9 @@ class Communicator:
 
     def give_up(self) -> None:
         """Send nothing more until all ranks have connected anew; what the others wait for from this rank fails."""
+        if self._under_way is not None:
+            self._under_way.give_up()
+            self._under_way = None
         for connection in self._connections():
             connection.give_up()
 

@@ -12,15 +12,17 @@ strides are ambiguous for shards of one row, and must not decide it.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from distpatch.comm.communicator import Communicator, communicator_of
-from distpatch.comm.transport import Batch
+from distpatch.comm.transport import Batch, Finish
+from distpatch.comm.watched import UnderWay
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.transfers import TransferPlan, plan_transfer
 from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
@@ -48,6 +50,33 @@ def fetch_rows(
         return [local.narrow(dim, 0, 0) for _ in needs[0]]
     pieces: list[Tensor] = _fetch(local, dim, list(bounds), flat, name, op, channels_last)
     return pieces
+
+
+def begin_rows(
+    local: Tensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
+) -> tuple[list[Tensor], Finish]:
+    """The same behind what is computed next: the rows are there when the function that is returned was called.
+
+    Without gradients, and not in a compiled graph. Until then ``local`` may not be written to.
+    """
+    begun: list[UnderWay] = []
+    _thread.begun = begun
+    try:
+        pieces = fetch_rows(local, dim, bounds, needs, name, op, channels_last)
+    finally:
+        _thread.begun = None
+    return pieces, begun[0].finish if begun else _nothing
+
+
+def _nothing() -> None:
+    """Of fake rows, or where there are no other ranks, nothing is under way."""
+
+
+class _Thread(threading.local):
+    begun: list[UnderWay] | None = None  # where an exchange is to be begun only
+
+
+_thread = _Thread()
 
 
 @torch.library.custom_op("distpatch::fetch_rows", mutates_args=(), tags=NEVER_REPLAYED)
@@ -118,18 +147,27 @@ def _exchange(
     device: torch.device,
     key: tuple[Any, ...] | None = None,
 ) -> None:
-    """Send and receive, one message a peer: NCCL has no tags to tell several apart."""
+    """Send and receive, or only begin to, one message a peer: NCCL has no tags to tell several apart."""
     if comm.size == 1:
         return
     landing = [_buffer(parts) for _, parts in recvs]
     outgoing = [_message(parts) for _, parts in sends]
     batch = Batch(op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing, device, key)
+
+    together = [(parts, message) for (_, parts), message in zip(recvs, landing, strict=True) if len(parts) > 1]
+    if _thread.begun is not None:
+        _thread.begun.append(comm.begin(batch, *([partial(_unpack, together)] if together else [])))
+        return
     comm.transport(device).exchange(batch)
-    for (_, parts), message in zip(recvs, landing, strict=True):
-        if len(parts) > 1:
-            sizes = [part.numel() for part in parts]
-            for part, rows in zip(parts, message.split(sizes), strict=True):
-                part.copy_(rows.view(part.shape))
+    _unpack(together)
+
+
+def _unpack(together: Sequence[tuple[list[Tensor], Tensor]]) -> None:
+    """Put what came in one message where its parts belong."""
+    for parts, message in together:
+        sizes = [part.numel() for part in parts]
+        for part, rows in zip(parts, message.split(sizes), strict=True):
+            part.copy_(rows.view(part.shape))
 
 
 def _simulate(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:

@@ -45,6 +45,7 @@ class Work(Protocol):
 
 
 Works: TypeAlias = "list[tuple[Work, int | None]]"  # each with the rank it waits for, None where that is not known
+Finish = Callable[[], None]  # waits for what was begun
 Moments: TypeAlias = "tuple[Sequence[int], Tensor]"  # how many samples; mean and centred second moment, (K, 2, ...)
 
 
@@ -67,8 +68,20 @@ class Transport(ABC):
 
     def exchange(self, batch: Batch) -> None:
         """Send and receive; returns when all has landed (on a GPU: for the stream that computes)."""
-        for work, _ in self.post(batch):
-            work.wait()
+        self.begin(batch)()
+
+    def begin(self, batch: Batch) -> Finish:
+        """Send and receive behind what is computed until the result is called, which returns when all has landed.
+
+        The tensors are left alone until then, and nothing else is sent.
+        """
+        works = self.post(batch)
+
+        def finish() -> None:
+            for work, _ in works:
+                work.wait()
+
+        return finish
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, op: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from distpatch.comm.failures import Failures, Note
-from distpatch.comm.transport import Batch, Layer, Transport, Works
+from distpatch.comm.transport import Batch, Finish, Layer, Transport, Works
 from distpatch.errors import DistPatchError, RankError
 from distpatch.profiling.trace import Recorder
 
@@ -55,13 +55,31 @@ class Watched(Layer):
 
     def exchange(self, batch: Batch) -> None:
         if not (batch.to or batch.source) or not self.is_recorded:
-            return self._carry(batch)
+            return self._begin(batch)()
         with self.recorder.transfer("p2p", batch.op, batch.sent_bytes, len(batch.to), batch.device):
-            self._carry(batch)
+            self._begin(batch)()
 
-    def _carry(self, batch: Batch) -> None:
-        for work, _ in self.post(batch):
-            work.wait()
+    def begin(self, batch: Batch) -> Finish:
+        if not (batch.to or batch.source) or not self.is_recorded:
+            return self._begin(batch)
+        with self.recorder.transfer("p2p", batch.op, batch.sent_bytes, len(batch.to), batch.device) as record:
+            finish = self._begin(batch)
+        started = time.perf_counter()
+
+        def finish_and_record() -> None:
+            with self.recorder.wait(record, started, batch.device):
+                finish()
+
+        return finish_and_record
+
+    def _begin(self, batch: Batch) -> Finish:
+        works = self.post(batch)
+
+        def finish() -> None:
+            for work, _ in works:
+                work.wait()
+
+        return finish
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
         self.failures.transfers += 1
@@ -113,6 +131,34 @@ class Watched(Layer):
         self.give_up()
         because = f"; {first}" if first != own else ""  # this rank itself may have been stopped for a while
         return RankError(f"{op}: rank {self.rank} {waited}{because} ({error})")
+
+
+class UnderWay:
+    """A batch of ``op`` that runs behind the computation until somebody needs what it brings.
+
+    ``finish`` may be called any number of times: nothing is read before it has returned.
+    """
+
+    def __init__(self, op: str, *finish: Finish) -> None:
+        self.op = op
+        self._left = finish  # to be done, in this order
+        self._is_lost = False
+
+    def finish(self) -> None:
+        """Wait until all has landed; ``RankError`` where it never will."""
+        if not self._left:
+            return
+        if self._is_lost:
+            raise RankError(f"{self.op}: rows of other ranks never came, as the group's transfers have failed")
+        self._is_lost = True  # if the wait fails, nobody knows what has landed
+        with torch.inference_mode():  # rows that were asked for in it can be written to nowhere else
+            for step in self._left:
+                step()
+        self._left, self._is_lost = (), False
+
+    def give_up(self) -> None:
+        """What has not been waited for will not land."""
+        self._is_lost = True
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.collectives import merge_moments
-from distpatch.comm.transport import Batch, Layer, Moments, Transport
+from distpatch.comm.transport import Batch, Finish, Layer, Moments, Transport
 from distpatch.diffusion.async_exchange import Key, Messages, Site, StepSchedule
 
 
@@ -99,6 +99,12 @@ class Stale(Layer):
         if step.behaviour.rows == "last":
             site.write(batch.op, batch.outgoing)
 
+    def begin(self, batch: Batch) -> Finish:
+        if batch.key is None:
+            return self.inner.begin(batch)
+        self.exchange(batch)  # what a site has is there, and what it gets is recorded in the order of the sites
+        return _nothing
+
     def known_moments(self, counts: Sequence[int], own: Tensor, op: str) -> Moments | None:
         step, norm, rank = self.step, self.step.behaviour.norm, self.rank
         if norm == "own" and step.is_stale and not step.lost:
@@ -119,6 +125,10 @@ class Stale(Layer):
         site.write(op, [own] * len(peers))
         ranks[rank] = own if norm == "stale" else last
         return (counts, ranks) if norm == "stale" else _corrected(counts, ranks, own, rank)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _corrected(counts: Sequence[int], ranks: Tensor, own: Tensor, rank: int) -> Moments:

@@ -85,6 +85,7 @@ def defer_window(
     format: torch.memory_format,
     patch_rows: int,
     row_aligned: bool,
+    top_last: bool,
 ) -> Recipe:
     """Output rows from ``place`` on of a window over rows that may be deferred; theirs are shape and format."""
     source, dim = slab.pieces[slab.local][1], slab.dim
@@ -100,7 +101,8 @@ def defer_window(
         if source.value is not None and not walk.overwrites:
             rows = read(a, b)
         else:
-            rows = walk.window(key, a, b, stencil.need(place + hi, place + hi + 1)[0], dim, read)
+            follow, above = stencil.need(place + hi, place + hi + 1)[0], stencil.need(place + lo - 1, place + lo)[1]
+            rows = walk.window(key, a, b, follow, above, dim, read)
         return kernel(rows, a, place + lo, place + hi), True
 
     return Recipe(
@@ -114,6 +116,7 @@ def defer_window(
         row_aligned=row_aligned,
         expensive=True,
         patch_rows=patch_rows,
+        top_last=top_last,
     )
 
 
@@ -130,6 +133,7 @@ def detached_recipe(recipe: Recipe) -> Recipe:
         row_aligned=recipe.row_aligned,
         expensive=recipe.expensive,
         patch_rows=recipe.patch_rows,
+        top_last=recipe.top_last,
     )
 
 

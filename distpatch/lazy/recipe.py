@@ -38,7 +38,8 @@ class Recipe:
 
     ``compute(walk, lo, hi)`` gives its local rows [lo, hi). ``row_aligned``: row i is made of rows i of its parents, or
     of rows that a window has not passed yet. ``expensive``: not to be computed twice. ``patch_rows``: how many at a
-    time, where that matters.
+    time, where that matters. ``top_last``: its first rows are best computed last, as they are made of other
+    ranks' rows.
     """
 
     __slots__ = (
@@ -57,6 +58,7 @@ class Recipe:
         "row_aligned",
         "shape",
         "steps",
+        "top_last",
         "value",
     )
     row_aligned: bool
@@ -73,6 +75,7 @@ class Recipe:
     patch_rows: int | None
     shape: torch.Size
     steps: int
+    top_last: bool
     value: Tensor | None
 
     def __init__(
@@ -89,6 +92,7 @@ class Recipe:
         row_aligned: bool = True,
         expensive: bool = False,
         patch_rows: int | None = None,
+        top_last: bool = False,
     ) -> None:
         self.op = op
         self.dim = dim
@@ -109,7 +113,7 @@ class Recipe:
                 if parent.patch_rows
             ]
             patch_rows = min(of_parents, default=None)
-        self.patch_rows = patch_rows
+        self.patch_rows, self.top_last = patch_rows, top_last
         self.value = None
         self.owner = nobody
         self.consumers = 0  # recipes that read it, and convolutions
@@ -206,7 +210,8 @@ class Recipe:
         rows, dim = self.num_rows, self.dim
         step = self.patch_rows or self._chunk_rows()
         once = all(node.consumers < 2 for node in self._nodes())  # then steps may write to what they read, too
-        walk = Walk(spare if once else None, overwrites=spare is not None)
+        top_last = any(node.top_last for node in self._nodes() if node.value is None)
+        walk = Walk(spare if once else None, overwrites=spare is not None, top_last=top_last)
         if spare is None and step >= rows:
             part, fresh = walk.rows(self, 0, rows)
             if format_by_order(part.shape, part.stride()) is not self.format:
@@ -218,8 +223,9 @@ class Recipe:
             walk.forget()
             return part
 
+        late = (0,) if top_last else ()
         last_too, whole = not self.expensive and rows % step == 0, None if spare is None else spare.value
-        result: Tensor = collect(rows_at, (0, rows), step, dim, whole, format=self.format, last_too=last_too)
+        result: Tensor = collect(rows_at, (0, rows), step, dim, whole, format=self.format, last_too=last_too, late=late)
         return result
 
     def _chunk_rows(self) -> int:
@@ -245,15 +251,16 @@ def _lost(recipe: Recipe, walk: Walk, lo: int, hi: int) -> Part:
 
 
 class Walk:
-    """One evaluation, from above to below.
+    """One evaluation, from above to below; ``top_last``: from its second patch on, and then the first.
 
     ``overwrites``: what is made of some rows takes their place, so that no window can read them again; ``spare``:
     whose rows each step may write to as soon as it has read them.
     """
 
-    def __init__(self, spare: Recipe | None = None, overwrites: bool = False) -> None:
+    def __init__(self, spare: Recipe | None = None, overwrites: bool = False, top_last: bool = False) -> None:
         self.spare = spare
         self.overwrites = overwrites
+        self._heads: dict[Any, tuple[int, Tensor]] | None = {} if top_last else None
         self._passed: dict[Any, int] = {}
         self._known: dict[tuple[Recipe, int, int], Tensor] = {}
         self._carried: dict[Any, tuple[int, Tensor]] = {}
@@ -279,9 +286,15 @@ class Walk:
         self._known.clear()
 
     def window(
-        self, key: Any, start: int, stop: int, follow: int, dim: int, read: Callable[[int, int], Tensor]
+        self, key: Any, start: int, stop: int, follow: int, above: int, dim: int, read: Callable[[int, int], Tensor]
     ) -> Tensor:
-        """Rows [start, stop) by ``read``, of which those from ``follow`` on are kept for the next time."""
+        """Rows [start, stop) by ``read``, of which those from ``follow`` on are kept for the next time.
+
+        ``above``: where the rows end that the output row above these reads.
+        """
+        head = None if self._heads is None else self._heads.get(key)
+        if head is not None and start < head[0] <= stop == head[0] + head[1].shape[dim]:  # the first patch, last
+            return torch.cat([read(start, head[0]), head[1]], dim) if head[0] < stop else read(start, stop)
         first, carried = self._carried.pop(key, (0, None))
         if carried is not None and first <= start <= first + carried.shape[dim] <= stop:
             last = first + carried.shape[dim]
@@ -292,6 +305,8 @@ class Walk:
         else:
             assert not self.overwrites or start >= self._passed.get(key, start), f"rows from {start} on are gone"
             rows = read(start, stop)
+        if self._heads is not None and head is None:
+            self._heads[key] = start, rows.narrow(dim, 0, max(above - start, 0)).clone()
         self._passed[key] = stop
         if start <= follow < stop:
             self._carried[key] = follow, rows.narrow(dim, follow - start, stop - follow).clone()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -28,14 +28,19 @@ T = TypeVar("T")
 # (rows, start, lo, hi, *weights): output rows [lo, hi), one tensor or several, of input rows of which ``start`` is the
 # first: all that they read, of an image that ``fill`` surrounds. If it ``pads``, also of the image alone.
 Kernel = Callable[..., Any]
+Landed = Callable[[], object]  # waits for halo rows
 RowsAt = Callable[[int, int, "Tensor | None"], Any]  # (start, stop, where to write them, perhaps) -> rows
+
+
+def nothing_to_wait_for() -> None:
+    """Of halo rows that are there."""
 
 
 class Slab(NamedTuple):
     """The rows of an image of ``size`` rows that one rank can read; beyond the image they are ``fill``.
 
     ``pieces``: (first global row, tensor) in ascending order; ``local`` of them is the rank's own, which may be
-    a ``Recipe``: then ``rows`` is told how to ``take`` some.
+    a ``Recipe``: then ``rows`` is told how to ``take`` some. The others are there once ``landed`` was called.
     """
 
     pieces: tuple[tuple[int, Any], ...]
@@ -43,11 +48,17 @@ class Slab(NamedTuple):
     dim: int
     size: int
     fill: float = 0.0
+    landed: Landed = nothing_to_wait_for
 
     @property
     def own(self) -> tuple[int, int, Any]:
         first, tensor = self.pieces[self.local]
         return first, first + tensor.shape[self.dim], tensor
+
+    def needs_halo(self, lo: int, hi: int) -> bool:
+        """Whether any of these rows are other ranks'."""
+        start, stop, _ = self.own
+        return max(lo, 0) < start or stop < min(hi, self.size)
 
     def rows(self, lo: int, hi: int, take: Callable[[int, int], Tensor] | None = None) -> Tensor:
         """Rows [lo, hi): a view where the rank's own suffice, else a copy of just these rows."""
@@ -56,6 +67,8 @@ class Slab(NamedTuple):
             take = partial(_narrow, own, self.dim)
         if start <= lo and hi <= stop:
             return take(lo - start, hi - start)
+        if self.needs_halo(lo, hi):
+            self.landed()
         parts = [self._padding(min(hi, 0) - lo)] if lo < 0 else []
         for index, (first, piece) in enumerate(self.pieces):
             a, b = max(lo - first, 0), min(hi - first, piece.shape[self.dim])
@@ -106,7 +119,8 @@ def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
         first, last = cut.reads[a]
         return kernel(slab.rows(first, last), first, a, b)
 
-    return in_patches(rows_at, cut.rows, cut.patch_rows, dim)
+    late = [a for a, read in cut.reads.items() if slab.needs_halo(*read)]
+    return in_patches(rows_at, cut.rows, cut.patch_rows, dim, late=late)
 
 
 def _batched(kernel: Kernel, slab: Slab, cut: Cut) -> Tensor:
@@ -171,14 +185,19 @@ def none_of(result: Any, dim: int) -> Any:
     return map_tensors(lambda t: t.narrow(dim, 0, 0).clone(), result)
 
 
-def in_patches(rows_at: Callable[[int, int], Any], out: Interval, patch_rows: int, dim: int) -> Any:
-    """Output rows ``out``, computed by ``rows_at(start, stop)`` for ``patch_rows`` at a time; one tensor or several."""
+def in_patches(
+    rows_at: Callable[[int, int], Any], out: Interval, patch_rows: int, dim: int, late: Collection[int] = ()
+) -> Any:
+    """Output rows ``out``, computed by ``rows_at(start, stop)`` for ``patch_rows`` at a time; one tensor or several.
+
+    ``late``: first rows of patches that come after the others (without gradients).
+    """
     lo, hi = out
     if patch_rows >= hi - lo:
         return rows_at(lo, hi)
     if torch.is_grad_enabled():
         return joined([rows_at(a, min(a + patch_rows, hi)) for a in range(lo, hi, patch_rows)], dim)
-    return collect(lambda a, b, place: rows_at(a, b), out, patch_rows, dim)
+    return collect(lambda a, b, place: rows_at(a, b), out, patch_rows, dim, late=late)
 
 
 def collect(
@@ -190,13 +209,14 @@ def collect(
     *,
     format: torch.memory_format | None = None,
     last_too: bool = False,
+    late: Collection[int] = (),
 ) -> Any:
     """The same without gradients: in ``whole``, or in new tensors of the patches' memory format, or ``format``.
 
     ``rows_at`` is given the place of its rows, where there is one already: it may write them there, or return others.
     """
     lo, hi = out
-    for a in patches_to_run(range(lo, hi, patch_rows), last_too):
+    for a in patches_to_run(range(lo, hi, patch_rows), last_too, late):
         b = min(a + patch_rows, hi)
         place = whole.narrow(dim, a - lo, b - a) if isinstance(whole, Tensor) else None
         rows = rows_at(a, b, place)
@@ -216,12 +236,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def patches_to_run(patches: Sequence[T], last_too: bool = False) -> Iterable[T]:
-    """All patches; in a planned run, those that the planner chooses.
+def patches_to_run(patches: Sequence[T], last_too: bool = False, late: Collection[T] = ()) -> Iterable[T]:
+    """All patches, those after the others that are ``late``; in a planned run, those that the planner chooses.
 
     ``last_too``: all are alike but for the first; else also but for the last.
     """
-    return patches if _thread.choose is None else _thread.choose(patches, last_too)
+    if _thread.choose is not None:
+        return _thread.choose(patches, last_too)
+    return sorted(patches, key=late.__contains__) if late else patches
 
 
 @contextmanager

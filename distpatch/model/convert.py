@@ -54,6 +54,7 @@ def convert_model(
     liveness: float | None = 3.0,
     late_check: bool = False,
     compile: bool | dict[str, Any] = False,
+    overlap: bool = True,
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -75,6 +76,8 @@ def convert_model(
     up and name it (of another host, of which nothing is heard: three times as many); None: the group's timeout. How
     long a rank computes is no matter. ``late_check``: on GPUs, do not wait at the end of a call until all that other
     ranks sent is known to have landed: a failure is then raised by the next call (for loops of many short calls).
+    ``overlap``: without gradients, rows that need no halo are computed while it is under way; False: it is waited for
+    first. The result has the same bits.
 
     ``compile=True``: each entry point is one graph of ``torch.compile``, made at the first call of each shape, in which
     the ranks meet as in a plain call: rules cost no host time then. A dict: what ``torch.compile`` is told beside that,
@@ -100,6 +103,7 @@ def convert_model(
         liveness,
         late_check,
         compile,
+        overlap,
     )
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -15,13 +16,13 @@ from torch.autograd import profiler
 from distpatch.profiling.op_costs import Mark, Meter, OpCost, gathered, mark, seconds_between
 
 
-@dataclass(frozen=True)
+@dataclass
 class Record:
     """One exchange or collective of this rank.
 
     ``kind`` is ``"p2p"`` or the collective's name, ``op`` the operation that asked for it; bytes are
     those that this rank sent. ``wait_seconds``: from its first message until all had landed, when this rank
-    computes nothing (on CUDA: as long as the stream that computes waits).
+    computes nothing (on CUDA: as long as the stream that computes waits); where it computes meanwhile, those after it.
     """
 
     kind: str
@@ -42,7 +43,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Wait:
-    """One wait for messages that ran behind the computation.
+    """One wait for messages that ran behind the computation: halo rows, or those of a displaced step.
 
     ``behind_s``: seconds from their start to the wait; ``blocked_s``: how long the wait then took. On a GPU both
     are the host's time.
@@ -246,19 +247,35 @@ class Recorder:
             self._seen = opened
         return self._seen
 
-    def record(self, kind: str, op: str, sent_bytes: int, messages: int, span: tuple[Mark, Mark] | None = None) -> None:
+    def record(
+        self, kind: str, op: str, sent_bytes: int, messages: int, span: tuple[Mark, Mark] | None = None
+    ) -> Record:
+        record = Record(kind, op, sent_bytes, messages, span)
         for trace in self.active():
-            trace.records.append(Record(kind, op, sent_bytes, messages, span))
+            trace.records.append(record)
+        return record
 
     @contextmanager
-    def transfer(self, kind: str, op: str, sent_bytes: int, messages: int, device: torch.device) -> Iterator[None]:
+    def transfer(self, kind: str, op: str, sent_bytes: int, messages: int, device: torch.device) -> Iterator[Record]:
         """Around an exchange: recorded and timed where a trace is open, a named range where a profiler runs."""
         start = mark(device)
-        with profiler.record_function(f"distpatch {kind} of {op}") if profiler._is_profiler_enabled else nullcontext():
+        record = self.record(kind, op, sent_bytes, messages)
+        with _range(f"distpatch {kind} of {op}"):
+            try:
+                yield record
+            finally:
+                record.span = start, mark(device)
+
+    @contextmanager
+    def wait(self, record: Record, started: float, device: torch.device) -> Iterator[None]:
+        """Around the wait for an exchange that has run behind the computation since ``started``: its record's."""
+        asked, start = time.perf_counter(), mark(device)
+        with _range(f"distpatch wait of {record.op}"):
             try:
                 yield
             finally:
-                self.record(kind, op, sent_bytes, messages, (start, mark(device)))
+                record.span = start, mark(device)
+                self.waited(record.op, asked - started, time.perf_counter() - asked)
 
     @classmethod
     def fused(cls, steps: str, spared_bytes: int) -> None:
@@ -274,6 +291,10 @@ class Recorder:
         gathered()
         for trace in self.active():
             trace.add_fallback(op, shapes, where, size_bytes)
+
+
+def _range(name: str) -> AbstractContextManager[Any]:
+    return profiler.record_function(name) if profiler._is_profiler_enabled else nullcontext()
 
 
 @contextmanager

@@ -15,10 +15,10 @@ class Options:
     """What ``convert_model`` says of them. Raises ``ValueError`` for one out of range.
 
     ``splits``, ``sequential``, ``min_numel``, ``workspace_bytes``: how convolutions are cut; ``lazy``: whether rows
-    may be computed later (lazy/recipe.py); ``fallback``: what an operation without a rule does; ``dim``, ``output``,
-    ``tiled``, ``liveness`` (seconds), ``late_check``: how calls of a converted model begin and end; ``compile``:
-    whether they are compiled, and what ``torch.compile`` is told. By
-    default as for tensors of no model: nothing is cut.
+    may be computed later (lazy/recipe.py); ``overlap``: whether halo rows travel while rows are computed that need none
+    (rules/core/halo.py); ``fallback``: what an operation without a rule does; ``dim``, ``output``, ``tiled``,
+    ``liveness`` (seconds), ``late_check``: how calls of a converted model begin and end; ``compile``: whether they are
+    compiled, and what ``torch.compile`` is told. By default as for tensors of no model: nothing is cut.
     """
 
     splits: int | str = 1
@@ -33,6 +33,7 @@ class Options:
     liveness: float | None = 3.0
     late_check: bool = False
     compile: bool | Mapping[str, Any] = field(default=False, hash=False)
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         check_splits(self.splits)

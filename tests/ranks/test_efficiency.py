@@ -248,7 +248,7 @@ def files_of(call: Callable[[], object]) -> dict[str, None]:
     return found
 
 
-@pytest.mark.parametrize(("lazy", "most", "to_read"), [(False, 9, 1), (True, 11, 9)], ids=["eager", "deferred"])
+@pytest.mark.parametrize(("lazy", "most", "to_read"), [(False, 9, 1), (True, 11, 10)], ids=["eager", "deferred"])
 def test_walk_of_a_convolution(lazy: bool, most: int, to_read: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through how few files a convolution goes, as a layer calls it, once its plans are cached.
 

@@ -135,7 +135,7 @@ def test_ranges_in_a_profile(tmp_path: Path) -> None:
     assert run_ranks(2, body) == [1, 1]
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [event["name"] for event in events if str(event.get("name")).startswith("distpatch ")]
-    assert names == ["distpatch p2p of conv2d", "distpatch all_gather of group_norm"]
+    assert names == ["distpatch p2p of conv2d", "distpatch wait of conv2d", "distpatch all_gather of group_norm"]
     assert all(event["dur"] > 0 for event in events if event["name"] in names)
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from distpatch.comm import collectives
-from distpatch.comm.row_exchange import fetch_rows
-from distpatch.layout.rows import Needs, RowLayout, Stencil
+from distpatch.comm.row_exchange import begin_rows, fetch_rows
+from distpatch.comm.transport import Finish
+from distpatch.layout.rows import EMPTY, Bounds, Needs, RowLayout, Stencil
 from distpatch.layout.stencil import WindowStencil
 from distpatch.layout.transfers import RankPlan, plan_edges
 from distpatch.lazy.deferred_ops import defer_window, unchanged
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import Kernel, Slab, compute_now
+from distpatch.lazy.row_patches import Kernel, Slab, compute_now, nothing_to_wait_for
 from distpatch.rules.core.executor import deferrable
 from distpatch.rules.core.operands import PLAIN, along_rows, on_some_rows, replicated_operand, wrap
 from distpatch.rules.core.window_plan import Given, WindowPlan, plan_rows, plan_windows
@@ -99,7 +100,10 @@ def carry_out(
     if plan.axis < 0:
         local = on_some_rows(lambda rows: kernel(rows, 0, 0, plan.out_rows), x.local, x.row_layout.dim)
         return _wrapped(local, x, x.row_layout)
-    return _wrapped(compute_now(kernel, halo(x, plan.rank, func, fill), plan.cut), x, plan.rank.layout)
+    slab = halo(x, plan.rank, func, fill)
+    result = compute_now(kernel, slab, plan.cut)
+    slab.landed()  # also where this rank needs none: then what it sends may be written to
+    return _wrapped(result, x, plan.rank.layout)
 
 
 def _later(func: Any, x: PatchTensor, plan: WindowPlan, kernel: Kernel, weights: Weights) -> Recipe:
@@ -115,14 +119,13 @@ def _later(func: Any, x: PatchTensor, plan: WindowPlan, kernel: Kernel, weights:
 
     source = x.as_recipe
     # No views of the rank's own rows: somebody may write over these.
-    edges = fetch_edges(x, plan.rank.needs, func) if plan.rank.moves else []
-    slab = _slab(x, plan.rank, source, edges)
+    edges, landed = fetch_edges(x, plan.rank.needs, func) if plan.rank.moves else ([], nothing_to_wait_for)
+    slab = _slab(x, plan.rank, source, edges, landed)
     format = format_by_strides(weight.shape, weight.stride())  # of the result, if it is not the input's
     format = source.format if format is torch.contiguous_format else format
-    place, patch_rows = plan.rank.rows[0], plan.cut.patch_rows
-    return defer_window(
-        op_name(func), convolve, slab, plan.stencil, place, plan.shape, format, patch_rows, plan.row_aligned
-    )
+    place, patch_rows, (top, _) = plan.rank.rows[0], plan.cut.patch_rows, plan.rank.needs[x.region.comm.rank]
+    how = patch_rows, plan.row_aligned, top != EMPTY
+    return defer_window(op_name(func), convolve, slab, plan.stencil, place, plan.shape, format, *how)
 
 
 def _wrapped(result: Any, x: PatchTensor, layout: RowLayout) -> Any:
@@ -135,27 +138,42 @@ def halo(x: PatchTensor, plan: RankPlan, func: Any, fill: float = 0.0) -> Slab:
     """This rank's rows with the rows that it needs above and below them; beyond the image, ``fill``."""
     own, rows = x.local, x.row_layout
     if not plan.moves:
-        return _slab(x, plan, own, [], fill)
-    edges = fetch_rows(own, rows.dim, rows.bounds, plan.needs, x.region.comm.name, op_name(func), True)
+        return _slab(x, plan, own, fill=fill)
+    edges, landed = _exchanged(x, own, rows.bounds, plan.needs, func)
     if own.requires_grad:
         own = collectives.anchor_in_graph(own, *edges)
-    return _slab(x, plan, own, edges, fill)
+    return _slab(x, plan, own, edges, landed, fill)
 
 
-def _slab(x: PatchTensor, plan: RankPlan, own: Any, edges: Sequence[Tensor], fill: float = 0.0) -> Slab:
+def _exchanged(x: PatchTensor, rows: Tensor, bounds: Bounds, needs: Needs, func: Any) -> tuple[list[Tensor], Finish]:
+    """The halo, and what is to be called before it is read."""
+    given = rows, x.row_layout.dim, bounds, needs, x.region.comm.name, op_name(func), True
+    if x.region.options.overlap and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return begin_rows(*given)
+    return fetch_rows(*given), nothing_to_wait_for
+
+
+def _slab(
+    x: PatchTensor,
+    plan: RankPlan,
+    own: Any,
+    edges: Sequence[Tensor] = (),
+    landed: Finish = nothing_to_wait_for,
+    fill: float = 0.0,
+) -> Slab:
     dim, size = x.row_layout.dim, x.row_layout.size
     if not edges:
         return Slab(((plan.own[0], own),), 0, dim, size, fill)
     (top, _), (bottom, _) = plan.needs[x.region.comm.rank]
-    return Slab(((top, edges[0]), (plan.own[0], own), (bottom, edges[1])), 1, dim, size, fill)
+    return Slab(((top, edges[0]), (plan.own[0], own), (bottom, edges[1])), 1, dim, size, fill, landed)
 
 
-def fetch_edges(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
-    """As ``fetch`` of rows that are all other ranks' own; of rows that are deferred, only those are computed."""
+def fetch_edges(x: PatchTensor, needs: Needs, func: Any) -> tuple[list[Tensor], Finish]:
+    """The halo, as ``_exchanged`` gives it; of rows that are deferred, only those that others need are computed."""
     plan, dim, recipe = plan_edges(x.row_layout.bounds, needs), x.row_layout.dim, x.as_recipe
     strips = [recipe.evaluate(lo, hi) for lo, hi in plan.strips[x.region.comm.rank]]
     edges = torch.cat(strips, dim) if strips else recipe.sample()
-    return fetch_rows(edges, dim, plan.bounds, plan.needs, x.region.comm.name, op_name(func), True)
+    return _exchanged(x, edges, plan.bounds, plan.needs, func)
 
 
 def convolved(
