@@ -219,6 +219,11 @@ CASES = {
         (Input((8, 1, 2, 2), 3, (0, 1, 2, 2)),),
         ("x = x.unflatten(-3, (1, -1))", "x = F.interpolate(x, scale_factor=(1.0, 1.3, 1.3), mode='nearest')"),
     ),
+    "the memory format of tensors that differ in it, one after the other": Chain(
+        2,
+        (Input((4, 4, 4, 3, 1), 3, (0, 3, 3), last=True), Input((4, 4, 4, 3, 1))),
+        ("x = torch.cat([t1, x, x], -2)", "x = x.clone(); x.flatten(1).sub_(1)"),
+    ),
     "a part replaced in a copy of rows in blocks": Chain(
         3,
         (Input((2, 2, 3, 4, 2), 3, (0, 1, 2, 4)),),

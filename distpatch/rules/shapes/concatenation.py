@@ -63,7 +63,9 @@ def assembled(
     own = [next(pieces[k]) for k, _, _ in shares[comm.rank]]
     rest = [piece for fetched in pieces for piece in fetched]  # without rows, for the autograd graph
     local = torch.cat([piece.to(dtype) for piece in (*own, *rest)], dim)
-    return wrap(local.contiguous(memory_format=memory_format(lead.local)), lead, RowLayout(dim, bounds))
+    formats = {memory_format(t.local if isinstance(t, PatchTensor) else t) for t in tensors}
+    format = formats.pop() if len(formats) == 1 else torch.contiguous_format  # as torch.cat chooses
+    return wrap(local.contiguous(memory_format=format), lead, RowLayout(dim, bounds))
 
 
 @lru_cache(maxsize=1024)
