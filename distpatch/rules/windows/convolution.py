@@ -45,19 +45,27 @@ def convolution(
     windows, axis, strides, dilations = call.windows, call.plan.axis, call.strides, call.dilations
 
     def conv(rows: Tensor, start: int, lo: int, hi: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolve(func, rows, weight, bias, strides, paddings(windows, axis, start, lo), dilations, groups)
+        pads = paddings(windows, axis, start, lo)
+        if call.by_size:
+            return convolve(func, rows, weight, bias, strides, pads, dilations, groups)
+        result: Tensor = func(rows, weight, bias, strides, pads, dilations, groups)
+        return result
 
     return carry_out(call.plan, func, input, conv, weights=Weights(weight, bias))
 
 
 class _Plan(NamedTuple):
-    """``far_side``: what "same" with an even kernel adds behind, as ``F.pad`` takes it, in all dims but the rows."""
+    """``far_side``: what "same" with an even kernel adds behind, as ``F.pad`` takes it, in all dims but the rows.
+
+    ``by_size``: torch takes another kernel for a small piece (convolution_kernel.py).
+    """
 
     windows: tuple[WindowStencil, ...]
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
     far_side: list[int] | None
     plan: WindowPlan
+    by_size: bool
 
 
 @lru_cache(maxsize=4096)
@@ -77,7 +85,7 @@ def _plan(op: str, given: Given, stride: Sizes, padding: Sizes | str, dilation: 
         given = given._replace(shape=torch.Size([*given.shape[:2], *sizes]))
     fit = weight[1] * groups == given.shape[1] and weight[0] % groups == 0
     plan = plan_windows(op, given, windows, pads=True, channels=weight[0], fit=fit)
-    return _Plan(windows, strides, dilations, far_side, plan)
+    return _Plan(windows, strides, dilations, far_side, plan, given.kind == "cpu" and given.dtype is torch.float32)
 
 
 def _paddings(
