@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from distpatch.profiling.live_memory import LivePeak, stored_tensors
 from distpatch.torch_utils.op_names import op_name
@@ -275,6 +275,10 @@ def _bytes(tensor: Tensor) -> int:
     return int(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))
 
 
+def _onednn_flops(x: Tensor, weight: Tensor, *args: Any, out_val: Tensor) -> int:
+    return int(conv_flop_count(list(x.shape), list(weight.shape), list(out_val.shape)))
+
+
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
     return int(sdpa_flop_count(query.shape, _of_heads(key, query), _of_heads(value, query)))
 
@@ -290,10 +294,11 @@ def _of_heads(t: Tensor, query: Tensor) -> tuple[int, ...]:
     return (t.shape[0], query.shape[1], *t.shape[2:])
 
 
-# torch.utils.flop_counter leaves out the CPU's own attention and, up to torch 2.12, refuses grouped queries.
+# torch.utils.flop_counter leaves out the CPU's own attention and convolution; up to 2.12 it refuses grouped queries.
 _KERNELS = ("efficient_attention", "flash_attention", "cudnn_attention")
 FLOPS = {
     **flop_registry,
+    aten.mkldnn_convolution: _onednn_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     **{getattr(aten, f"_scaled_dot_product_{kernel}"): _attention_flops for kernel in _KERNELS},
     **{getattr(aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward_flops for kernel in _KERNELS},

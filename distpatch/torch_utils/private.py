@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -62,6 +63,10 @@ no_torch_function = torch._C._disabled_torch_function_impl  # type: ignore[attr-
 no_torch_dispatch = torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
 no_modes = _disable_current_modes
 has_setup_context = torch.autograd.function._is_setup_context_defined  # type: ignore[attr-defined]
+
+onednn_convolution: Any = torch.mkldnn_convolution
+has_onednn = torch.backends.mkldnn.is_available()
+onednn_enabled = torch._C._get_mkldnn_enabled
 
 nn_builtins: Any = torch._C._nn
 variable_functions: Any = torch._C._VariableFunctions
@@ -171,6 +176,21 @@ def inlined(func: Any) -> Any:
 def fused_attention(*args: Any, **kwargs: Any) -> Any:
     """Which kernel ``F.scaled_dot_product_attention`` would choose."""
     return torch._fused_sdp_choice(*args, **kwargs)
+
+
+def conv_backend(
+    shape: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str:
+    """The name of the kernel that a CPU convolves float32 of these sizes with, in as many threads as there are."""
+    x, w = (torch.empty(1).expand(sizes) for sizes in (shape, weight))
+    how = [*map(list, (stride, padding, dilation))]
+    backend = torch._C._select_conv_backend(x, w, None, *how, False, [0] * len(stride), groups)  # type: ignore[call-arg]
+    return str(backend).rpartition(".")[2]
 
 
 def functorch_transform() -> Any:

@@ -16,6 +16,7 @@ from distpatch.rules.core.operands import per_dim
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.core.window_plan import Given, WindowPlan, plan_windows
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.torch_utils.convolution_kernel import convolve
 from distpatch.torch_utils.op_names import op_name
 
 Sizes = int | Sequence[int]
@@ -41,21 +42,30 @@ def convolution(
     call = _plan(op_name(func), given(input, weight), stride, padding, dilation, groups)
     if call.far_side is not None:
         input = cast(PatchTensor, F.pad(input, call.far_side))
-    windows, axis = call.windows, call.plan.axis
+    windows, axis, strides, dilations = call.windows, call.plan.axis, call.strides, call.dilations
 
     def conv(rows: Tensor, start: int, lo: int, hi: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-        result: Tensor = func(rows, weight, bias, stride, paddings(windows, axis, start, lo), dilation, groups)
+        pads = paddings(windows, axis, start, lo)
+        if call.by_size:
+            return convolve(func, rows, weight, bias, strides, pads, dilations, groups)
+        result: Tensor = func(rows, weight, bias, strides, pads, dilations, groups)
         return result
 
     return carry_out(call.plan, func, input, conv, weights=Weights(weight, bias))
 
 
 class _Plan(NamedTuple):
-    """``far_side``: what "same" with an even kernel adds behind, as ``F.pad`` takes it, in all dims but the rows."""
+    """``far_side``: what "same" with an even kernel adds behind, as ``F.pad`` takes it, in all dims but the rows.
+
+    ``by_size``: torch takes another kernel for a small piece (convolution_kernel.py).
+    """
 
     windows: tuple[WindowStencil, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
     far_side: list[int] | None
     plan: WindowPlan
+    by_size: bool
 
 
 @lru_cache(maxsize=4096)
@@ -74,7 +84,8 @@ def _plan(op: str, given: Given, stride: Sizes, padding: Sizes | str, dilation: 
         sizes = [size + extra for size, extra in zip(given.shape[2:], more)]
         given = given._replace(shape=torch.Size([*given.shape[:2], *sizes]))
     fit = weight[1] * groups == given.shape[1] and weight[0] % groups == 0
-    return _Plan(windows, far_side, plan_windows(op, given, windows, pads=True, channels=weight[0], fit=fit))
+    plan = plan_windows(op, given, windows, pads=True, channels=weight[0], fit=fit)
+    return _Plan(windows, strides, dilations, far_side, plan, given.kind == "cpu" and given.dtype is torch.float32)
 
 
 def _paddings(

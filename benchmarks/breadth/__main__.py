@@ -1,0 +1,119 @@
+"""Nets of every kind on two ranks of one thread, against one process of two threads.
+
+    python -m benchmarks.breadth --rounds 3 --only 3-D --json breadth.json
+
+Both are started once a net and take turns, one at a time: read the ratios of the rounds. Random weights, float32,
+on CPUs. Memory is measured in passes of its own: live activations by counting tensors, the resident peak
+(``--resident``) in fresh processes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.resident import MIB, PROMPT_FREE
+from benchmarks.breadth.nets import NETS
+
+WORKER = "benchmarks.breadth.worker"
+LEGEND = (
+    "x: time of one process over that of the ranks, median of the rounds (range), above 1 the ranks are faster; live, "
+    "resident: of the rank with the most / of one process; error: largest, over the result's largest value"
+)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass
+class Result:
+    """What was measured of one net; pairs are of one process and of the ranks, of which the worst."""
+
+    net: str
+    seconds: list[tuple[float, float]] = field(default_factory=list)
+    live_bytes: tuple[int, int] = (0, 0)
+    resident_bytes: tuple[int, int] | None = None
+    fallbacks: int = 0
+    error: float = 0.0
+
+    @property
+    def ratios(self) -> list[float]:
+        return [alone / shared for alone, shared in self.seconds]
+
+
+def crews(stack: ExitStack, net: str, ranks: int, **env: str) -> list[Crew]:
+    """One process, and ranks of one thread."""
+    sizes = ((1, ranks), (ranks, 1))
+    return [stack.enter_context(Crew(WORKER, {"net": net, "ranks": n}, n, threads, **env)) for n, threads in sizes]
+
+
+def measure(net: str, ranks: int, rounds: int, resident: bool) -> Result:
+    result = Result(net)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        right = str(Path(folder) / "result.pt")
+        alone, shared = crews(stack, net, ranks)
+        for _ in range(rounds + 1):
+            first, second = (max(answer["seconds"] for answer in crew.ask("time")) for crew in (alone, shared))
+            result.seconds.append((first, second))
+        del result.seconds[0]  # the first calls load kernels and make plans
+        alone.ask("save", path=right)
+        result.error = max(answer["error"] for answer in shared.ask("compare", path=right))
+        live = [crew.ask("live") for crew in (alone, shared)]
+        first, second = (max(answer["live_bytes"] for answer in answers) for answers in live)
+        result.live_bytes, result.fallbacks = (first, second), live[1][0]["fallbacks"]
+    if resident:
+        with ExitStack() as stack:
+            first, second = (
+                max(answer["resident_bytes"] for answer in crew.ask("resident"))
+                for crew in crews(stack, net, ranks, **PROMPT_FREE)
+            )
+            result.resident_bytes = first, second
+    return result
+
+
+def show(result: Result, console: Console) -> None:
+    ratios, (before, after) = result.ratios, result.live_bytes
+    alone, shared = (median(each) for each in zip(*result.seconds))
+    resident = ""
+    if result.resident_bytes is not None:
+        resident = f"{result.resident_bytes[1] / MIB:.0f}/{result.resident_bytes[0] / MIB:.0f}"
+    console.print(
+        f"{result.net:22}{median(ratios):6.2f} ({min(ratios):.2f}-{max(ratios):.2f}){shared:8.3f} /{alone:7.3f} s"
+        f"{after / MIB:8.0f} /{before / MIB:5.0f} MiB{resident:>12}{result.fallbacks:6}{result.error:10.0e}",
+        highlight=False,
+    )
+
+
+@app.command()
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="How often each net is timed.")] = 3,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Nets whose name contains this; give it several times.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks, and threads of the one process.")] = 2,
+    resident: Annotated[bool, typer.Option(help="Also the resident peak, in fresh processes.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
+) -> None:
+    """How much faster are ranks than threads, for nets of every kind?"""
+    console, about, results = wide_console(), machine(), []
+    console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {ranks} ranks, {rounds} rounds")
+    console.print("net, x (range), time, live, resident, fallbacks, error")
+    for net in NETS:
+        if only is None or any(part in net for part in only):
+            results.append(measure(net, ranks, rounds, resident))
+            show(results[-1], console)
+    console.print(f"median {median(median(result.ratios) for result in results):.2f}. {LEGEND}")
+    if json_file is not None:
+        numbers = [asdict(result) for result in results]
+        json_file.write_text(json.dumps({"machine": about, "ranks": ranks, "results": numbers}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()
