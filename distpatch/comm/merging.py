@@ -1,0 +1,97 @@
+"""Means and spreads of parts, merged to those of their union. Everything is local.
+
+By Chan, Golub and LeVeque's pairwise update in its K-way form (Updating Formulae, 1979): no difference of large
+squares, so as exact as the parts' own moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from distpatch.torch_utils.private import FakeTensor
+
+
+def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Mean and centred second moment of the union of samples stacked along dim 0.
+
+    ``mean`` and ``m2`` (sum of squared distances from the mean): (K, ...); ``counts``: K. Returns (count, mean (...),
+    m2 (...)), which have derivatives.
+    """
+    total = sum(counts)
+    if counts and min(counts) == max(counts):
+        union = mean[0] + (mean - mean[0]).mean(0)  # around one of them: means that are equal stay so
+        return total, union, m2.sum(0) + (mean - union).square().sum(0) * counts[0]
+    weight = mean.new_full((len(counts), *[1] * (mean.ndim - 1)), counts[0] if counts else 0)
+    start = 0
+    for count, alike in groupby(counts):
+        stop = start + len(list(alike))
+        if count != counts[0]:
+            weight[start:stop] = count  # filled on the device: nothing is copied to it
+        start = stop
+    middle = (
+        mean[max(range(len(counts)), key=counts.__getitem__)] if counts else 0.0
+    )  # around it, means that are equal stay so
+    union = middle + ((mean - middle) * (weight / max(total, 1))).sum(0)
+    spread_between = ((mean - union).square() * weight).sum(0)
+    return total, union, m2.sum(0) + spread_between
+
+
+def merge_deviations(counts: Sequence[int], parts: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean, and ``sqrt(variance + eps)``, of the union of parts, of which these are means and deviations, in fp64.
+
+    ``parts``: (K, 2, ...); ``counts``: K. The same formula in two kernels: one product with a matrix that is made once
+    for all calls that are alike, of whose result the squares are added. Without derivatives, which it has not where a
+    deviation is 0.
+    """
+    divisor = math.gcd(*counts) or 1
+    matrix, constant = _matrix(tuple(count // divisor for count in counts), eps, parts)
+    columns = parts.reshape(2 * len(counts), -1)
+    if torch.are_deterministic_algorithms_enabled():  # torch may then refuse a product of matrices on a GPU
+        rows = (matrix.unsqueeze(-1) * columns).sum(1) + constant
+    else:
+        rows = torch.addmm(constant, matrix, columns)
+    spread = torch.linalg.vector_norm(rows[:-1], dim=0)
+    return rows[-1].view(parts.shape[2:]), spread.view(parts.shape[2:])
+
+
+def _matrix(shares: tuple[int, ...], eps: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What turns means and deviations in turns, a column a quantity, into ``_rows``: a matrix, and a column to add."""
+    size = len(shares)
+    if isinstance(like, FakeTensor):  # which meets fake ones alone
+        return like.new_empty((2 * size + 2, 2 * size)), like.new_empty((2 * size + 2, 1))
+    return _kept_matrix(shares, eps, like.dtype, like.device)
+
+
+@lru_cache(maxsize=4096)
+def _kept_matrix(
+    shares: tuple[int, ...], eps: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        rows = _rows(shares, eps)
+        matrix = torch.tensor([row[:-1] for row in rows], dtype=dtype).to(device)
+        return matrix, torch.tensor([row[-1:] for row in rows], dtype=dtype).to(device)
+
+
+def _rows(shares: Sequence[int], eps: float) -> list[list[float]]:
+    """Of K parts 2 K + 1 rows, the sum of whose squares is the variance + eps, and one that is the mean.
+
+    The last column is what is added to each.
+    """
+    weights = [share / max(sum(shares), 1) for share in shares]
+    between = [
+        [math.sqrt(weight) * part for other, share in enumerate(weights) for part in ((other == place) - share, 0.0)]
+        for place, weight in enumerate(weights)
+    ]
+    within = [
+        [part for other in range(len(weights)) for part in (0.0, math.sqrt(weight) * (other == place))]
+        for place, weight in enumerate(weights)
+    ]
+    mean = [part for weight in weights for part in (weight, 0.0)]
+    blank = [0.0] * len(mean)
+    return [*([*row, 0.0] for row in (*between, *within)), [*blank, math.sqrt(eps)], [*mean, 0.0]]
