@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from distpatch.torch_utils.private import FakeTensor
+from distpatch.torch_utils.constants import constant
 
 
 def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -50,38 +49,21 @@ def merge_deviations(counts: Sequence[int], parts: Tensor, eps: float) -> tuple[
     deviation is 0.
     """
     divisor = math.gcd(*counts) or 1
-    matrix, constant = _matrix(tuple(count // divisor for count in counts), eps, parts)
+    numbers = constant(_numbers, tuple(count // divisor for count in counts), eps, like=parts)
+    matrix, rest = numbers[:, :-1], numbers[:, -1:]
     columns = parts.reshape(2 * len(counts), -1)
     if torch.are_deterministic_algorithms_enabled():  # torch may then refuse a product of matrices on a GPU
-        rows = (matrix.unsqueeze(-1) * columns).sum(1) + constant
+        rows = (matrix.unsqueeze(-1) * columns).sum(1) + rest
     else:
-        rows = torch.addmm(constant, matrix, columns)
+        rows = torch.addmm(rest, matrix, columns)
     spread = torch.linalg.vector_norm(rows[:-1], dim=0)
     return rows[-1].view(parts.shape[2:]), spread.view(parts.shape[2:])
 
 
-def _matrix(shares: tuple[int, ...], eps: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What turns means and deviations in turns, a column a quantity, into ``_rows``: a matrix, and a column to add."""
-    size = len(shares)
-    if isinstance(like, FakeTensor):  # which meets fake ones alone
-        return like.new_empty((2 * size + 2, 2 * size)), like.new_empty((2 * size + 2, 1))
-    return _kept_matrix(shares, eps, like.dtype, like.device)
+def _numbers(shares: Sequence[int], eps: float) -> list[list[float]]:
+    """What turns the means and deviations of K parts, in turns, into 2 K + 2 rows; the last column is added.
 
-
-@lru_cache(maxsize=4096)
-def _kept_matrix(
-    shares: tuple[int, ...], eps: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
-        rows = _rows(shares, eps)
-        matrix = torch.tensor([row[:-1] for row in rows], dtype=dtype).to(device)
-        return matrix, torch.tensor([row[-1:] for row in rows], dtype=dtype).to(device)
-
-
-def _rows(shares: Sequence[int], eps: float) -> list[list[float]]:
-    """Of K parts 2 K + 1 rows, the sum of whose squares is the variance + eps, and one that is the mean.
-
-    The last column is what is added to each.
+    The squares of all but the last add up to the variance + eps; the last is the mean.
     """
     weights = [share / max(sum(shares), 1) for share in shares]
     between = [

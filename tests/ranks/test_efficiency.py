@@ -136,14 +136,14 @@ def test_host_sync_would_be_noticed(
         else:
             getattr(args[0].local.sum(), how)()
 
-    def message(parts: list[Tensor]) -> Tensor:
-        torch.ops.aten._local_scalar_dense(parts[0].sum())
+    def messages(parts: list[list[Tensor]]) -> list[Tensor]:
+        torch.ops.aten._local_scalar_dense(parts[0][0].sum())
         return original(parts)
 
-    original = row_exchange._message
+    original = row_exchange._messages
     model = tiny_kl(channels=(8, 16)).decoder
     if how == "inside an exchange":
-        monkeypatch.setattr(row_exchange, "_message", message)
+        monkeypatch.setattr(row_exchange, "_messages", messages)
     else:
         model.conv_out.register_forward_pre_hook(read)
     no_read_back()

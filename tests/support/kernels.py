@@ -65,10 +65,11 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == EXCHANGES:  # its body under the mode, too
+        run = OPDEFS[func._schema.name]._init_fn if func.namespace == EXCHANGES else _parts(func)
+        if run is not None:  # what it is made of under the mode, too
             super().__enter__()
             try:
-                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+                return run(*args, **kwargs)
             finally:
                 super().__exit__(None, None, None)
         result = _on_meta(func, args, kwargs) if _is_of_gpus(func) else func(*args, **kwargs)
@@ -96,10 +97,20 @@ class _Functions(TorchFunctionMode):
 
 def _computes(func: Any) -> bool:
     """Whether an operator computes or copies: not a view, and not memory without values."""
-    returned = [value.alias_info for value in func._schema.returns]
-    if returned and all(info is not None and not info.is_write for info in returned):
+    if func.namespace in {"prim", "c10d"} or _is_view(func):
         return False
-    return func.namespace not in {"prim", "c10d"} and not func._overloadpacket.__name__.startswith(NO_KERNEL)
+    return not func._overloadpacket.__name__.startswith(NO_KERNEL)
+
+
+def _is_view(func: Any) -> bool:
+    returned = [value.alias_info for value in func._schema.returns]
+    return bool(returned) and all(info is not None and not info.is_write for info in returned)
+
+
+def _parts(func: Any) -> Any:
+    """What ``contiguous`` and the like are made of, which may copy or not: torch asks where autograd is off."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func.decompose if _is_view(func) and func.has_kernel_for_dispatch_key(key) else None
 
 
 def _is_of_gpus(func: Any) -> bool:
