@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from distpatch.torch_utils.constants import constant
+from distpatch.torch_utils.constants import constant, number
 
 
 def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -48,6 +48,9 @@ def merge_deviations(counts: Sequence[int], parts: Tensor, eps: float) -> tuple[
     for all calls that are alike, of whose result the squares are added. Without derivatives, which it has not where a
     deviation is 0.
     """
+    if len(counts) == 1:
+        mean, deviation = parts[0]
+        return mean, torch.hypot(deviation, constant(number, math.sqrt(eps), like=deviation)) if eps else deviation
     divisor = math.gcd(*counts) or 1
     numbers = constant(_numbers, tuple(count // divisor for count in counts), eps, like=parts)
     matrix, rest = numbers[:, :-1], numbers[:, -1:]

@@ -123,15 +123,15 @@ class Norm:
             _, mean, m2 = self._moments(local)
             count, mean, m2 = merge_ranks(layout, a_row, mean, m2, self.name, self.op)
             return mean, (m2 / max(count, 1) + self.eps).sqrt()
-        own = self._own(local)
-        counts: Sequence[int] = [a_row * height for height in layout.heights]
-        if len(counts) == 1:
-            ranks = own.unsqueeze(0)
-        elif self.groups:
-            counts, ranks = gather_moments(counts, own, self.name, self.op)
-        else:
-            ranks = stack_ranks(own, self.name, self.op)
-        return merge_deviations(counts, ranks, self.eps)
+        counts, parts = self._parts(local)
+        if layout.world_size > 1:
+            own = parts[0] if len(counts) == 1 else torch.stack(merge_deviations(counts, parts, 0.0))
+            counts = [a_row * height for height in layout.heights]
+            if self.groups:
+                counts, parts = gather_moments(counts, own, self.name, self.op)
+            else:
+                parts = stack_ranks(own, self.name, self.op)
+        return merge_deviations(counts, parts, self.eps)
 
     def _moments(self, local: Tensor | Recipe) -> tuple[int, Tensor, Tensor]:
         dims = tuple(range(2, local.ndim + 1)) if self.groups else (0, *range(2, local.ndim))
@@ -139,23 +139,25 @@ class Norm:
         count, mean, m2 = moments(local, dims, along, exact, self.groups)
         return count, mean.flatten(1), m2.flatten(1)
 
-    def _own(self, local: Tensor | Recipe) -> Tensor:
-        """Mean and deviation of this rank's rows, (2, ...)."""
-        rows = local.value if isinstance(local, Recipe) else local
+    def _parts(self, local: Tensor | Recipe) -> tuple[Sequence[int], Tensor]:
+        """How many samples, and mean and deviation, (K, 2, ...), parts of this rank's rows have."""
+        if isinstance(local, Recipe) and local.value is not None:
+            local = local.value
         along = max(self.row_layout.dim, 2)
-        if (
-            rows is None
-            or sizes_of(local.device).reads_twice
-            or self._is_seen(local)
-            or not 0 < rows.shape[along] <= _rows_of_a_reading(rows, along)
-        ):
+        rows, row_samples = local.shape[along], math.prod(local.shape[2:]) // max(local.shape[along], 1)
+        if sizes_of(local.device).reads_twice or self._is_seen(local) or not local.shape.numel():
             count, mean, m2 = self._moments(local)
-            return torch.stack([mean, (m2 / max(count, 1)).clamp_(min=0).sqrt_()])
-        grouped = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (self.groups, -1))
-        deviation, mean = torch.std_mean(grouped, tuple(range(2, grouped.ndim)), correction=0)
-        own = mean.new_empty((2, *mean.shape), dtype=_double(rows))
-        foreach_copy(list(own.unbind(0)), [mean, deviation])
-        return own
+            return [count], torch.stack([mean, (m2 / max(count, 1)).clamp_(min=0).sqrt_()]).unsqueeze(0)
+        counts, found = [], []
+        for lo, hi in patches_to_run(_intervals(rows, _rows_of_a_reading(local, along))):
+            chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
+            grouped = chunk.to(torch.promote_types(chunk.dtype, torch.float32)).unflatten(1, (self.groups, -1))
+            deviation, mean = torch.std_mean(grouped, tuple(range(2, grouped.ndim)), correction=0)
+            found += [mean, deviation]
+            counts.append((hi - lo) * row_samples * grouped.shape[2])
+        parts = found[0].new_empty((len(found), *found[0].shape), dtype=_double(local))
+        foreach_copy(list(parts.unbind(0)), found)
+        return counts, parts.unflatten(0, (-1, 2))
 
     def _is_seen(self, local: Tensor | Recipe) -> bool:
         """Whether the variance may be somebody's, who keeps it."""
