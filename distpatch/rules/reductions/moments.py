@@ -195,7 +195,8 @@ def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: N
     if needs_grad(local, weight, bias):
         return _Normalize.apply(local, weight, bias, norm)
     mean, spread = norm.statistics(local)
-    local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
+    if sizes_of(local.device).reads_twice:
+        local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
     if local.numel() == 0:
         return torch.empty_like(local), mean, spread
     step, along = scaling(local, mean, spread, weight, bias), max(norm.row_layout.dim, 2)
@@ -246,7 +247,9 @@ def scaling(like: Tensor | Recipe, mean: Tensor, spread: Tensor, weight: Tensor 
         by, to = scale.view(broad), shift.view(broad)
 
         def scaled(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
-            return torch.addcmul(to, parts[0], by, out=spare[0] if spare else torch.empty_like(parts[0]))
+            rows = parts[0]
+            out = spare[0] if spare else torch.empty_like(rows, memory_format=memory_format(rows))
+            return torch.addcmul(to, rows, by, out=out)
 
         return scaled
     middle = mean.to(precise)
