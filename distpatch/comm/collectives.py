@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -129,16 +128,13 @@ def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
 
 
 def gather_moments(counts: Sequence[int], own: Tensor, name: str, op: str) -> Moments:
-    """What a normalisation's statistics are merged of (``merge_moments``): how many samples, and their moments.
+    """What a normalisation's statistics are merged of (``merge_deviations``): how many samples, and their moments.
 
-    ``counts``: how many samples each rank has; ``own``: mean and centred second moment of this rank's, (2, ...). All
-    ranks' by ``stack_ranks``, or what the transport knows instead, where no compiler has to see the collective.
+    ``counts``: how many samples each rank has; ``own``: mean and deviation of this rank's, (2, ...). All ranks' by
+    ``stack_ranks``, or what the transport knows instead.
     """
-    if not torch.compiler.is_compiling():
-        known = communicator_of(name).transport(own.device).known_moments(counts, own, op)
-        if known is not None:
-            return known
-    return counts, stack_ranks(own, name, op)
+    known = communicator_of(name).transport(own.device).known_moments(counts, own, op)
+    return (counts, stack_ranks(own, name, op)) if known is None else known
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -359,29 +355,3 @@ def _simulate(kind: str, tensor: Tensor, name: str, op: str) -> None:
     """Record what a rank of a simulated group would send."""
     comm = communicator_of(name)
     comm.planned(kind, op, *ring_traffic(kind, tensor.numel() * tensor.element_size(), comm.size))
-
-
-def merge_moments(counts: Sequence[int], mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Mean and centred second moment of the union of samples stacked along dim 0.
-
-    ``mean`` and ``m2`` (sum of squared distances from the mean): (K, ...); ``counts``: K. Chan, Golub
-    and LeVeque's pairwise update, in its K-way form (Updating Formulae, 1979): no difference of large
-    squares, so as exact as the samples' own moments. Returns (count, mean (...), m2 (...)).
-    """
-    total = sum(counts)
-    if counts and min(counts) == max(counts):
-        union = mean[0] + (mean - mean[0]).mean(0)  # around one of them: means that are equal stay so
-        return total, union, m2.sum(0) + (mean - union).square().sum(0) * counts[0]
-    weight = mean.new_full((len(counts), *[1] * (mean.ndim - 1)), counts[0] if counts else 0)
-    start = 0
-    for count, alike in groupby(counts):
-        stop = start + len(list(alike))
-        if count != counts[0]:
-            weight[start:stop] = count  # filled on the device: nothing is copied to it
-        start = stop
-    middle = (
-        mean[max(range(len(counts)), key=counts.__getitem__)] if counts else 0.0
-    )  # around it, means that are equal stay so
-    union = middle + ((mean - middle) * (weight / max(total, 1))).sum(0)
-    spread_between = ((mean - union).square() * weight).sum(0)
-    return total, union, m2.sum(0) + spread_between

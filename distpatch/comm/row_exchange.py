@@ -151,7 +151,7 @@ def _exchange(
     if comm.size == 1:
         return
     landing = [_buffer(parts) for _, parts in recvs]
-    outgoing = [_message(parts) for _, parts in sends]
+    outgoing = _messages([parts for _, parts in sends])
     batch = Batch(op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing, device, key)
 
     together = [(parts, message) for (_, parts), message in zip(recvs, landing, strict=True) if len(parts) > 1]
@@ -177,10 +177,14 @@ def _simulate(comm: Communicator, op: str, sent_rows: int, to: int, source: int,
         comm.planned("p2p", op, sent_rows * a_row * like.element_size(), to)
 
 
-def _message(parts: list[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0].contiguous().view(-1)
-    return torch.cat([part.reshape(-1) for part in parts])
+def _messages(messages: list[list[Tensor]]) -> list[Tensor]:
+    """Each flat: as its rows stand, or all copied one behind the other, at once."""
+    if all(len(parts) == 1 and parts[0].is_contiguous() for parts in messages):
+        return [parts[0].view(-1) for parts in messages]
+    if len(messages) == len(messages[0]) == 1:
+        return [messages[0][0].contiguous().view(-1)]
+    packed = torch.cat([part for parts in messages for part in parts]).view(-1)
+    return list(packed.split([sum(part.numel() for part in parts) for parts in messages]))
 
 
 def _buffer(parts: list[Tensor]) -> Tensor:

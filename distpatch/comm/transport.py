@@ -46,7 +46,7 @@ class Work(Protocol):
 
 Works: TypeAlias = "list[tuple[Work, int | None]]"  # each with the rank it waits for, None where that is not known
 Finish = Callable[[], None]  # waits for what was begun
-Moments: TypeAlias = "tuple[Sequence[int], Tensor]"  # how many samples; mean and centred second moment, (K, 2, ...)
+Moments: TypeAlias = "tuple[Sequence[int], Tensor]"  # how many samples; mean and deviation, (K, 2, ...)
 
 
 class Transport(ABC):
@@ -94,7 +94,7 @@ class Transport(ABC):
     def known_moments(self, counts: Sequence[int], own: Tensor, op: str) -> Moments | None:
         """Moments to normalise with that need not be gathered from all ranks now; None: gather them.
 
-        ``counts``: how many samples each rank has; ``own``: mean and centred second moment of this rank's, (2, ...).
+        ``counts``: how many samples each rank has; ``own``: mean and deviation of this rank's, (2, ...).
         """
         return None
 

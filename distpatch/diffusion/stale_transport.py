@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distpatch.comm.collectives import merge_moments
+from distpatch.comm.merging import merge_deviations
 from distpatch.comm.transport import Batch, Finish, Layer, Moments, Transport
 from distpatch.diffusion.async_exchange import Key, Messages, Site, StepSchedule
 
@@ -138,8 +138,9 @@ def _corrected(counts: Sequence[int], ranks: Tensor, own: Tensor, rank: int) -> 
     M and variance V of all ranks' last samples, m and v of this rank's last ones, m' and v' of its new ones, it is
     mean M + m' - m and variance V + v' - v + 2 (m' - m) (m - M). Where that is negative: v'.
     """
-    total, mean, m2 = merge_moments(counts, ranks[:, 0], ranks[:, 1])
-    (m, v), (m_new, v_new) = ((moments[0], moments[1] / max(counts[rank], 1)) for moments in (ranks[rank], own))
+    mean, deviation = merge_deviations(counts, ranks, 0.0)
+    (m, d), (m_new, d_new) = ranks[rank], own
     moved = m_new - m
-    corrected = m2 + total * (v_new - v + 2 * moved * (m - mean))
-    return [total], torch.stack([mean + moved, torch.where(corrected < 0, total * v_new, corrected)]).unsqueeze(0)
+    corrected = deviation.square() + d_new.square() - d.square() + 2 * moved * (m - mean)
+    spread = torch.where(corrected < 0, d_new, corrected.clamp(min=0).sqrt())
+    return [sum(counts)], torch.stack([mean + moved, spread]).unsqueeze(0)

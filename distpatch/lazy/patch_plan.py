@@ -60,12 +60,12 @@ def cut_rows(
     if len(starts) > 1 and together:  # the last overlaps its neighbour to be as tall
         starts[-1] = hi - patch_rows
         return Cut(plan.rows, patch_rows, {a: stencil.need(a, a + patch_rows) for a in starts}, together=True)
-    if len(starts) == 1 and pads and plan.seams is not None:
+    sizes, own_bytes = sizes_for(share.kind), share.numel * share.itemsize
+    if len(starts) == 1 and pads and plan.seams is not None and (own_bytes > sizes.joined_bytes or not plan.seams):
         return Cut(plan.rows, patch_rows, {lo: plan.read}, plan.seams)
     if len(starts) == 1 and not ((start <= first and last <= stop) or view or share.recorded):
         # with its halo they are copied: a part at a time, where there are many
-        sizes = sizes_for(share.kind)
-        parts = ceil_div(share.numel * share.itemsize, sizes.part_bytes)
+        parts = ceil_div(own_bytes, sizes.part_bytes)
         patch_rows = ceil_div(hi - lo, min(max(parts, 1), sizes.most_parts))
     reads = {a: stencil.need(a, min(a + patch_rows, hi)) for a in range(lo, hi, patch_rows)}
     return Cut(plan.rows, patch_rows, reads)

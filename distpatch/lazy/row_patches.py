@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distpatch.layout.stencil import Interval, ceil_div
 from distpatch.lazy.patch_plan import Cut, fewest_calls
+from distpatch.torch_utils.constants import constant, number
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
 from distpatch.torch_utils.tree import map_tensors
 
@@ -87,9 +88,10 @@ class Slab(NamedTuple):
     def _padding(self, rows: int) -> Tensor:
         own = self.own[2]
         shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
-        return torch.full(shape, self.fill, dtype=own.dtype, device=own.device).contiguous(
-            memory_format=_format(own) if isinstance(own, Tensor) else own.format
-        )
+        format = _format(own) if isinstance(own, Tensor) else own.format
+        if isinstance(own, Tensor) and format is torch.contiguous_format and not torch.compiler.is_compiling():
+            return constant(number, self.fill, like=own).expand(shape)
+        return torch.full(shape, self.fill, dtype=own.dtype, device=own.device).contiguous(memory_format=format)
 
 
 def _format(rows: Tensor) -> torch.memory_format:

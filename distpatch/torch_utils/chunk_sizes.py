@@ -19,7 +19,8 @@ KIB, MIB = 1 << 10, 1 << 20
 @dataclass(frozen=True)
 class Sizes:
     """``workspace_bytes``: input and output of one convolution, with ``splits="auto"``. ``part_bytes``: rows that are
-    copied to put them beside their halo, in at most ``most_parts`` parts. ``chunk_bytes``: deferred rows, evaluated
+    copied to put them beside their halo, in at most ``most_parts`` parts; ``joined_bytes``: so many are, even where
+    only those at the seams need it: fewer launches. ``chunk_bytes``: deferred rows, evaluated
     where no window says how many. ``statistics_bytes``: rows of one reading for a norm, of which half precision is
     copied in fp32; ``reads_twice``: whether a second reading of these comes from a cache. ``bucket_bytes``: gradients,
     or rows of a gather, that are moved together.
@@ -28,6 +29,7 @@ class Sizes:
     workspace_bytes: int
     part_bytes: int
     most_parts: int
+    joined_bytes: int
     chunk_bytes: int
     statistics_bytes: int
     reads_twice: bool
@@ -36,8 +38,8 @@ class Sizes:
 
 # A CPU computes a large tensor faster in patches that stay in its cache. A GPU has none of use here, and a few
 # microseconds for each launch: there the sizes only bound the memory.
-BY_KIND = {"cpu": Sizes(8 * MIB, 8 * MIB, 8, MIB, 512 * KIB, True, 32 * MIB)}
-ELSEWHERE = Sizes(256 * MIB, 256 * MIB, 8, 256 * MIB, 128 * MIB, False, 256 * MIB)
+BY_KIND = {"cpu": Sizes(8 * MIB, 8 * MIB, 8, 0, MIB, 512 * KIB, True, 32 * MIB)}
+ELSEWHERE = Sizes(256 * MIB, 256 * MIB, 8, 8 * MIB, 256 * MIB, 128 * MIB, False, 256 * MIB)
 
 
 class _Planned(threading.local):

@@ -86,8 +86,9 @@ def test_corrected_statistics(own_variance: float) -> None:
     assert (variance < 0) == (own_variance < 0.1)
     expected = new_variance if variance < 0 else variance
 
-    last = torch.stack([means, variances * torch.tensor(counts)], 1)
-    own = torch.stack([new_mean, 4 * new_variance])
+    last = torch.stack([means, variances.sqrt()], 1)
+    own = torch.stack([new_mean, new_variance.sqrt()])
     (total,), corrected = _corrected(counts, last, own, rank=0)
-    got_mean, m2 = corrected[0]
-    torch.testing.assert_close((got_mean, m2 / total), (mean, expected))
+    got_mean, deviation = corrected[0]
+    assert total == sum(counts)
+    torch.testing.assert_close((got_mean, deviation.square()), (mean, expected))

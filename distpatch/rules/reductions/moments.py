@@ -1,6 +1,6 @@
 """Means and variances of rows, merged over ranks; what norms take them over, and their gradient.
 
-Never E[x²] - E[x]²: centred moments are merged by Chan's formula (``collectives.merge_moments``).
+Never E[x²] - E[x]²: centred moments are merged by Chan's formula (``comm/merging.py``). Small tensors are in fp64.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.comm.collectives import gather_moments, merge_moments, replicated_operand, stack_ranks, sum_partials
+from distpatch.comm.collectives import gather_moments, replicated_operand, stack_ranks, sum_partials
+from distpatch.comm.merging import merge_deviations, merge_moments
 from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.deferred_ops import Step
@@ -23,12 +23,13 @@ from distpatch.lazy.row_patches import patches_to_run, rows_now
 from distpatch.rules.core.executor import deferrable, run_rows
 from distpatch.rules.core.operands import needs_grad, wrap
 from distpatch.tensor.patch_tensor import PatchTensor
-from distpatch.torch_utils.chunk_sizes import kind_of, sizes_of
+from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.private import foreach_copy
 
 
 def moments(
-    local: Tensor | Recipe, dims: tuple[int, ...], along: int, exact: bool = False
+    local: Tensor | Recipe, dims: tuple[int, ...], along: int, exact: bool = False, groups: int = 0
 ) -> tuple[int, Tensor, Tensor]:
     """Count, mean and centred second moment over ``dims``, which stay as dims of size 1, in fp64.
 
@@ -36,20 +37,20 @@ def moments(
     from 0, its rounding alone is as large as torch's whole error. On devices without a large cache in one reading
     by Welford's update, with torch's error. ``exact``: squares are added in fp64, for a variance that somebody sees,
     in either case around the mean. Without gradients in chunks of rows of the dim ``along``, one of ``dims``.
+    ``groups``: of dim 1, which is two then, as ``dims`` count.
     """
-    precise = torch.promote_types(local.dtype, torch.float32)
-    double = torch.float64 if local.device.type != "mps" else precise  # which has none
-    rows_bytes = local.shape.numel() // max(local.shape[along], 1) * local.dtype.itemsize
+    precise, double = torch.promote_types(local.dtype, torch.float32), _double(local)
     sizes = sizes_of(local.device)
     if isinstance(local, Recipe) and local.value is not None:
         local = local.value
     grads = isinstance(local, Tensor) and needs_grad(local)
     whole = grads or torch.compiler.is_compiling()  # a compiler makes its own chunks
     rows = local.shape[along]
-    intervals = _intervals(rows, rows if whole else sizes.statistics_bytes // max(rows_bytes, 1))
+    intervals = _intervals(rows, rows if whole else _rows_of_a_reading(local, along))
     counts, means, m2s = [], [], []
     for lo, hi in patches_to_run(intervals):
         chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
+        chunk = chunk.unflatten(1, (groups, -1)) if groups else chunk
         count = math.prod(chunk.shape[d] for d in dims)
         counts.append(count)
         if count and not grads and not exact and not sizes.reads_twice:
@@ -71,26 +72,29 @@ def moments(
     return merge_moments(counts, torch.stack(means), torch.stack(m2s))
 
 
+def _double(like: Tensor | Recipe) -> torch.dtype:
+    """fp64, but on devices that have none."""
+    return torch.float64 if like.device.type != "mps" else torch.promote_types(like.dtype, torch.float32)
+
+
+def _rows_of_a_reading(local: Tensor | Recipe, along: int) -> int:
+    row_bytes = local.shape.numel() // max(local.shape[along], 1) * local.dtype.itemsize
+    return sizes_of(local.device).statistics_bytes // max(row_bytes, 1)
+
+
 def _intervals(size: int, rows: int) -> list[Interval]:
     """All rows, so many at a time; one interval, where there are none."""
     return [(lo, min(lo + max(rows, 1), size)) for lo in range(0, size, max(rows, 1))] or [(0, 0)]
 
 
 def merge_ranks(
-    layout: RowLayout, a_row: int, mean: Tensor, m2: Tensor, name: str, op: str, *, normalises: bool = False
+    layout: RowLayout, a_row: int, mean: Tensor, m2: Tensor, name: str, op: str
 ) -> tuple[int, Tensor, Tensor]:
-    """The moments of all ranks' rows, in one collective; each row has ``a_row`` samples.
-
-    ``normalises``: rows are normalised with them and they go nowhere else, so that the transport may know better.
-    """
+    """The moments of all ranks' rows, in one collective; each row has ``a_row`` samples."""
     counts: Sequence[int] = [a_row * height for height in layout.heights]
     if len(counts) == 1:
         return counts[0], mean, m2
-    ranks = torch.stack([mean, m2])
-    if normalises:
-        counts, ranks = gather_moments(counts, ranks, name, op)
-    else:
-        ranks = stack_ranks(ranks, name, op)
+    ranks = stack_ranks(torch.stack([mean, m2]), name, op)
     return merge_moments(counts, ranks[:, 0], ranks[:, 1])
 
 
@@ -113,14 +117,54 @@ class Norm:
             raise ValueError(f"{self.op}: eps must not be negative, but is {self.eps}")
 
     def statistics(self, local: Tensor | Recipe) -> tuple[Tensor, Tensor]:
-        """Mean and (biased) variance that a channel of a sample has, (B, C) or (1, C), replicated, in fp64."""
-        channels, row = local.shape[1], self.row_layout.dim
-        count, mean, m2 = moments(local, tuple(range(2, local.ndim)), max(row, 2), exact=self.groups in {0, channels})
-        mean, m2 = self._members(mean), self._members(m2)
-        count, mean, m2 = merge_moments([count] * len(mean), mean, m2)
-        a_row, whole = self._a_row(local), self.row_layout
-        count, mean, m2 = merge_ranks(whole, a_row, mean, m2, self.name, self.op, normalises=self.groups > 0)
-        return self._everyone(mean, channels), self._everyone(m2 / max(count, 1), channels)
+        """Mean and ``sqrt(variance + eps)``, (B, groups) or (1, C), replicated, in fp64; with derivatives if needed."""
+        layout, a_row = self.row_layout, self._a_row(local)
+        if torch.compiler.is_compiling() or (isinstance(local, Tensor) and needs_grad(local)):
+            _, mean, m2 = self._moments(local)
+            count, mean, m2 = merge_ranks(layout, a_row, mean, m2, self.name, self.op)
+            return mean, (m2 / max(count, 1) + self.eps).sqrt()
+        counts, parts = self._parts(local)
+        if layout.world_size > 1:
+            own = parts[0] if len(counts) == 1 else torch.stack(merge_deviations(counts, parts, 0.0))
+            counts = [a_row * height for height in layout.heights]
+            if self.groups:
+                counts, parts = gather_moments(counts, own, self.name, self.op)
+            else:
+                parts = stack_ranks(own, self.name, self.op)
+        return merge_deviations(counts, parts, self.eps)
+
+    def _moments(self, local: Tensor | Recipe) -> tuple[int, Tensor, Tensor]:
+        dims = tuple(range(2, local.ndim + 1)) if self.groups else (0, *range(2, local.ndim))
+        exact, along = self._is_seen(local), max(self.row_layout.dim, 2)
+        count, mean, m2 = moments(local, dims, along, exact, self.groups)
+        return count, mean.flatten(1), m2.flatten(1)
+
+    def _parts(self, local: Tensor | Recipe) -> tuple[Sequence[int], Tensor]:
+        """How many samples, and mean and deviation, (K, 2, ...), parts of this rank's rows have."""
+        if isinstance(local, Recipe) and local.value is not None:
+            local = local.value
+        along = max(self.row_layout.dim, 2)
+        rows, row_samples = local.shape[along], math.prod(local.shape[2:]) // max(local.shape[along], 1)
+        if sizes_of(local.device).reads_twice or self._is_seen(local) or not local.shape.numel():
+            count, mean, m2 = self._moments(local)
+            return [count], torch.stack([mean, (m2 / max(count, 1)).clamp_(min=0).sqrt_()]).unsqueeze(0)
+        counts, found = [], []
+        for lo, hi in patches_to_run(_intervals(rows, _rows_of_a_reading(local, along))):
+            chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
+            grouped = chunk.to(torch.promote_types(chunk.dtype, torch.float32)).unflatten(1, (self.groups, -1))
+            deviation, mean = torch.std_mean(grouped, tuple(range(2, grouped.ndim)), correction=0)
+            found += [mean, deviation]
+            counts.append((hi - lo) * row_samples * grouped.shape[2])
+        parts = found[0].new_empty((len(found), *found[0].shape), dtype=_double(local))
+        foreach_copy(list(parts.unbind(0)), found)
+        return counts, parts.unflatten(0, (-1, 2))
+
+    def _is_seen(self, local: Tensor | Recipe) -> bool:
+        """Whether the variance may be somebody's, who keeps it."""
+        return self.groups in {0, local.shape[1]}
+
+    def variance(self, spread: Tensor) -> Tensor:
+        return spread.square() - self.eps
 
     def count(self, local: Tensor | Recipe) -> int:
         """Samples of one statistic, on all ranks together."""
@@ -134,30 +178,30 @@ class Norm:
         """(B or 1, C) summed over each group, at every channel."""
         if not self.groups:
             return per_channel
-        return self._everyone(self._members(per_channel).sum(0), per_channel.shape[1])
+        channels = per_channel.shape[1]
+        return of_channels(per_channel.unflatten(1, (self.groups, -1)).sum(2), channels)
 
-    def _members(self, t: Tensor) -> Tensor:
-        """(B, C, 1, ...) with those that share a statistic stacked along dim 0: (K, B, groups), or (B, C)."""
-        return t.reshape(len(t), self.groups, -1).movedim(2, 0) if self.groups else t.flatten(1)
 
-    def _everyone(self, t: Tensor, channels: int) -> Tensor:
-        return t.repeat_interleave(channels // self.groups, 1) if self.groups else t.unsqueeze(0)
+def of_channels(t: Tensor, channels: int) -> Tensor:
+    """(B, groups) at every channel: (B, C)."""
+    return t if t.shape[1] == channels else t.repeat_interleave(channels // t.shape[1], 1)
 
 
 def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """``(local - mean) / sqrt(var + eps) * weight + bias``; and the mean and var, without gradients.
+    """``(local - mean) / spread * weight + bias``; and the statistics, mean and spread, without gradients.
 
     ``local``: (B, C, ...), this rank's rows; ``weight`` and ``bias``: (C,), replicated.
     """
     if needs_grad(local, weight, bias):
         return _Normalize.apply(local, weight, bias, norm)
-    mean, var = norm.statistics(local)
-    local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
+    mean, spread = norm.statistics(local)
+    if sizes_of(local.device).reads_twice:
+        local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
     if local.numel() == 0:
-        return torch.empty_like(local), mean, var
-    step, along = scaling(local, mean, var, weight, bias, norm.eps), max(norm.row_layout.dim, 2)
+        return torch.empty_like(local), mean, spread
+    step, along = scaling(local, mean, spread, weight, bias), max(norm.row_layout.dim, 2)
     out = rows_now(step, [local], along, shape=local.shape, chunk_rows=_chunk_rows(local, along))
-    return out, mean, var
+    return out, mean, spread
 
 
 def normalize_rows(
@@ -165,12 +209,12 @@ def normalize_rows(
 ) -> tuple[PatchTensor, Tensor, Tensor]:
     """The same of a sharded tensor: the statistics now; the rows may be deferred, and those of ``x`` may be, too."""
     if x.row_layout.dim < 2 or deferrable([x], x) is None:
-        out, mean, var = normalize(x.local, weight, bias, norm)
-        return wrap(out, x), mean, var
+        out, mean, spread = normalize(x.local, weight, bias, norm)
+        return wrap(out, x), mean, spread
     rows = x.as_recipe
-    mean, var = norm.statistics(rows)
+    mean, spread = norm.statistics(rows)
     weight, bias = (t if t is None else t.detach() for t in (weight, bias))
-    return run_rows(norm.op, [x], scaling(rows, mean, var, weight, bias, norm.eps), shape=rows.shape), mean, var
+    return run_rows(norm.op, [x], scaling(rows, mean, spread, weight, bias), shape=rows.shape), mean, spread
 
 
 def _chunk_rows(local: Tensor, along: int) -> int | None:
@@ -181,41 +225,43 @@ def _chunk_rows(local: Tensor, along: int) -> int | None:
     return max(sizes.statistics_bytes * local.shape[along] // max(local.numel() * local.element_size(), 1), 1)
 
 
-def scaling(
-    like: Tensor | Recipe, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Step:
-    """``(rows - mean) / sqrt(var + eps) * weight + bias`` of any rows of a tensor like this one.
+def scaling(like: Tensor | Recipe, mean: Tensor, spread: Tensor, weight: Tensor | None, bias: Tensor | None) -> Step:
+    """``(rows - mean) / spread * weight + bias`` of any rows of a tensor like this one, in fp32 or better.
 
-    On a CPU in this order: torch's kernel has ``rows * scale + shift``, which far from 0 rounds twice what cancels.
+    As ``rows * scale + shift``, which is one kernel, as torch's own on a GPU. On a CPU the mean is taken away first:
+    far from 0 that formula rounds twice what cancels.
     """
     precise = torch.promote_types(like.dtype, torch.float32)
-    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
+    (samples, groups), channels = mean.shape, like.shape[1]
+    shape = (samples, groups, channels // groups)
+    mean, spread = mean.unsqueeze(-1), spread.unsqueeze(-1)
+    scale, shift = (torch.empty(shape, dtype=precise, device=like.device) for _ in range(2))
+    if weight is None:
+        torch.reciprocal(spread.expand(shape), out=scale)
+    else:
+        torch.div(weight.view(shape[1:]), spread, out=scale)
+    offset = scale.new_zeros(shape[1:]) if bias is None else bias.view(shape[1:])
+    broad = [samples, channels, *[1] * (like.ndim - 2)]
+    if not sizes_of(like.device).reads_twice:
+        torch.addcmul(offset, mean, scale, value=-1, out=shift)
+        by, to = scale.view(broad), shift.view(broad)
+
+        def scaled(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
+            rows = parts[0]
+            out = spare[0] if spare else torch.empty_like(rows, memory_format=memory_format(rows))
+            return torch.addcmul(to, rows, by, out=out)
+
+        return scaled
     middle = mean.to(precise)
-    shift = (middle - mean) * scale + (0 if bias is None else bias)  # with what rounding took from the mean
-    if kind_of(like.device) == "cpu" and like.dtype == precise:
-        shape = [*middle.shape, *[1] * (like.ndim - 2)]
-        centre, by, to = (t.to(precise).view(shape) for t in (middle, scale, shift))
+    torch.addcmul(offset, middle - mean, scale, out=shift)  # with what rounding took from the mean
+    centre, by, to = middle.expand(shape).reshape(broad), scale.view(broad), shift.view(broad)
 
-        def centred(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
-            result = torch.sub(parts[0], centre, out=spare[0] if spare else None)
-            return result.mul_(by).add_(to)
+    def centred(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
+        out = spare[0] if spare else torch.empty_like(parts[0])
+        rest = torch.sub(parts[0], centre, out=out if out.dtype == precise else None)
+        return torch.addcmul(to, rest, by, out=out)
 
-        return centred
-    mean, var, bias = middle, var.to(precise), shift.to(precise)
-    weight = None if weight is None else weight.to(precise)
-
-    def normalized(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
-        """Batch norm in evaluation is this formula, in one pass, computed in fp32 for half precision."""
-        rows = parts[0]
-        if len(mean) == 1:
-            result = F.batch_norm(rows, mean[0], var[0], weight, bias[0], eps=eps)
-            return spare[0].copy_(result) if spare else result
-        result = spare[0] if spare else torch.empty_like(rows)
-        for sample, part in enumerate(rows.split(1)):
-            result[sample] = F.batch_norm(part, mean[sample], var[sample], weight, bias[sample], eps=eps)[0]
-        return result
-
-    return normalized
+    return centred
 
 
 class _Normalize(torch.autograd.Function):
@@ -225,20 +271,21 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, mean, var = normalize(local, weight, bias, norm)
-        ctx.save_for_backward(local, weight, mean, var)
+        out, mean, spread = normalize(local, weight, bias, norm)
+        ctx.save_for_backward(local, weight, mean, spread)
         ctx.norm = norm
-        ctx.mark_non_differentiable(mean, var)
-        return out, mean, var
+        ctx.mark_non_differentiable(mean, spread)
+        return out, mean, spread
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         norm: Norm = ctx.norm
-        local, weight, mean, var = ctx.saved_tensors
+        local, weight, mean, spread = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative goes through the statistics too
-            mean, var = norm.statistics(local)
-        mean, var = (t.to(torch.promote_types(local.dtype, torch.float32)) for t in (mean, var))
-        rstd, count = (var + norm.eps).rsqrt(), norm.count(local)
+            mean, spread = norm.statistics(local)
+        precise, channels = torch.promote_types(local.dtype, torch.float32), local.shape[1]
+        mean, spread = (of_channels(t.to(precise), channels) for t in (mean, spread))
+        rstd, count = spread.reciprocal(), norm.count(local)
         dims, shape = tuple(range(2, local.ndim)), [*mean.shape] + [1] * (local.ndim - 2)
         centred = local - replicated_operand(mean, norm.name).view(shape)
         sums = torch.stack([(grad * centred).sum(dims), grad.sum(dims, dtype=mean.dtype)])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
+from distpatch.rules.core.executor import may_pay
 from distpatch.rules.core.operands import along_rows, autocast, beside_rows, precise, replicated_operand, wrap
 from distpatch.rules.core.registry import R, named, rule
 from distpatch.rules.reductions.moments import Norm, normalize, normalize_rows
@@ -95,6 +96,8 @@ def group_norm(
     input = along_rows(input, func)
     if input.row_layout.dim == 0:  # torch's own, which does not ask how many samples a rank has
         return _local(torch.group_norm, input, num_groups, weight, bias, eps, *cudnn)
+    if input.world_size == 1 and not may_pay(input):
+        return _local(func, input, num_groups, weight, bias, eps, *cudnn)
     if input.row_layout.dim == 1 or input.shape[1] % num_groups:
         return NotImplemented
     input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
@@ -123,8 +126,8 @@ def batch_norm(
     F._verify_batch_size(list(input.shape))  # type: ignore[attr-defined]
     rows = input.local.unsqueeze(-1) if input.ndim == 2 else input.local
     norm = _norm(func, input, 0, eps)
-    out, mean, var = normalize(rows, weight, bias, norm)
-    _keep_running(running_mean, running_var, mean, var, norm.count(rows), momentum)
+    out, mean, spread = normalize(rows, weight, bias, norm)
+    _keep_running(running_mean, running_var, mean, norm.variance(spread), norm.count(rows), momentum)
     return wrap(out.squeeze(-1) if input.ndim == 2 else out, input)
 
 
@@ -150,8 +153,9 @@ def instance_norm(
         return _fixed(func, input, *stats)
     F._verify_spatial_size(list(input.shape))  # type: ignore[attr-defined]
     norm = _norm(func, input, input.shape[1], eps)
-    out, mean, var = normalize_rows(input, weight, bias, norm)
-    _keep_running(running_mean, running_var, mean, var, norm.count(input.local_or_recipe), momentum)
+    out, mean, spread = normalize_rows(input, weight, bias, norm)
+    count = norm.count(input.local_or_recipe)
+    _keep_running(running_mean, running_var, mean, norm.variance(spread), count, momentum)
     return out
 
 
@@ -175,7 +179,7 @@ def builtin_norm(func: Any, input: PatchTensor, weight: Any, bias: Any, mean: An
 @norm_rule(*named("layer_norm", "rms_norm"))
 def over_last_dims(func: Any, input: PatchTensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Any:
     first = input.ndim - len(normalized_shape)
-    if input.row_layout.dim < first:
+    if input.row_layout.dim < first or input.world_size == 1:
         return _local(func, input, normalized_shape, *args, **kwargs)
     if input.shape[first:] != tuple(normalized_shape):
         return NotImplemented

@@ -1,0 +1,1 @@
+"""What a converted model costs the host: kernels launched, rounds of messages, milliseconds."""

@@ -1,0 +1,128 @@
+"""What a call costs the host: kernels that are launched, rounds of messages, milliseconds; plain and converted.
+
+    python -m benchmarks.host --by-kernel --json host.json
+    PYTHONPATH=/path/to/older/checkout:$PWD python benchmarks/host/__main__.py    # the same of another commit
+
+Nets of few channels, on images of one patch, so that kernels take next to nothing and what is left is the host's.
+The rules choose as on a GPU, where each launch takes the host microseconds; the tensors are on this CPU. Ranks are
+threads: milliseconds are CPU time of the rank's own thread, the least of the rounds, in which nothing waits.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.table import Table
+from torch import nn
+
+import distpatch
+from benchmarks._harness.crew import machine, wide_console
+from benchmarks.host.nets import NETS, Net
+from tests.support.kernels import Kernels
+from tests.support.threads import run_ranks
+
+PLAIN, ALONE = "plain", "alone"
+WARM_UP = 2
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass
+class Cost:
+    """Of one call, of the rank that launches most. ``kinds``: kernels by "torch function: operator"."""
+
+    net: str
+    who: str
+    kernels: int
+    rounds: int
+    host_ms: float
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    def most(self, place: int, count: int) -> str:
+        """What launches most: torch functions (place 0) or operators (1)."""
+        sums: Counter[str] = Counter()
+        for kind, times in self.kinds.items():
+            sums[kind.split(": ")[place]] += times
+        return ", ".join(f"{name} {times}" for name, times in sums.most_common(count))
+
+
+@torch.no_grad()
+def measure(net: Net, model: Any, who: str, rounds: int) -> Cost:
+    call = partial(net.call, model)
+    for _ in range(WARM_UP):
+        call()
+    with Kernels() as kernels, distpatch.trace() as trace:
+        call()
+    seconds = [_cpu_seconds(call) for _ in range(rounds)]
+    kinds = {f"{op}: {name}": times for (op, name), times in kernels.kinds.most_common()}
+    return Cost(net.name, who, kernels.total, len(trace.records), 1e3 * min(seconds), kinds)
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    started = time.thread_time()
+    call()
+    return time.thread_time() - started
+
+
+def costs(net: Net, worlds: list[int], rounds: int) -> list[Cost]:
+    plain = net.build()
+    found = [measure(net, plain, PLAIN, rounds)]
+
+    def of_ranks(world: int) -> Cost:
+        def rank_main(rank: int) -> Cost:
+            model: nn.Module = copy.deepcopy(plain)
+            distpatch.convert_model(model, dist.group.WORLD if world else None)
+            return measure(net, model, f"{world} rank{'s' if world > 1 else ''}" if world else ALONE, rounds)
+
+        ranks = run_ranks(max(world, 1), rank_main, timeout=120)
+        return max(ranks, key=lambda cost: cost.kernels)
+
+    return found + [of_ranks(world) for world in worlds]
+
+
+def table(found: list[Cost], by_kernel: bool) -> Table:
+    shown = Table(title="one call, the rank that launches most", title_justify="left")
+    for heading in ("net", "", "kernels", "x plain", "rounds", "host ms", "x plain"):
+        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    if by_kernel:
+        shown.add_column("kernels by torch function; by operator")
+    for cost in found:
+        plain = next(other for other in found if (other.net, other.who) == (cost.net, PLAIN))
+        row = [cost.net, cost.who, str(cost.kernels), f"{cost.kernels / plain.kernels:.2f}", str(cost.rounds)]
+        row += [f"{cost.host_ms:.2f}", f"{cost.host_ms / plain.host_ms:.2f}"]
+        shown.add_row(*row, *([f"{cost.most(0, 8)}; {cost.most(1, 12)}"] if by_kernel else []))
+    return shown
+
+
+@app.command()
+def main(
+    world: Annotated[list[int] | None, typer.Option(help="World sizes (0 1 2 4); 0 is without a group.")] = None,
+    net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(net.name for net in NETS)}.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
+    by_kernel: Annotated[bool, typer.Option("--by-kernel", help="Also say which functions and operators.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
+) -> None:
+    """Kernels, rounds and host time of a call, plain and converted."""
+    torch.set_num_threads(1)
+    chosen = [one for one in NETS if not net or one.name in net]
+    found = [cost for one in chosen for cost in costs(one, [0, 1, 2, 4] if world is None else world, rounds)]
+    console, about = wide_console(), machine()
+    console.print(f"{about['cpu']}, torch {about['torch']}; distpatch of {Path(distpatch.__file__).parent}")
+    console.print(table(found, by_kernel))
+    if json_file is not None:
+        json_file.write_text(json.dumps({"machine": about, "costs": [asdict(cost) for cost in found]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()
