@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from torch import nn
 import distpatch
 from benchmarks._harness.crew import machine, wide_console
 from benchmarks.host.nets import NETS, Net
-from tests.support.kernels import Kernels
+from tests.support.kernels import Kernels, take_sizes_of_gpus
 from tests.support.threads import run_ranks
 
 PLAIN, ALONE = "plain", "alone"
@@ -115,10 +116,12 @@ def main(
 ) -> None:
     """Kernels, rounds and host time of a call, plain and converted."""
     torch.set_num_threads(1)
+    take_sizes_of_gpus()
     chosen = [one for one in NETS if not net or one.name in net]
     found = [cost for one in chosen for cost in costs(one, [0, 1, 2, 4] if world is None else world, rounds)]
     console, about = wide_console(), machine()
-    console.print(f"{about['cpu']}, torch {about['torch']}; distpatch of {Path(distpatch.__file__).parent}")
+    package = find_spec("distpatch")
+    console.print(f"{about['cpu']}, torch {about['torch']}; {package.origin if package else ''}")
     console.print(table(found, by_kernel))
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": about, "costs": [asdict(cost) for cost in found]}, indent=1) + "\n")

@@ -59,7 +59,7 @@ def _normal(*shape: int) -> torch.Tensor:
 
 
 NETS = (
-    Net("SD decode", sd_decoder, lambda model: model.decode(_normal(1, 4, 16, 16))),
-    Net("SD U-Net step", sd_unet, lambda model: model(_normal(2, 4, 32, 32), 500, _normal(2, 7, 16))),
-    Net("Wan decode", wan_decoder, lambda model: model.decode(_normal(1, 4, 2, 16, 16))),
+    Net("SD decode", sd_decoder, lambda model: model.decode(_normal(1, 4, 8, 4))),
+    Net("SD U-Net step", sd_unet, lambda model: model(_normal(2, 4, 64, 8), 500, _normal(2, 7, 16))),
+    Net("Wan decode", wan_decoder, lambda model: model.decode(_normal(1, 4, 2, 8, 4))),
 )

@@ -126,11 +126,13 @@ def _corrected(counts: Sequence[int], ranks: Tensor, own: Tensor, rank: int) -> 
 
     Of the moments E[x] and E[x²], as DistriFusion has it, written without a difference of large squares: with mean
     M and variance V of all ranks' last samples, m and v of this rank's last ones, m' and v' of its new ones, it is
-    mean M + m' - m and variance V + v' - v + 2 (m' - m) (m - M). Where that is negative: v'.
+    mean M + m' - m and variance V + v' - v + 2 (m' - m) (m - M). Where that is negative: v'. Every rank is given these.
     """
     mean, deviation = merge_deviations(counts, ranks, 0.0)
     (m, d), (m_new, d_new) = ranks[rank], own
     moved = m_new - m
-    corrected = deviation.square() + d_new.square() - d.square() + 2 * moved * (m - mean)
+    change = d_new.square() - d.square() + 2 * moved * (m - mean)
+    corrected = deviation.square() + change
     spread = torch.where(corrected < 0, d_new, corrected.clamp(min=0).sqrt())
-    return [sum(counts)], torch.stack([mean + moved, spread]).unsqueeze(0)
+    stays = (moved == 0) & (change == 0)  # then the result is the last one, to the bit
+    return counts, torch.where(stays, ranks, torch.stack([mean + moved, spread]))

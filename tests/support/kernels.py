@@ -12,11 +12,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distpatch.torch_utils import chunk_sizes
 from distpatch.torch_utils.chunk_sizes import planned_as
 
 NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "resize_", "set_", "is_same_size", "_local_scalar_dense", "detach")
 EXCHANGES = "distpatch"  # namespace of the operators that exchange rows, and of the collectives
 Kinds = Counter[tuple[str, str]]  # (torch function that was called, operator that ran)
+
+
+def take_sizes_of_gpus() -> None:
+    """From now on CPU tensors are computed in as many parts as a GPU's, for times; before any call, as plans are kept."""
+    chunk_sizes.BY_KIND["cpu"] = chunk_sizes.ELSEWHERE
 
 
 class Kernels(TorchDispatchMode):

@@ -212,6 +212,8 @@ def _all_keys(key: Tensor, value: Tensor, lead: PatchTensor, func: Any) -> tuple
     check_group(key, lead, func)
     check_group(value, lead, func)
     value = redistribute(value, key.row_layout, func)
+    if lead.world_size == 1:
+        return key.local, value.local
     both = gather_partial(wrap(torch.cat([key.local, value.local], -1), key), func)
     return both.narrow(-1, 0, key.shape[-1]), both.narrow(-1, key.shape[-1], value.shape[-1])
 

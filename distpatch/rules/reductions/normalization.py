@@ -97,7 +97,8 @@ def group_norm(
     if input.row_layout.dim == 0:  # torch's own, which does not ask how many samples a rank has
         return _local(torch.group_norm, input, num_groups, weight, bias, eps, *cudnn)
     if input.world_size == 1 and not may_pay(input):
-        return _local(func, input, num_groups, weight, bias, eps, *cudnn)
+        affine = (t if t is None else replicated_operand(t, input) for t in (weight, bias))
+        return beside_rows(func, input, num_groups, *affine, eps, *cudnn)
     if input.row_layout.dim == 1 or input.shape[1] % num_groups:
         return NotImplemented
     input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
