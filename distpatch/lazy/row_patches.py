@@ -91,7 +91,7 @@ class Slab(NamedTuple):
         format = _format(own) if isinstance(own, Tensor) else own.format
         if isinstance(own, Tensor) and format is torch.contiguous_format and not torch.compiler.is_compiling():
             return constant(number, self.fill, like=own).expand(shape)
-        return torch.full(shape, self.fill, dtype=own.dtype, device=own.device).contiguous(memory_format=format)
+        return torch.empty(shape, dtype=own.dtype, device=own.device, memory_format=format).fill_(self.fill)
 
 
 def _format(rows: Tensor) -> torch.memory_format:
