@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from distpatch.torch_utils.private import conv_backend, has_onednn, onednn_convolution, onednn_enabled
 
 # Of multiply-adds, and of bytes of input and output: see ``convolve``. Swept by ``python -m benchmarks.kernels``.
-LEAST = 2_000_000
+LEAST, LEAST_OF_VOLUMES = 2_000_000, 750_000
 LEAST_OF_ONE, LEAST_CHANNELS, MOST_BYTES = 8_000_000, 32, 32 << 20
 _PLAIN = (Tensor, Parameter)
 
@@ -36,9 +36,10 @@ def convolve(
     a patch of it, or one rank's rows, often are, and a rank may have but one thread.
 
     oneDNN takes about 0.03 ms more to start, so that the smallest stay torch's: those of fewer than ``LEAST``
-    multiply-adds. Where the kernel is a single element nothing is unfolded, and oneDNN gains by its product alone: it
-    is called from ``LEAST_OF_ONE`` on, where both sides have ``LEAST_CHANNELS``, and where memory (``MOST_BYTES``) is
-    not what limits it. Half precision needs none of this: for it torch takes oneDNN whatever the size.
+    multiply-adds, or ``LEAST_OF_VOLUMES`` where unfolding costs more, of volumes and dilated kernels. Where the kernel
+    is a single element nothing is unfolded, and oneDNN gains by its product alone: it is called from ``LEAST_OF_ONE``
+    on, where both sides have ``LEAST_CHANNELS``, and where memory (``MOST_BYTES``) is not what limits it. Half
+    precision needs none of this: for it torch takes oneDNN whatever the size.
 
     The result stands in memory as oneDNN leaves it on one device (``channels_last`` of either operand is kept, of
     volumes too). Its backward pass is the one that torch chooses.
@@ -96,7 +97,7 @@ def _gains(
         return False
     work, moved = math.prod(out) * math.prod(kernel[1:]), 4 * (math.prod(shape) + math.prod(out))
     if math.prod(kernel[2:]) > 1:
-        gains = work >= LEAST
+        gains = work >= (LEAST_OF_VOLUMES if spatial == 3 or max(dilation) > 1 else LEAST)
     else:
         gains = work >= LEAST_OF_ONE and min(kernel[:2]) >= LEAST_CHANNELS and moved <= MOST_BYTES
     return gains and conv_backend(shape, kernel, stride, padding, dilation, groups).startswith("Slow")

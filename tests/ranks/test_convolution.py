@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.oracle import H, case
+import distpatch
+from tests.support.oracle import H, case, random_tensor
+from tests.support.threads import run_ranks
 
 X, W3, B = (2, 4, H, 5), (6, 4, 3, 3), (6,)
 TALL = (13, 5)  # heights that a kernel without padding still fits
@@ -100,3 +105,36 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_convolution(case: Callable[[], None]) -> None:
     case()
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators of this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last_3d])
+def test_thin_pieces_are_convolved_as_the_whole(format: torch.memory_format) -> None:
+    """By oneDNN: torch itself would unfold the windows of a rank's few rows, and leave them in another format."""
+    x = random_tensor((1, 16, 40, 34, 32), dtype=torch.float32).contiguous(memory_format=format)
+    weight = random_tensor((16, 16, 3, 3, 3), seed=1, dtype=torch.float32)
+    right = F.conv3d(x.double(), weight.double(), padding=1)
+
+    def body(rank: int) -> tuple[Tensor, list[str], bool]:
+        rows = distpatch.shard(x, dist.group.WORLD)
+        with torch.no_grad(), Operators() as seen:
+            made = F.conv3d(rows, weight, padding=1)
+            local = made.local
+        return distpatch.gather(made), seen.names, local.is_contiguous(memory_format=format)
+
+    for got, names, is_format in run_ranks(3, body):
+        assert (got - right).abs().max() <= 1e-5 * right.abs().max()
+        assert is_format
+        assert "aten::mkldnn_convolution" in names
+        assert "aten::convolution" not in names
