@@ -183,8 +183,10 @@ def _messages(messages: list[list[Tensor]]) -> list[Tensor]:
         return [parts[0].view(-1) for parts in messages]
     if len(messages) == len(messages[0]) == 1:
         return [messages[0][0].contiguous().view(-1)]
-    packed = torch.cat([part for parts in messages for part in parts]).view(-1)
-    return list(packed.split([sum(part.numel() for part in parts) for parts in messages]))
+    rows = [part for parts in messages for part in parts]
+    packed = rows[0].new_empty((sum(map(len, rows)), *rows[0].shape[1:]))
+    torch.cat(rows, out=packed)  # which would keep the rows' memory format else
+    return list(packed.view(-1).split([sum(part.numel() for part in parts) for parts in messages]))
 
 
 def _buffer(parts: list[Tensor]) -> Tensor:

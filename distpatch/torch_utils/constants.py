@@ -19,6 +19,11 @@ def constant(numbers: Callable[..., Any], *given: Any, like: Tensor) -> Tensor:
     return _made(numbers, given, like.dtype, like.device)
 
 
+def forget() -> None:
+    """Free them all."""
+    _made.cache_clear()
+
+
 def number(value: float) -> float:
     """For ``constant``: the number alone."""
     return value

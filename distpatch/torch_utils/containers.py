@@ -20,6 +20,8 @@ ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), slice, range, torch.dtype, torch.device}
     | {torch.layout, torch.memory_format, torch.Generator}
 )
+_OF_THREADS = frozenset({"_thread", "threading", "queue"})  # may change while they are looked into, and hold no result
+_OF_RANKS = "distpatch.comm."  # leads to those of other threads
 _SEALED = (type, nn.Module, BaseException, enum.Enum, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 _VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _BUILTIN: tuple[Any, ...] = (iter([]), reversed([]), iter(()), iter(set()))
@@ -145,6 +147,8 @@ def is_sealed(kind: Any, modules: bool) -> bool:
     if modules and issubclass(kind, (nn.Module, types.FunctionType, types.MethodType)):
         return False
     if issubclass(kind, _SEALED) or issubclass(kind, types.MethodType):
+        return True
+    if kind.__module__.partition(".")[0] in _OF_THREADS or kind.__module__.startswith(_OF_RANKS):
         return True
     known = (*_BASES, *_VIEWS, types.MappingProxyType, functools.partial)
     return not (issubclass(kind, known) or kind.__dictoffset__ or _slots(kind))

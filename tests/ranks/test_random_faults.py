@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distpatch
+from distpatch.torch_utils import constants
 from tests.support import oracle
 from tests.support.oracle import assert_same, random_tensor
 from tests.support.threads import rank_outcomes
@@ -171,7 +172,8 @@ def compare(found: list[Tensor], right: list[Tensor], what: str) -> None:
 
 
 def left_behind(threads: int) -> dict[str, int]:
-    """What this process has, after what is ending has ended: its watches, down to so many threads."""
+    """What this process has, after what is ending has ended: its watches, down to so many threads. Without constants."""
+    constants.forget()
     deadline = time.monotonic() + 5
     while threading.active_count() > threads and time.monotonic() < deadline:
         gc.collect()

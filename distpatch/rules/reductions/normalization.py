@@ -96,7 +96,7 @@ def group_norm(
     input = along_rows(input, func)
     if input.row_layout.dim == 0:  # torch's own, which does not ask how many samples a rank has
         return _local(torch.group_norm, input, num_groups, weight, bias, eps, *cudnn)
-    if input.world_size == 1 and not may_pay(input):
+    if input.world_size == 1 and not may_pay(input) and not torch.compiler.is_compiling():
         affine = (t if t is None else replicated_operand(t, input) for t in (weight, bias))
         return beside_rows(func, input, num_groups, *affine, eps, *cudnn)
     if input.row_layout.dim == 1 or input.shape[1] % num_groups:
