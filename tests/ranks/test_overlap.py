@@ -193,7 +193,7 @@ def test_what_a_trace_says() -> None:
 
     def body(rank: int) -> distpatch.Trace:
         with torch.no_grad(), distpatch.trace() as t:
-            F.conv2d(distpatch.shard(x, dist.group.WORLD), weight, padding=1)
+            F.conv2d(distpatch.shard(x, dist.group.WORLD), weight, padding=1).local  # noqa: B018
         return t
 
     with delayed(0.005):
