@@ -6,6 +6,7 @@ A backward pass belongs to no call of a model: torch's engine is where it begins
 from __future__ import annotations
 
 from collections.abc import Iterable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from distpatch.torch_utils import patches, private
 
 
 def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-    opened = [comm for comm in connected() if not comm.in_call and not comm.broken]
+    here = get_ident()  # which runs the pass, too (collectives.in_one_thread)
+    opened = [comm for comm in connected() if comm.thread == here and not (comm.in_call or comm.broken)]
     for comm in opened:
         comm.in_call = True
     try:

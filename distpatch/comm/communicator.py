@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, TypeAlias
 
 import torch
@@ -53,6 +54,7 @@ class Communicator:
         self._layers: tuple[AddLayer, ...] = ()
         self._transports: dict[torch.device, Transport] = {}  # with the layers on top
         self._under_way: UnderWay | None = None  # what was begun last
+        self.thread = 0  # that has sent something last
         tell(self)
         self._duplicates: weakref.WeakSet[Communicator] = weakref.WeakSet()  # of the same ranks, this one among them
         self._duplicates.add(self)
@@ -160,6 +162,7 @@ class Communicator:
         What was begun before is waited for. Raises ``RankError`` where the last transfers of the group failed.
         """
         self.finish()
+        self.thread = get_ident()
         connection, transport = self._connection, self._transports.get(device)
         if transport is not None and connection is not None and not connection.broken:
             return transport

@@ -172,3 +172,20 @@ def test_outside_a_call() -> None:
 
     with simulated_nccl():
         run_ranks(WORLD, body, timeout=TIMEOUT_S)
+
+
+def test_a_backward_pass_waits_for_no_other_group_s_messages() -> None:
+    """Those of another thread's group may need this one: several backward passes at once, some later than others."""
+    x, weight = random_tensor((1, 3, 12, 5)), random_tensor((3, 3, 3, 3))
+
+    def body(rank: int) -> None:
+        for _ in range(3):
+            leaf = x.clone().requires_grad_()
+            image = distpatch.shard(leaf, dist.group.WORLD)
+            result = nn.functional.conv2d(image, weight, padding=1)
+            time.sleep(0.1 * rank)
+            result.square().sum().backward()
+            assert leaf.grad is not None
+
+    with simulated_nccl():
+        run_ranks(WORLD, body, timeout=TIMEOUT_S)
