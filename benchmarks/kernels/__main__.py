@@ -21,8 +21,7 @@ import typer
 from torch import Tensor
 
 from benchmarks._harness.crew import machine, wide_console
-from distpatch.torch_utils import convolution_kernel
-from distpatch.torch_utils.private import conv_backend
+from tests.support.convolving import conv_backend, convolve
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 SECONDS = 0.15  # a shape
@@ -86,7 +85,7 @@ def is_chosen(x: Tensor, case: Case, weight: Tensor) -> bool:
         called.append(args)
         return x
 
-    convolution_kernel.convolve(func, x, weight, None, *case.how, case.groups)
+    convolve(func, x, weight, None, *case.how, case.groups)
     return not called
 
 
