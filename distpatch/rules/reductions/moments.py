@@ -134,9 +134,15 @@ class Norm:
         return merge_deviations(counts, parts, self.eps)
 
     def _moments(self, local: Tensor | Recipe) -> tuple[int, Tensor, Tensor]:
-        dims = tuple(range(2, local.ndim + 1)) if self.groups else (0, *range(2, local.ndim))
         exact, along = self._is_seen(local), max(self.row_layout.dim, 2)
-        count, mean, m2 = moments(local, dims, along, exact, self.groups)
+        if not self.groups:
+            count, mean, m2 = moments(local, (0, *range(2, local.ndim)), along, exact)
+        elif sizes_of(local.device).reads_twice:  # a sum over channels too is slow there, above all of channels last
+            count, *channels = moments(local, tuple(range(2, local.ndim)), along, exact)
+            members = [t.flatten(1).unflatten(1, (self.groups, -1)).movedim(2, 0) for t in channels]
+            count, mean, m2 = merge_moments([count] * len(members[0]), *members)
+        else:
+            count, mean, m2 = moments(local, tuple(range(2, local.ndim + 1)), along, exact, self.groups)
         return count, mean.flatten(1), m2.flatten(1)
 
     def _parts(self, local: Tensor | Recipe) -> tuple[Sequence[int], Tensor]:
@@ -259,7 +265,7 @@ def scaling(like: Tensor | Recipe, mean: Tensor, spread: Tensor, weight: Tensor 
     def centred(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
         out = spare[0] if spare else torch.empty_like(parts[0])
         rest = torch.sub(parts[0], centre, out=out if out.dtype == precise else None)
-        return torch.addcmul(to, rest, by, out=out)
+        return torch.add(rest.mul_(by), to, out=out)  # addcmul takes three times as long where channels come first
 
     return centred
 
