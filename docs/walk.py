@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import distpatch
 
 PACKAGE = Path(distpatch.__file__).parent
-SHAPE = (1, 64, 128, 128)  # 4 MiB: large enough to be deferred
+SHAPE = (1, 64, 128, 512)  # 16 MiB: large enough to be deferred, and of a row that torch has one kernel for
 NAMELESS = ("<lambda>", "<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>", "<module>")
 
 
@@ -79,6 +79,8 @@ def main() -> None:
         print("# One convolution, file by file\n")
         print("Made by `torchrun --nproc_per_node=2 docs/walk.py > docs/walk.md` (`make walk`): rank 0 of 2, in the")
         print("order of first calls. The input is `silu(x)`: with `lazy=True` it does not exist when it is convolved.")
+        print(f"It has the shape {SHAPE}, in float32. On a CPU a smaller one also goes through")
+        print("`torch_utils/convolution_kernel.py`, which chooses a kernel by the size of each patch.")
         for title, found in walks.items():
             page(title, found)
     dist.destroy_process_group()

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan, UNet2DConditionModel
+from diffusers import AutoencoderKLWan, UNet2DConditionModel
 from torch import nn
+
+from tests.support.zoo.models import sd_decoder
 
 
 @dataclass(frozen=True)
@@ -23,20 +25,6 @@ class Net:
         """The same weights every time."""
         torch.manual_seed(0)
         return self.make().eval().requires_grad_(False)
-
-
-def sd_decoder() -> nn.Module:
-    """Stable Diffusion's."""
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    vae.encoder = vae.quant_conv = None
-    return vae
 
 
 def sd_unet() -> nn.Module:
@@ -59,7 +47,7 @@ def _normal(*shape: int) -> torch.Tensor:
 
 
 NETS = (
-    Net("SD decode", sd_decoder, lambda model: model.decode(_normal(1, 4, 8, 4))),
+    Net("SD decode", lambda: sd_decoder((8, 8, 16, 16), 4), lambda model: model.decode(_normal(1, 4, 8, 4))),
     Net("SD U-Net step", sd_unet, lambda model: model(_normal(2, 4, 64, 8), 500, _normal(2, 7, 16))),
     Net("Wan decode", wan_decoder, lambda model: model.decode(_normal(1, 4, 2, 8, 4))),
 )

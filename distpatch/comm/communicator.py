@@ -17,7 +17,6 @@ from distpatch.comm import devices, process_groups, processes
 from distpatch.comm.choose_transport import tell
 from distpatch.comm.connection import Connection
 from distpatch.comm.rendezvous import NoPeers, Payload, Rendezvous
-from distpatch.comm.simulated import Simulated
 from distpatch.comm.transport import AddLayer, Batch, Finish, Transport
 from distpatch.comm.watched import UnderWay
 from distpatch.errors import LayoutError, RankError
@@ -148,7 +147,7 @@ class Communicator:
         self._transports.clear()
         self._connection = connection = Connection(name, pg, device, ranks, meeting, self.recorder)
         connection.failures.patience = self._liveness
-        _known[connection.name] = self
+        remember(self)
         self.warmup()
 
     def warmup(self) -> None:
@@ -246,6 +245,7 @@ class Communicator:
 
         ``late_check``: the next call will tell.
         """
+        self.finish()
         self.in_call = False
         for connection in self._connections():
             connection.end_call(wait=not self.late_check)
@@ -256,7 +256,6 @@ class Communicator:
         self.in_call = True
         try:
             yield
-            self.finish()
             self.end_call()
         except BaseException as error:
             self.abort_call(f"raised {type(error).__name__}: {error} (in {what})")
@@ -296,29 +295,6 @@ class Communicator:
 
     def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
         """Where tensors are fake, what this rank would send: of a group that exists, a real run records it."""
-
-
-class SimulatedCommunicator(Communicator):
-    """One rank of a group that does not exist, for fake tensors: of transfers only the shapes are known.
-
-    ``rank`` and ``size`` of the group. Passed to ``convert_model`` in place of a group, under a
-    ``FakeTensorMode``.
-    """
-
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__(None, NoPeers(rank, size))
-        self._name = f"rank {rank} of {size}, simulated, {id(self)}"
-        _known[self._name] = self
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    def transport(self, device: torch.device) -> Transport:
-        return Simulated()
-
-    def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
-        self.recorder.record(kind, op, sent_bytes, messages)
 
 
 # Weak keys: a communicator is known as long as the group is open, and each thread-rank has groups of its own.
@@ -385,6 +361,11 @@ def communicator_of(name: str) -> Communicator:
     if known is None:
         raise RankError(f"what is computed here began in a group that is closed ({name!r})")
     return known
+
+
+def remember(comm: Communicator) -> None:
+    """Have ``communicator_of`` find it by its name, as long as somebody holds it."""
+    _known[comm.name] = comm
 
 
 def connected_as(name: str) -> Communicator | None:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from distpatch.layout.stencil import Interval, ceil_div
 from distpatch.lazy.patch_plan import Cut, fewest_calls
-from distpatch.torch_utils.constants import constant, number
+from distpatch.torch_utils.constants import made, number
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
+from distpatch.torch_utils.private import FakeTensor
 from distpatch.torch_utils.tree import map_tensors
 
 T = TypeVar("T")
@@ -90,7 +91,9 @@ class Slab(NamedTuple):
         shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
         format = _format(own) if isinstance(own, Tensor) else own.format
         if isinstance(own, Tensor) and format is torch.contiguous_format and not torch.compiler.is_compiling():
-            return constant(number, self.fill, like=own).expand(shape)
+            fake = isinstance(own, FakeTensor)
+            blank = own.new_empty(()) if fake else made(number, (self.fill,), own.dtype, own.device)
+            return blank.expand(shape)
         return torch.empty(shape, dtype=own.dtype, device=own.device, memory_format=format).fill_(self.fill)
 
 

@@ -80,8 +80,8 @@ def convert_model(
     first. The result has the same bits.
 
     ``compile=True``: each entry point is one graph of ``torch.compile``, made at the first call of each shape, in which
-    the ranks meet as in a plain call: rules cost no host time then. A dict: what ``torch.compile`` is told beside that,
-    such as ``{"mode": "max-autotune"}``. Displaced steps run as without it. From torch 2.13.
+    the ranks meet as in a plain call: rules run when it is made, and not again. A dict: what ``torch.compile`` is
+    told beside that, such as ``{"mode": "max-autotune"}``. Displaced steps run as without it. From torch 2.13.
 
     Returns the model. Raises ``DistPatchError`` where it is converted already, ``RankError`` where a rank
     is missing, is no member, or has other weights or options, ``ValueError`` for an option out of range.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distpatch.comm.communicator import SimulatedCommunicator
+from distpatch.comm.simulated import SimulatedCommunicator
 from distpatch.errors import DistPatchError, UnsupportedOpError
 from distpatch.layout.rows import even_bounds
 from distpatch.lazy.row_patches import chosen_by

@@ -44,13 +44,15 @@ class Options:
                 raise ValueError(f"{name} is one of {choices}; got {value!r}")
         if self.liveness is not None and self.liveness <= 0:
             raise ValueError(f"liveness is a number of seconds above 0, or None; got {self.liveness!r}")
+        if not isinstance(self.compile, (bool, Mapping)):
+            raise ValueError(f"compile is True, False, or what torch.compile is told; got {self.compile!r}")
         if self.min_numel < 0 or (self.workspace_bytes is not None and self.workspace_bytes < 1):
             raise ValueError(
                 f"min_numel and workspace_bytes are positive; got {self.min_numel} and {self.workspace_bytes}"
             )
 
     def __str__(self) -> str:
-        return ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
+        return ", ".join(f"{one.name}={_shown(getattr(self, one.name))}" for one in fields(self))
 
     @property
     def packed(self) -> str:
@@ -67,6 +69,13 @@ class Options:
             min_numel=int(min_numel),
             workspace_bytes=int(workspace) if workspace.isdigit() else None,
         )
+
+
+def _shown(value: Any) -> str:
+    """The same on all ranks: of a function, such as a compiler's backend, its name, and not where it is in memory."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_shown(value[key])}" for key in sorted(value)) + "}"
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
 
 
 def check_splits(splits: object) -> None:

@@ -20,10 +20,10 @@ KIB, MIB = 1 << 10, 1 << 20
 class Sizes:
     """``workspace_bytes``: input and output of one convolution, with ``splits="auto"``. ``part_bytes``: rows that are
     copied to put them beside their halo, in at most ``most_parts`` parts; ``joined_bytes``: so many are, even where
-    only those at the seams need it: fewer launches. ``chunk_bytes``: deferred rows, evaluated
-    where no window says how many. ``statistics_bytes``: rows of one reading for a norm, of which half precision is
-    copied in fp32; ``reads_twice``: whether a second reading of these comes from a cache. ``bucket_bytes``: gradients,
-    or rows of a gather, that are moved together.
+    only those at the seams need it: fewer launches (chosen by count; no GPU was measured).
+    ``chunk_bytes``: deferred rows, evaluated where no window says how many. ``statistics_bytes``: rows of one reading
+    for a norm, of which half precision is copied in fp32; ``reads_twice``: whether a second reading of these comes
+    from a cache. ``bucket_bytes``: gradients, or rows of a gather, that are moved together.
     """
 
     workspace_bytes: int

@@ -16,12 +16,12 @@ def constant(numbers: Callable[..., Any], *given: Any, like: Tensor) -> Tensor:
     """``numbers(*given)``, one or nested lists, in the dtype and on the device of ``like``. Nobody may write to it."""
     if isinstance(like, FakeTensor):  # which meets none but fake ones of its own kind
         return like.new_empty(_shape(numbers(*given)))
-    return _made(numbers, given, like.dtype, like.device)
+    return made(numbers, given, like.dtype, like.device)
 
 
 def forget() -> None:
     """Free them all."""
-    _made.cache_clear()
+    made.cache_clear()
 
 
 def number(value: float) -> float:
@@ -30,7 +30,8 @@ def number(value: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _made(numbers: Callable[..., Any], given: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def made(numbers: Callable[..., Any], given: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same, where none are fake: found without a call of Python."""
     with torch.inference_mode(False):  # it may meet what is recorded
         return torch.tensor(numbers(*given), dtype=dtype).to(device)
 

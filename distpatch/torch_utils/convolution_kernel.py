@@ -57,6 +57,28 @@ def convolve(
     return result.squeeze(2)
 
 
+def may_gain(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    axis: int,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> bool:
+    """Whether ``convolve`` may choose for some rows, of the spatial dim ``axis``: whether torch asks for their number.
+
+    Where it does not for the fewest that a kernel reads, it does for no larger piece. Of kernels of one element it
+    asks for threads too, of which there may be others at each call.
+    """
+    if not has_onednn or math.prod(kernel[2:]) == 1:
+        return has_onednn
+    fewest, pads = list(shape), list(padding)
+    span = dilation[axis] * (kernel[2 + axis] - 1) + 1
+    fewest[2 + axis], pads[axis] = 1, span  # beyond the edge of an image all but one may be padding
+    return conv_backend(fewest, kernel, stride, pads, dilation, groups).startswith("Slow")
+
+
 def _may_choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the operands are such that torch would ask for their sizes, and nothing is wrong with them."""
     return (

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
     in_kernel_invocation_manager,
+    unset_fake_temporarily,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed import distributed_c10d as c10d
@@ -187,9 +188,10 @@ def conv_backend(
     groups: int,
 ) -> str:
     """The name of the kernel that a CPU convolves float32 of these sizes with, in as many threads as there are."""
-    x, w = (torch.empty(1).expand(sizes) for sizes in (shape, weight))
     how = [*map(list, (stride, padding, dilation))]
-    backend = torch._C._select_conv_backend(x, w, None, *how, False, [0] * len(stride), groups)  # type: ignore[call-arg]
+    with unset_fake_temporarily():
+        x, w = (torch.empty(1).expand(sizes) for sizes in (shape, weight))
+        backend = torch._C._select_conv_backend(x, w, None, *how, False, [0] * len(stride), groups)  # type: ignore[call-arg]
     return str(backend).rpartition(".")[2]
 
 

@@ -256,7 +256,8 @@ def test_walk_of_a_convolution(lazy: bool, most: int, to_read: int, monkeypatch:
     ``to_read``: those on the way when its rows are read.
     """
     monkeypatch.setattr(recipe, "LEAST_BYTES", 0)
-    x, weight = random_tensor((1, 4, 64, 8)), random_tensor((4, 4, 3, 3), seed=1)
+    of_float32 = {"dtype": torch.float32}  # of a kernel that asks for no sizes
+    x, weight = random_tensor((1, 8, 64, 3000), **of_float32), random_tensor((4, 8, 3, 3), seed=1, **of_float32)
 
     def body(rank: int) -> tuple[dict[str, None], dict[str, None]]:
         image = distpatch.shard(x, dist.group.WORLD)

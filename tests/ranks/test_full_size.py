@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distpatch
-from distpatch.comm.communicator import SimulatedCommunicator
+from distpatch.comm.simulated import SimulatedCommunicator
 from distpatch.lazy.row_patches import chosen_by
 from distpatch.profiling.op_costs import representatives
 

@@ -224,6 +224,18 @@ CASES = {
         (Input((4, 4, 4, 3, 1), 3, (0, 3, 3), last=True), Input((4, 4, 4, 3, 1))),
         ("x = torch.cat([t1, x, x], -2)", "x = x.clone(); x.flatten(1).sub_(1)"),
     ),
+    "copies of rows in blocks that are written to": Chain(
+        3,
+        (Input((2, 2, 3, 4, 2), 3, (0, 1, 2, 4)),),
+        (
+            "x = x.reshape(1, -1)",
+            "x = x.index_add(1, torch.tensor([3, 90]), x[:, 1:3]).index_copy(1, torch.tensor([5, 7]), x[:, 2:4])",
+            "x = x.index_fill(1, torch.tensor([8, 64]), 2.0).masked_fill(x > 1, 0.5)",
+            "x = x.scatter(1, torch.tensor([[9, 80]]), x[:, :2]).scatter_add(1, torch.tensor([[1, 95]]), x[:, 4:6])",
+            "x = torch.diagonal_scatter(x, x.diagonal() + 1)",
+            "x = x.masked_scatter(x > 0.4, x * 2).index_put((torch.tensor([0]), torch.tensor([11])), x[0, :1])",
+        ),
+    ),
     "a part replaced in a copy of rows in blocks": Chain(
         3,
         (Input((2, 2, 3, 4, 2), 3, (0, 1, 2, 4)),),

@@ -16,7 +16,7 @@ from distpatch.rules.core.operands import per_dim
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.core.window_plan import Given, WindowPlan, plan_windows
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
-from distpatch.torch_utils.convolution_kernel import convolve
+from distpatch.torch_utils.convolution_kernel import convolve, may_gain
 from distpatch.torch_utils.op_names import op_name
 
 Sizes = int | Sequence[int]
@@ -85,7 +85,10 @@ def _plan(op: str, given: Given, stride: Sizes, padding: Sizes | str, dilation: 
         given = given._replace(shape=torch.Size([*given.shape[:2], *sizes]))
     fit = weight[1] * groups == given.shape[1] and weight[0] % groups == 0
     plan = plan_windows(op, given, windows, pads=True, channels=weight[0], fit=fit)
-    return _Plan(windows, strides, dilations, far_side, plan, given.kind == "cpu" and given.dtype is torch.float32)
+    by_size = fit and given.kind == "cpu" and given.dtype is torch.float32
+    if by_size and not torch.compiler.is_compiling():
+        by_size = may_gain(given.shape, weight, max(axis, 0), strides, before, dilations, groups)
+    return _Plan(windows, strides, dilations, far_side, plan, by_size)
 
 
 def _paddings(

@@ -34,15 +34,16 @@ def tiny_kl(
     return vae.to(dtype).eval()
 
 
-def sd_decoder() -> AutoencoderKL:
-    """Stable Diffusion's decoder in its real size."""
+def sd_decoder(channels: tuple[int, ...] = (128, 256, 512, 512), groups: int = 32) -> AutoencoderKL:
+    """Stable Diffusion's decoder, by default in its real size."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=channels,
         layers_per_block=2,
         latent_channels=4,
+        norm_num_groups=groups,
     )
     vae.encoder = vae.quant_conv = None
     return vae.eval()
