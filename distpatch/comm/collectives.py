@@ -21,7 +21,6 @@ from torch import Tensor
 
 from distpatch.comm.communicator import communicator_of
 from distpatch.comm.row_exchange import fetch_rows
-from distpatch.comm.transport import Moments
 from distpatch.comm.watched import ring_traffic
 from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
@@ -125,16 +124,6 @@ def share_out(local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor
 def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
     """Every rank's (small) tensor, stacked along a new first dim in rank order."""
     return _Stack.apply(tensor, name, op) if name else tensor.unsqueeze(0)
-
-
-def gather_moments(counts: Sequence[int], own: Tensor, name: str, op: str) -> Moments:
-    """What a normalisation's statistics are merged of (``merge_deviations``): how many samples, and their moments.
-
-    ``counts``: how many samples each rank has; ``own``: mean and deviation of this rank's, (2, ...). All ranks' by
-    ``stack_ranks``, or what the transport knows instead.
-    """
-    known = communicator_of(name).transport(own.device).known_moments(counts, own, op)
-    return (counts, stack_ranks(own, name, op)) if known is None else known
 
 
 def _alias(tensor: Tensor) -> Tensor:

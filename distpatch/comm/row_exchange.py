@@ -45,7 +45,7 @@ def fetch_rows(
     message to and one from each other rank. Every piece must stay connected to the result, even where
     it is empty: the backward is collective too.
     """
-    flat = _flat(needs)
+    flat = flat_needs(needs)
     if not any(flat):  # nobody needs anything, as all ranks know
         return [local.narrow(dim, 0, 0) for _ in needs[0]]
     pieces: list[Tensor] = _fetch(local, dim, list(bounds), flat, name, op, channels_last)
@@ -90,8 +90,8 @@ def _fetch(
     channels_last: bool,
 ) -> list[Tensor]:
     comm = communicator_of(name)
-    plan = _plan(bounds, needs, comm)
-    order = _wire_order(local.ndim, dim, channels_last)
+    plan = plan_of(bounds, needs, comm)
+    order = wire_order(local.ndim, dim, channels_last)
     wire = local.permute(order)
     fetched = [_empty_rows(local, dim, rows, order) for rows in plan.rows]
     pieces = [piece.permute(order) for piece in fetched]
@@ -123,8 +123,8 @@ def _return(
     channels_last: bool,
 ) -> Tensor:
     comm = communicator_of(name)
-    plan = _plan(bounds, needs, comm)
-    order = _wire_order(pieces[0].ndim, dim, channels_last)
+    plan = plan_of(bounds, needs, comm)
+    order = wire_order(pieces[0].ndim, dim, channels_last)
     wires = [piece.permute(order) for piece in pieces]
     shape = (bounds[comm.rank + 1] - bounds[comm.rank], *wires[0].shape[1:])
     total = wires[0].new_zeros(shape)
@@ -136,7 +136,7 @@ def _return(
     for (_, cut), (_, landed) in zip(plan.sends, landing, strict=True):
         for (lo, hi), rows in zip(cut, landed, strict=True):
             total[lo:hi] += rows
-    return total.permute(_inverse(order))
+    return total.permute(inverse_order(order))
 
 
 def _exchange(
@@ -197,25 +197,25 @@ def _buffer(parts: list[Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _flat(needs: Needs) -> list[int]:
+def flat_needs(needs: Needs) -> list[int]:
     return [row for intervals in needs for interval in intervals for row in interval]
 
 
-def _plan(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
+def plan_of(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
     count = len(needs) // (2 * comm.size)
     pairs = list(zip(needs[::2], needs[1::2], strict=True))
     grouped = tuple(tuple(pairs[r * count : (r + 1) * count]) for r in range(comm.size))
     return plan_transfer(tuple(bounds), grouped, comm.rank)
 
 
-def _wire_order(ndim: int, dim: int, channels_last: bool) -> list[int]:
+def wire_order(ndim: int, dim: int, channels_last: bool) -> list[int]:
     others = [d for d in range(ndim) if d != dim]
     if channels_last and 1 in others:
         others = [d for d in others if d != 1] + [1]
     return [dim, *others]
 
 
-def _inverse(order: list[int]) -> list[int]:
+def inverse_order(order: list[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
@@ -230,8 +230,8 @@ def _(
     channels_last: bool,
 ) -> list[Tensor]:
     comm = communicator_of(name)
-    order = _wire_order(local.ndim, dim, channels_last)
-    plan = _plan(bounds, needs, comm)
+    order = wire_order(local.ndim, dim, channels_last)
+    plan = plan_of(bounds, needs, comm)
     sent_rows = sum(hi - lo for _, cut in plan.sends for lo, hi in cut)
     _simulate(comm, op, sent_rows, len(plan.sends), len(plan.recvs), local, dim)
     return [_empty_rows(local, dim, n, order) for n in plan.rows]
@@ -247,14 +247,14 @@ def _(
     op: str,
     channels_last: bool,
 ) -> Tensor:
-    order = _wire_order(pieces[0].ndim, dim, channels_last)
+    order = wire_order(pieces[0].ndim, dim, channels_last)
     comm = communicator_of(name)
-    rank, plan = comm.rank, _plan(bounds, needs, comm)
+    rank, plan = comm.rank, plan_of(bounds, needs, comm)
     sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)
     _simulate(comm, op, sent_rows, len(plan.recvs), len(plan.sends), pieces[0], dim)
     rest = pieces[0].permute(order).shape[1:]
     total = pieces[0].new_empty((bounds[rank + 1] - bounds[rank], *rest))
-    return total.permute(_inverse(order))
+    return total.permute(inverse_order(order))
 
 
 def _fetch_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

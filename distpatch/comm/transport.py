@@ -98,6 +98,10 @@ class Transport(ABC):
         """
         return None
 
+    def carries_rows(self) -> bool:
+        """Whether halo rows may come with the moments of a norm: not where those of an earlier step serve."""
+        return True
+
     def background_problem(self) -> str:
         """Why ``post`` cannot run behind the computation, or nothing."""
         return ""
@@ -134,6 +138,9 @@ class Layer(Transport):
 
     def known_moments(self, counts: Sequence[int], own: Tensor, op: str) -> Moments | None:
         return self.inner.known_moments(counts, own, op)
+
+    def carries_rows(self) -> bool:
+        return self.inner.carries_rows()
 
     def background_problem(self) -> str:
         return self.inner.background_problem()

@@ -126,6 +126,9 @@ class Stale(Layer):
         ranks[rank] = own if norm == "stale" else last
         return (counts, ranks) if norm == "stale" else _corrected(counts, ranks, own, rank)
 
+    def carries_rows(self) -> bool:
+        return False
+
 
 def _nothing() -> None:
     return None

@@ -39,7 +39,14 @@ class _Rows:
         if recipe.value is None:
             recipe.materialize()
         x.local = recipe.value
+        if x.halo_rows is not None and x.halo_rows.version is None:
+            x.halo_rows = x.halo_rows._replace(version=version_of(recipe.value))
         return recipe.value
+
+
+def version_of(rows: Tensor | Recipe) -> int | None:
+    """Of rows that exist, how often they were written to; None where nobody counts."""
+    return None if isinstance(rows, Recipe) or rows.is_inference() else rows._version
 
 
 class PatchTensor(torch.Tensor):
@@ -57,6 +64,7 @@ class PatchTensor(torch.Tensor):
     recipe: Recipe
     row_stride: int = 0  # of a strided slice (x[::step]) of the rows; 0: not one
     strides: tuple[int, ...] | None = None  # of the whole tensor on one device, where those of the rows do not tell
+    halo_rows: Any = None  # what is known of its neighbours' rows: ``HaloRows`` (halo_rows.py)
     _shape: torch.Size
 
     @staticmethod

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distpatch
-from distpatch.comm import collectives, row_exchange
+from distpatch.comm import collectives, moments_exchange, row_exchange
 from distpatch.lazy import recipe
 from distpatch.tensor.options import Options
+from tests.support import forced
 from tests.support.kernels import Kernels
 from tests.support.oracle import random_tensor
 from tests.support.threads import run_ranks
@@ -32,7 +33,7 @@ READ_BACK = "item tolist numpy cpu nonzero __bool__ __int__ __float__ __index__ 
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero"}
 CUSTOM_OPS = {
     op._qualname.removeprefix("distpatch::"): op
-    for module in (row_exchange, collectives)
+    for module in (row_exchange, collectives, moments_exchange)
     for op in vars(module).values()
     if isinstance(op, torch._library.custom_ops.CustomOpDef)
 }
@@ -121,7 +122,9 @@ def test_no_host_sync(
     model = make()
     no_read_back()
     for seen in guarded(model, shape, grad):
-        assert seen["convolution"] > 10 and seen["fetch_rows"] > 5, "the mode saw the forward pass"
+        assert seen["convolution"] > 10 and seen["fetch_rows"] + seen["gather_moments"] > 5, (
+            "the mode saw the forward pass"
+        )
         assert not grad or seen["return_rows"] > 5
 
 
@@ -153,7 +156,7 @@ def test_host_sync_would_be_noticed(
 
 
 def test_one_exchange_an_operation() -> None:
-    """One batch of rows for each convolution that reads others' rows, one collective for each norm."""
+    """One round for each norm, with the halo of the convolution behind it; one for each other convolution that has one."""
     model = tiny_kl(dtype=torch.float32)
 
     def body(model: Any, rank: int) -> tuple[Counter[tuple[str, str]], int]:
@@ -166,10 +169,11 @@ def test_one_exchange_an_operation() -> None:
     norms = sum(isinstance(m, nn.GroupNorm) for m in model.decoder.modules())
     for counts, messages in run_ranks(3, on_ranks(model, body)):
         assert counts == {
-            ("p2p", "conv2d"): convs,
+            ("p2p", "conv2d"): convs - (norms - 1),
             ("p2p", "scaled_dot_product_attention"): 1,
             ("p2p", "output"): 1,
-            ("all_gather", "group_norm"): norms,
+            ("p2p", "group_norm"): norms - 1,
+            ("all_gather", "group_norm"): 1,  # of tokens, before the attention
         }
         assert messages <= 2, "at most one message to the rank above and one to the rank below"
 
@@ -184,18 +188,18 @@ def test_encoder_exchanges() -> None:
         return Counter((record.kind, record.op) for record in t.records)
 
     convs = sum(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in model.encoder.modules())
+    norms = sum(isinstance(m, nn.GroupNorm) for m in model.encoder.modules()) - 1
     for rank, counts in enumerate(run_ranks(3, on_ranks(model, body))):
-        assert counts["p2p", "conv2d"] == convs, f"rank {rank}"
-        assert not set(counts) - {
-            ("p2p", "conv2d"), ("p2p", "scaled_dot_product_attention"), ("p2p", "output"), ("all_gather", "group_norm")
-        }  # fmt: skip
+        assert counts["p2p", "conv2d"] == convs - norms and counts["p2p", "group_norm"] == norms, f"rank {rank}"
+        kinds = {("p2p", op) for op in ("conv2d", "group_norm", "scaled_dot_product_attention", "output")}
+        assert not set(counts) - {*kinds, ("all_gather", "group_norm")}
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_bytes_of_stable_diffusions_decoder() -> None:
-    """For latents 32 columns wide (256 pixels), an edge rank sends one row of each 3×3 convolution's input
-    and not a byte more, whatever the height."""
+    """For latents 32 columns wide (256 pixels), an edge rank sends one row of each 3×3 convolution's input, and with
+    it 32 means and deviations of the norm before it, and not a byte more, whatever the height."""
     with torch.device("meta"):
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
@@ -226,7 +230,9 @@ def test_bytes_of_stable_diffusions_decoder() -> None:
         distpatch.convert_model(own, dist.group.WORLD, fallback="error")
         with torch.no_grad(), distpatch.trace() as t:
             own.decode(torch.zeros(1, 4, 4, 32))
-        return sum(record.sent_bytes for record in t.records if record.op == "conv2d"), expected
+        sent = [record for record in t.records if record.kind == "p2p" and record.op in {"conv2d", "group_norm"}]
+        moments = 2 * 32 * 8 * sum(record.op == "group_norm" for record in sent)
+        return sum(record.sent_bytes for record in sent) - moments, expected
 
     for sent, expected in run_ranks(2, body, timeout=60):
         assert sent == expected == 4_063_744
@@ -293,33 +299,42 @@ def _kernels_of(world: int, body: Callable[[], object]) -> list[Counter[str]]:
 
 
 def test_kernels_of_a_norm_and_a_convolution() -> None:
-    """Alone torch's own. On ranks: a norm's statistics are taken in one kernel, packed, merged in two, made a scale and
-    a shift, applied; a convolution packs the rows that it sends, and puts those that have come beside its own."""
+    """Alone torch's own. On ranks: a norm's statistics are taken in one kernel, packed, a row for each neighbour too,
+    merged in two, made a scale and a shift, applied to its own rows and those that have come; a convolution packs the
+    rows that it sends, and puts those that have come beside its own, or those that a norm brought."""
     x, weight = random_tensor((1, 8, 12, 5), dtype=torch.float32), random_tensor((8, 8, 3, 3), dtype=torch.float32)
     scale = random_tensor((8,), dtype=torch.float32)
-    norm = ["std_mean", "_foreach_copy_", "addmm", "linalg_vector_norm", "div", "addcmul", "addcmul"]
+    norm = ["std_mean", *["_foreach_copy_"] * 2, "addmm", "linalg_vector_norm", "div", *["addcmul"] * 3]
 
     def shard() -> Tensor:
         return distpatch.shard(x, dist.group.WORLD)
 
+    if forced.IS_ON:
+        pytest.skip("norms are deferred and convolutions are cut")
     for world, of_norm, of_conv in (
         (1, ["native_group_norm"], ["convolution"]),
         (2, norm, ["clone", "cat", "convolution"]),
         (5, norm, ["clone", "cat", "convolution"]),
     ):
-        assert _kernels_of(world, lambda: F.group_norm(shard(), 4, scale, scale)) == [Counter(of_norm)] * world
+        for rank, names in enumerate(_kernels_of(world, lambda: F.group_norm(shard(), 4, scale, scale))):
+            neighbours = (rank > 0) + (rank < world - 1)
+            packed = ["copy_"] * neighbours + ["cat"] * (neighbours > 1)
+            assert names == Counter([*of_norm, *packed]), f"rank {rank} of {world}"
         inner = [*(["cat"] if world > 2 else []), *of_conv[world > 2 :]]
         for rank, names in enumerate(_kernels_of(world, lambda: F.conv2d(shard(), weight, padding=1))):
             assert names == Counter(of_conv if rank in {0, world - 1} else inner), f"rank {rank} of {world}"
+        both = _kernels_of(world, lambda: F.conv2d(F.group_norm(shard(), 4, scale, scale), weight, padding=1))
+        for rank, names in enumerate(both):
+            assert names["convolution"] == 1 and names["clone"] == 0, f"rank {rank} of {world}"
 
 
 # Ranks: kernels of a decode of Stable Diffusion's shape at most. What makes them fewer is welcome to lower these.
-MOST_KERNELS = {0: 140, 1: 142, 2: 391, 3: 391}
+MOST_KERNELS = {0: 140, 1: 142, 2: 476, 3: 534}
 
 
 @pytest.mark.parametrize("world", MOST_KERNELS)
 def test_kernels_of_a_decode(world: int) -> None:
-    """Of few channels: plain (0 ranks) 1 times, alone 1.02 times, on ranks 2.8 times as many kernels."""
+    """Of few channels: plain (0 ranks) 1 times, alone 1.02 times, on 2 ranks 3.4 times as many kernels, in 36 rounds."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
@@ -331,14 +346,17 @@ def test_kernels_of_a_decode(world: int) -> None:
     ).eval()
     latents = random_tensor((1, 4, 12, 8), dtype=torch.float32)
 
-    def body(rank: int) -> int:
+    def body(rank: int) -> tuple[int, int]:
         own = copy.deepcopy(vae)
         if world:
             distpatch.convert_model(own, dist.group.WORLD)
         with torch.no_grad(), Kernels() as kernels:
             own.decode(latents)
             kernels.kinds.clear()
-            own.decode(latents)
-        return kernels.total
+            with distpatch.trace() as t:
+                own.decode(latents)
+        return kernels.total, t.rounds
 
-    assert all(kernels <= MOST_KERNELS[world] for kernels in run_ranks(max(world, 1), body, timeout=60))
+    for kernels, rounds in run_ranks(max(world, 1), body, timeout=60):
+        assert kernels <= MOST_KERNELS[world] or forced.IS_ON  # which cuts convolutions
+        assert rounds == (36 if world > 1 else 0)

@@ -116,7 +116,7 @@ def norm_of_frames(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 CASES = {
-    "group_norm of four groups": case(norm(4), X, (8,), (8,), p2p=0),
+    "group_norm of four groups": case(norm(4), X, (8,), (8,), p2p=1),
     "no weight": case(norm(4), X),
     "weight without bias": case(norm(2), X, (8,)),
     "one group": case(norm(1), X, (8,), (8,)),
@@ -177,7 +177,7 @@ CASES = {
     "BatchNorm2d, average of all": case(steps(nn.BatchNorm2d(8, momentum=None)), X, **FEW),
     "BatchNorm2d, no running statistics": case(steps(nn.BatchNorm2d(8, track_running_stats=False, affine=False)), X, **FEW),
     "BatchNorm3d": case(steps(nn.BatchNorm3d(4)), (2, 4, 2, H, 3), **FEW),
-    "instance_norm": case(instance, X, (8,), (8,), p2p=0),
+    "instance_norm": case(instance, X, (8,), (8,), p2p=1),
     "instance_norm alone": case(lambda x: F.instance_norm(x), X),
     "instance_norm width": case(instance, (2, 8, 5, H), (8,), (8,), dim=-1, **FEW),
     "instance_norm, evaluation": case(instance_eval, X, (8,), (8,), p2p=0),
@@ -294,14 +294,17 @@ def test_half_precision_statistics(dtype: torch.dtype, readings: int, request: p
 
 
 def test_one_collective() -> None:
-    """One all_gather of two numbers a channel group, and no more."""
-    x = random_tensor((2, 8, 6, 5))
+    """Two numbers a channel group to each rank, of an image its last row too; and no more."""
+    x, tokens = random_tensor((2, 8, 6, 5)), random_tensor((2, 8, 6))
 
     def body(rank: int) -> distpatch.Trace:
         with torch.no_grad(), distpatch.trace() as t:
+            F.group_norm(distpatch.shard(tokens, dist.group.WORLD, dim=2), 4)
             F.group_norm(distpatch.shard(x, dist.group.WORLD), 4)
         return t
 
+    moments, row = 2 * 2 * 4 * 8, 2 * 8 * 5 * 8  # (mean, deviation), batch, groups; batch, channels, columns; fp64
     for t in run_ranks(2, body):
-        assert [(record.kind, record.op) for record in t.records] == [("all_gather", "group_norm")]
-        assert t.sent_bytes == 2 * 2 * 4 * 8  # (mean, m2), batch, groups, fp64
+        of_tokens, of_image = t.records
+        assert (of_tokens.kind, of_tokens.op, of_tokens.sent_bytes) == ("all_gather", "group_norm", moments)
+        assert (of_image.kind, of_image.op, of_image.sent_bytes) == ("p2p", "group_norm", moments + row)

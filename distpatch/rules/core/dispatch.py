@@ -23,6 +23,7 @@ from distpatch.rules.core.fallback import computed_on_all, fallback
 from distpatch.rules.core.memory_order import as_on_one_device
 from distpatch.rules.core.operands import in_order
 from distpatch.rules.core.out_argument import into
+from distpatch.tensor.halo_rows import let_go, live
 from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor
 from distpatch.tensor.rule_table import RULES, Rule, RuleEntry, no_rule
 from distpatch.torch_utils.op_names import op_name
@@ -37,9 +38,12 @@ class _Dispatcher:
 
     def on_rows(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         """A call on sharded tensors."""
-        if pending.rows and (may_write(func) or (kwargs and (kwargs.get("out") is not None or kwargs.get("inplace")))):
-            before_writing(func, args, kwargs or {})
         entry = RULES[func]
+        if (pending.rows or live.some) and (
+            may_write(func) or (kwargs and (kwargs.get("out") is not None or kwargs.get("inplace")))
+        ):
+            before_writing(func, args, kwargs or {})
+            let_go(args[0] if entry.elementwise and args and not (kwargs and "out" in kwargs) else None)
         if kwargs or entry.asks_if_empty:
             kwargs = kwargs or {}
             result = _applied(entry, func, args, kwargs)
@@ -64,8 +68,10 @@ class _Dispatcher:
 
     def on_blocks(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call on rows in blocks: on the rows as they are, where the rule treats all alike, else in order."""
-        if pending.rows:
+        if pending.rows or live.some:
             before_writing(func, args, kwargs)
+            if mutates(func, args, kwargs) is not None:
+                let_go()
         if (stand_in := RULES.stand_in(func)) is not None:  # what it calls comes here by itself
             return stand_in(*args, **kwargs)
         entry = RULES[func]
@@ -83,6 +89,8 @@ class _Dispatcher:
 
     def on_copies(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call on copies of rows that are views on one device."""
+        if live.some and mutates(func, args, kwargs) is not None:
+            let_go()
         if (stand_in := RULES.stand_in(func)) is not None:
             return stand_in(*args, **kwargs)
         return through(func, args, kwargs)

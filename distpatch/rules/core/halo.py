@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distpatch.comm import collectives
+from distpatch.comm.moments_exchange import Strips
 from distpatch.comm.row_exchange import begin_rows, fetch_rows
 from distpatch.comm.transport import Finish
 from distpatch.layout.rows import EMPTY, Bounds, Needs, RowLayout, Stencil
@@ -27,6 +28,7 @@ from distpatch.lazy.row_patches import Kernel, Slab, compute_now, nothing_to_wai
 from distpatch.rules.core.executor import deferrable
 from distpatch.rules.core.operands import PLAIN, along_rows, on_some_rows, replicated_operand, wrap
 from distpatch.rules.core.window_plan import Given, WindowPlan, plan_rows, plan_windows
+from distpatch.tensor.halo_rows import halo_pieces
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import planned_for
 from distpatch.torch_utils.memory_format import format_by_strides
@@ -136,9 +138,10 @@ def _wrapped(result: Any, x: PatchTensor, layout: RowLayout) -> Any:
 
 def halo(x: PatchTensor, plan: RankPlan, func: Any, fill: float = 0.0) -> Slab:
     """This rank's rows with the rows that it needs above and below them; beyond the image, ``fill``."""
+    brought = halo_pieces(x, plan.needs) if plan.moves and x.halo_rows is not None else None
     own, rows = x.local, x.row_layout
-    if not plan.moves:
-        return _slab(x, plan, own, fill=fill)
+    if brought is not None or not plan.moves:
+        return _slab(x, plan, own, brought or (), fill=fill)
     edges, landed = _exchanged(x, own, rows.bounds, plan.needs, func)
     if own.requires_grad:
         own = collectives.anchor_in_graph(own, *edges)
@@ -170,10 +173,23 @@ def _slab(
 
 def fetch_edges(x: PatchTensor, needs: Needs, func: Any) -> tuple[list[Tensor], Finish]:
     """The halo, as ``_exchanged`` gives it; of rows that are deferred, only those that others need are computed."""
+    if x.halo_rows is not None and (brought := halo_pieces(x, needs)) is not None:
+        return brought, nothing_to_wait_for
+    strips = _copied_strips(x, needs)
+    return _exchanged(x, strips.rows, strips.bounds, strips.needs, func)
+
+
+def strips_of(x: PatchTensor, needs: Needs) -> Strips:
+    """The rows that any rank needs of this one, among others where all exist."""
+    if x.is_deferred:
+        return _copied_strips(x, needs)
+    return Strips(x.local, x.row_layout.dim, x.row_layout.bounds, needs)
+
+
+def _copied_strips(x: PatchTensor, needs: Needs) -> Strips:
     plan, dim, recipe = plan_edges(x.row_layout.bounds, needs), x.row_layout.dim, x.as_recipe
     strips = [recipe.evaluate(lo, hi) for lo, hi in plan.strips[x.region.comm.rank]]
-    edges = torch.cat(strips, dim) if strips else recipe.sample()
-    return _exchanged(x, edges, plan.bounds, plan.needs, func)
+    return Strips(torch.cat(strips, dim) if strips else recipe.sample(), dim, plan.bounds, plan.needs)
 
 
 def convolved(

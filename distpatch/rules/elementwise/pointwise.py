@@ -14,6 +14,7 @@ from distpatch.rules.core.fresh_buffers import shard_like
 from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand, wrap
 from distpatch.rules.core.registry import named, rule, written
 from distpatch.rules.elementwise.deferred_pointwise import defer_pointwise
+from distpatch.tensor.halo_rows import HaloRows, apply_beside, brought
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.op_names import op_name
@@ -35,12 +36,28 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
             alike = False
             break
     if lead is not None:
-        if lead.region.options.lazy and may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
-            return later
-        if alike and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
-            locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]
-            return _wrap(func(*locals_, **kwargs), lead, lead.row_layout.dim - lead.ndim)
+        if lead.halo_rows is not None and (halo := brought(lead)) is not None:
+            return _beside_halo(halo, lead, alike, func, args, kwargs)
+        return _of_rows(lead, alike, func, args, kwargs)
     return _broadcast(func, args, kwargs)
+
+
+def _of_rows(lead: PatchTensor, alike: bool, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``alike``: all operands are sharded as the lead is, or numbers."""
+    if lead.region.options.lazy and may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
+        return later
+    if alike and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
+        locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]
+        return _wrap(func(*locals_, **kwargs), lead, lead.row_layout.dim - lead.ndim)
+    return _broadcast(func, args, kwargs)
+
+
+def _beside_halo(halo: HaloRows, lead: PatchTensor, alike: bool, func: Any, args: Any, kwargs: Any) -> Any:
+    """The same is made of the rows of others."""
+    of_halo = apply_beside(func, args, kwargs, lead, halo)
+    if args[0] is lead and mutates(func, args, kwargs) is lead:
+        lead.halo_rows = None
+    return of_halo(_of_rows(lead, alike, func, args, kwargs))
 
 
 def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,7 +14,8 @@ from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.executor import may_pay
 from distpatch.rules.core.operands import along_rows, autocast, beside_rows, precise, replicated_operand, wrap
 from distpatch.rules.core.registry import R, named, rule
-from distpatch.rules.reductions.moments import Norm, normalize, normalize_rows
+from distpatch.rules.reductions.moments import Norm
+from distpatch.rules.reductions.normalize import normalize, normalize_rows
 from distpatch.tensor.patch_tensor import PatchTensor, RowCopy, gather_replicated
 from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.op_names import op_name
