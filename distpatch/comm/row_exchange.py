@@ -15,19 +15,19 @@ import math
 import threading
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from distpatch.comm.communicator import Communicator, communicator_of
 from distpatch.comm.transport import Batch, Finish
 from distpatch.comm.watched import UnderWay
 from distpatch.layout.rows import Bounds, Needs
-from distpatch.layout.transfers import TransferPlan, plan_transfer
-from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
-
-Parts: TypeAlias = "list[tuple[int, list[Tensor]]]"  # by peer: the pieces of one message, in order
+from distpatch.layout.stencil import Interval
+from distpatch.layout.transfers import Part, TransferPlan, plan_transfer
+from distpatch.torch_utils.private import NEVER_REPLAYED, count_dispatch_modes, in_functorch, keep_in_order
 
 # Rows of these are never those of an earlier step: what leaves the sharded computation, or is gathered for an
 # operation without a rule.
@@ -45,11 +45,26 @@ def fetch_rows(
     message to and one from each other rank. Every piece must stay connected to the result, even where
     it is empty: the backward is collective too.
     """
+    if is_plain(local):
+        return _fetched(local, dim, bounds, needs, name, op, channels_last)
     flat = _flat(needs)
     if not any(flat):  # nobody needs anything, as all ranks know
         return [local.narrow(dim, 0, 0) for _ in needs[0]]
     pieces: list[Tensor] = _fetch(local, dim, list(bounds), flat, name, op, channels_last)
     return pieces
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nobody but this rank's rows has to know of a transfer: it is called as it is, and not as an operator.
+
+    An operator is what autograd, compilers, fake tensors, modes and profilers see; to call one takes longer than most
+    of what it does.
+    """
+    return (
+        type(tensor) is Tensor
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+        and not (count_dispatch_modes() or in_functorch() or profiler._is_profiler_enabled)
+    )
 
 
 def begin_rows(
@@ -89,21 +104,69 @@ def _fetch(
     op: str,
     channels_last: bool,
 ) -> list[Tensor]:
+    size = communicator_of(name).size
+    return _fetched(local, dim, tuple(bounds), _grouped(tuple(needs), size), name, op, channels_last)
+
+
+def _fetched(
+    local: Tensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
+) -> list[Tensor]:
     comm = communicator_of(name)
-    plan = _plan(bounds, needs, comm)
-    order = _wire_order(local.ndim, dim, channels_last)
-    wire = local.permute(order)
-    fetched = [_empty_rows(local, dim, rows, order) for rows in plan.rows]
-    pieces = [piece.permute(order) for piece in fetched]
+    plan = _plan_fetch(local.shape, dim, bounds, needs, comm.rank, channels_last)
+    if not plan.moves:
+        return [local.narrow(dim, 0, 0) for _ in needs[0]]
+    order, device = plan.order, local.device
+    fetched = [torch.empty_permuted(shape, order, dtype=local.dtype, device=device) for shape in plan.shapes]
     for (lo, hi), part in plan.own:
-        pieces[part.interval][part.start : part.stop] = wire[lo:hi]
-    sends = [(peer, [wire[lo:hi] for lo, hi in cut]) for peer, cut in plan.sends]
-    recvs = [(peer, [pieces[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
-    key = None  # rows of this call alone
-    if local.is_floating_point() and op not in AT_ONCE:
-        key = (dim, tuple(bounds), tuple(needs), local.dtype, tuple(wire.shape[1:]))
-    _exchange(comm, op, sends, recvs, local.device, key)
+        place = fetched[part.interval].narrow(dim, part.start, part.stop - part.start)
+        place.copy_(local.narrow(dim, lo, hi - lo))
+    if comm.size > 1:
+        sends = [[local.narrow(dim, lo, hi - lo).permute(order) for lo, hi in cut] for cut in plan.sends]
+        key = None  # rows of this call alone
+        if local.is_floating_point() and op not in AT_ONCE:
+            key = (*plan.key, local.dtype)
+        together = []
+        if plan.whole is not None:
+            landing = [fetched[interval].as_strided((numel,), (1,)) for interval, numel in plan.whole]
+        else:
+            places = [[fetched[p.interval].permute(order)[p.start : p.stop] for p in parts] for parts in plan.recvs]
+            landing = [_buffer(parts) for parts in places]
+            together = _of_several(places, landing)
+        _exchange(comm, Batch(op, plan.to, _messages(sends), plan.source, landing, device, key), together)
     return fetched
+
+
+class _Fetch(NamedTuple):
+    """A rank's part in a fetch: found once for calls that are alike.
+
+    ``moves``: whether any rank needs any rows; ``order``: of the dims on the wire; ``shapes``: of the pieces; ``own``:
+    rows that this rank has itself, and their places; ``to``, ``source``: peers; ``sends``, ``recvs``: which rows go
+    to each, and where those from each belong; ``whole``: where all are whole pieces, which, and of how many elements.
+    """
+
+    moves: bool
+    order: list[int]
+    shapes: list[list[int]]
+    own: Sequence[tuple[Interval, Part]]
+    to: list[int]
+    sends: Sequence[Sequence[Interval]]
+    source: list[int]
+    recvs: Sequence[Sequence[Part]]
+    whole: list[tuple[int, int]] | None
+    key: tuple[Any, ...]
+
+
+@lru_cache(maxsize=4096)
+def _plan_fetch(shape: torch.Size, dim: int, bounds: Bounds, needs: Needs, rank: int, channels_last: bool) -> _Fetch:
+    plan, order = plan_transfer(bounds, needs, rank), _wire_order(len(shape), dim, channels_last)
+    shapes = [[rows if d == dim else n for d, n in enumerate(shape)] for rows in plan.rows]
+    to, source = [peer for peer, _ in plan.sends], [peer for peer, _ in plan.recvs]
+    sends, recvs = [cut for _, cut in plan.sends], [parts for _, parts in plan.recvs]
+    key = dim, bounds, needs, tuple(shape[d] for d in order[1:])
+    whole = None
+    if all(len(parts) == 1 and parts[0].stop - parts[0].start == plan.rows[parts[0].interval] for parts in recvs):
+        whole = [(parts[0].interval, math.prod(shapes[parts[0].interval])) for parts in recvs]
+    return _Fetch(any(_flat(needs)), order, shapes, plan.own, to, sends, source, recvs, whole, key)
 
 
 def _empty_rows(like: Tensor, dim: int, rows: int, order: list[int]) -> Tensor:
@@ -132,33 +195,32 @@ def _return(
         total[lo:hi] += wires[part.interval][part.start : part.stop]
     sends = [(peer, [wires[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
     landing = [(peer, [total.new_empty((hi - lo, *shape[1:])) for lo, hi in cut]) for peer, cut in plan.sends]
-    _exchange(comm, op, sends, landing, total.device)
+    if comm.size > 1:
+        outgoing, places = _messages([parts for _, parts in sends]), [parts for _, parts in landing]
+        to, source = [peer for peer, _ in sends], [peer for peer, _ in landing]
+        buffers = [_buffer(parts) for parts in places]
+        batch = Batch(op, to, outgoing, source, buffers, total.device)
+        _exchange(comm, batch, _of_several(places, buffers))
     for (_, cut), (_, landed) in zip(plan.sends, landing, strict=True):
         for (lo, hi), rows in zip(cut, landed, strict=True):
             total[lo:hi] += rows
     return total.permute(_inverse(order))
 
 
-def _exchange(
-    comm: Communicator,
-    op: str,
-    sends: Parts,
-    recvs: Parts,
-    device: torch.device,
-    key: tuple[Any, ...] | None = None,
-) -> None:
-    """Send and receive, or only begin to, one message a peer: NCCL has no tags to tell several apart."""
-    if comm.size == 1:
-        return
-    landing = [_buffer(parts) for _, parts in recvs]
-    outgoing = _messages([parts for _, parts in sends])
-    batch = Batch(op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing, device, key)
+def _of_several(places: Sequence[list[Tensor]], messages: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """Messages of several parts, with the places of these."""
+    return [(parts, message) for parts, message in zip(places, messages, strict=True) if len(parts) > 1]
 
-    together = [(parts, message) for (_, parts), message in zip(recvs, landing, strict=True) if len(parts) > 1]
+
+def _exchange(comm: Communicator, batch: Batch, together: Sequence[tuple[list[Tensor], Tensor]]) -> None:
+    """Send and receive, or only begin to, one message a peer: NCCL has no tags to tell several apart.
+
+    ``together``: messages whose parts belong to several places.
+    """
     if _thread.begun is not None:
         _thread.begun.append(comm.begin(batch, *([partial(_unpack, together)] if together else [])))
         return
-    comm.transport(device).exchange(batch)
+    comm.transport(batch.device).exchange(batch)
     _unpack(together)
 
 
@@ -179,10 +241,10 @@ def _simulate(comm: Communicator, op: str, sent_rows: int, to: int, source: int,
 
 def _messages(messages: list[list[Tensor]]) -> list[Tensor]:
     """Each flat: as its rows stand, or all copied one behind the other, at once."""
+    if len(messages) == 1 and len(messages[0]) == 1:
+        return [messages[0][0].contiguous().view(-1)]
     if all(len(parts) == 1 and parts[0].is_contiguous() for parts in messages):
         return [parts[0].view(-1) for parts in messages]
-    if len(messages) == len(messages[0]) == 1:
-        return [messages[0][0].contiguous().view(-1)]
     rows = [part for parts in messages for part in parts]
     packed = rows[0].new_empty((sum(map(len, rows)), *rows[0].shape[1:]))
     torch.cat(rows, out=packed)  # which would keep the rows' memory format else
@@ -202,10 +264,14 @@ def _flat(needs: Needs) -> list[int]:
 
 
 def _plan(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
-    count = len(needs) // (2 * comm.size)
-    pairs = list(zip(needs[::2], needs[1::2], strict=True))
-    grouped = tuple(tuple(pairs[r * count : (r + 1) * count]) for r in range(comm.size))
-    return plan_transfer(tuple(bounds), grouped, comm.rank)
+    return plan_transfer(tuple(bounds), _grouped(tuple(needs), comm.size), comm.rank)
+
+
+@lru_cache(maxsize=4096)
+def _grouped(needs: tuple[int, ...], size: int) -> Needs:
+    """The same by rank and interval again."""
+    count, pairs = len(needs) // (2 * size), list(zip(needs[::2], needs[1::2], strict=True))
+    return tuple(tuple(pairs[rank * count : (rank + 1) * count]) for rank in range(size))
 
 
 def _wire_order(ndim: int, dim: int, channels_last: bool) -> list[int]:

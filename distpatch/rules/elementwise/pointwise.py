@@ -28,19 +28,27 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
         if type(arg) is PatchTensor:
             if lead is None:
                 lead = arg
-            elif arg.row_layout != lead.row_layout or arg.ndim != lead.ndim or arg.region.comm is not lead.region.comm:
+            elif not _are_alike(arg, lead):
                 alike = False
                 break
         elif isinstance(arg, (Tensor, list, tuple)):
             alike = False
             break
     if lead is not None:
-        if lead.region.options.lazy and may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
+        if may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
             return later
-        if alike and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
-            locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]
-            return _wrap(func(*locals_, **kwargs), lead, lead.row_layout.dim - lead.ndim)
+        if alike and not (kwargs and any(isinstance(arg, Tensor) for arg in kwargs.values())):
+            result = func(*[arg.local if type(arg) is PatchTensor else arg for arg in args], **kwargs)
+            if type(result) is Tensor and result is not lead.local and result.ndim == lead.ndim:
+                return PatchTensor(result, lead.row_layout, lead.region)
+            return _wrap(result, lead, lead.row_layout.dim - lead.ndim)
     return _broadcast(func, args, kwargs)
+
+
+def _are_alike(one: PatchTensor, other: PatchTensor) -> bool:
+    rows, others = one.row_layout, other.row_layout
+    alike = (rows is others or rows == others) and len(one._shape) == len(other._shape)
+    return alike and one.region.comm is other.region.comm
 
 
 def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

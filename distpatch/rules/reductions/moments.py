@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,6 +71,15 @@ def moments(
     if len(counts) == 1:
         return counts[0], means[0], m2s[0]
     return merge_moments(counts, torch.stack(means), torch.stack(m2s))
+
+
+def _deviation_and_mean(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Of each group of channels of each sample, (B, groups), in fp32 or better, in one kernel."""
+    if rows.dtype.itemsize < 4:
+        rows = rows.float()
+    batch, channels, *sizes = rows.shape
+    grouped = rows.view(batch, groups, channels // groups, *sizes)
+    return torch.std_mean(grouped, list(range(2, grouped.ndim)), correction=0)
 
 
 def _double(like: Tensor | Recipe) -> torch.dtype:
@@ -149,21 +159,23 @@ class Norm:
         """How many samples, and mean and deviation, (K, 2, ...), parts of this rank's rows have."""
         if isinstance(local, Recipe) and local.value is not None:
             local = local.value
-        along = max(self.row_layout.dim, 2)
-        rows, row_samples = local.shape[along], math.prod(local.shape[2:]) // max(local.shape[along], 1)
         if sizes_of(local.device).reads_twice or self._is_seen(local) or not local.shape.numel():
             count, mean, m2 = self._moments(local)
             return [count], torch.stack([mean, (m2 / max(count, 1)).clamp_(min=0).sqrt_()]).unsqueeze(0)
+        along, a_row = max(self.row_layout.dim, 2), self._a_row(local)
+        rows, at_once = local.shape[along], _rows_of_a_reading(local, along)
         counts, found = [], []
-        for lo, hi in patches_to_run(_intervals(rows, _rows_of_a_reading(local, along))):
-            chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
-            grouped = chunk.to(torch.promote_types(chunk.dtype, torch.float32)).unflatten(1, (self.groups, -1))
-            deviation, mean = torch.std_mean(grouped, tuple(range(2, grouped.ndim)), correction=0)
+        for lo, hi in patches_to_run(_intervals(rows, at_once) if at_once < rows else [(0, rows)]):
+            if isinstance(local, Recipe):
+                chunk = local.evaluate(lo, hi)
+            else:
+                chunk = local if hi - lo == rows else local.narrow(along, lo, hi - lo)
+            deviation, mean = _deviation_and_mean(chunk, self.groups)
             found += [mean, deviation]
-            counts.append((hi - lo) * row_samples * grouped.shape[2])
-        parts = found[0].new_empty((len(found), *found[0].shape), dtype=_double(local))
-        foreach_copy(list(parts.unbind(0)), found)
-        return counts, parts.unflatten(0, (-1, 2))
+            counts.append((hi - lo) * a_row)
+        parts = torch.empty((len(counts), 2, *mean.shape), dtype=_double(local), device=local.device)
+        foreach_copy([*parts[0]] if len(counts) == 1 else list(parts.flatten(0, 1).unbind(0)), found)
+        return counts, parts
 
     def _is_seen(self, local: Tensor | Recipe) -> bool:
         """Whether the variance may be somebody's, who keeps it."""
@@ -177,8 +189,10 @@ class Norm:
         return self._a_row(local) * self.row_layout.size
 
     def _a_row(self, local: Tensor | Recipe) -> int:
-        others = [n for d, n in enumerate(local.shape) if d not in (1, self.row_layout.dim) and (d or not self.groups)]
-        return math.prod(others) * (local.shape[1] // self.groups if self.groups else 1)
+        shape = local.shape
+        if torch.compiler.is_compiling():
+            return _samples_of_a_row.__wrapped__(shape, self.row_layout.dim, self.groups)
+        return _samples_of_a_row(shape, self.row_layout.dim, self.groups)
 
     def sums(self, per_channel: Tensor) -> Tensor:
         """(B or 1, C) summed over each group, at every channel."""
@@ -186,6 +200,12 @@ class Norm:
             return per_channel
         channels = per_channel.shape[1]
         return of_channels(per_channel.unflatten(1, (self.groups, -1)).sum(2), channels)
+
+
+@lru_cache(maxsize=4096)
+def _samples_of_a_row(shape: torch.Size, dim: int, groups: int) -> int:
+    others = [n for d, n in enumerate(shape) if d not in (1, dim) and (d or not groups)]
+    return math.prod(others) * (shape[1] // groups if groups else 1)
 
 
 def of_channels(t: Tensor, channels: int) -> Tensor:
