@@ -174,11 +174,14 @@ def table(found: list[Cost], by_kernel: bool) -> Table:
 
 @app.command()
 def main(
-    world: Annotated[list[int] | None, typer.Option(help="World sizes (0 1 2 4); 0 is without a group. Without links the largest (2).")] = None,
+    world: Annotated[
+        list[int] | None,
+        typer.Option(help="World sizes (0 1 2 4), 0 without a group; without links one (2)."),
+    ] = None,
     net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(net.name for net in NETS)}.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
     by_kernel: Annotated[bool, typer.Option("--by-kernel", help="Also say which functions and operators.")] = False,
-    no_links: Annotated[bool, typer.Option("--no-links", help="One rank of a group, whose others do not exist.")] = False,
+    no_links: Annotated[bool, typer.Option("--no-links", help="One rank, whose peers do not exist.")] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="Also compiled; without links.")] = False,
     by_rule: Annotated[bool, typer.Option("--by-rule", help="Also by torch function; without links.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,

@@ -3,10 +3,6 @@
 ``fetch_rows`` gives each rank the intervals of global rows that it asks for, ``return_rows`` is its
 transpose (rows of gradient go back to their owners and are added); each is the other's backward.
 All ranks know everyone's needs, so nothing but the rows themselves is sent.
-
-On the wire rows come first, then the other dims with the channels last (``channels_last=True``,
-images) or in their own order (tokens). The order may depend only on what all ranks know: local
-strides are ambiguous for shards of one row, and must not decide it.
 """
 
 from __future__ import annotations
@@ -14,8 +10,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +21,7 @@ from distpatch.comm.communicator import Communicator, communicator_of
 from distpatch.comm.transport import Batch, Finish
 from distpatch.comm.watched import UnderWay
 from distpatch.layout.rows import Bounds, Needs
-from distpatch.layout.stencil import Interval
-from distpatch.layout.transfers import Part, TransferPlan, plan_transfer
+from distpatch.layout.transfers import TransferPlan, flat_needs, grouped_needs, plan_fetch, plan_transfer, wire_order
 from distpatch.torch_utils.private import NEVER_REPLAYED, count_dispatch_modes, in_functorch, keep_in_order
 
 # Rows of these are never those of an earlier step: what leaves the sharded computation, or is gathered for an
@@ -47,7 +42,7 @@ def fetch_rows(
     """
     if is_plain(local):
         return _fetched(local, dim, bounds, needs, name, op, channels_last)
-    flat = _flat(needs)
+    flat = flat_needs(needs)
     if not any(flat):  # nobody needs anything, as all ranks know
         return [local.narrow(dim, 0, 0) for _ in needs[0]]
     pieces: list[Tensor] = _fetch(local, dim, list(bounds), flat, name, op, channels_last)
@@ -57,11 +52,12 @@ def fetch_rows(
 def is_plain(tensor: Tensor) -> bool:
     """Whether nobody but this rank's rows has to know of a transfer: it is called as it is, and not as an operator.
 
-    An operator is what autograd, compilers, fake tensors, modes and profilers see; to call one takes longer than most
-    of what it does.
+    An operator is what autograd, compilers, fake tensors, modes and profilers see, and what is lazy (``conj``) is
+    computed for one; to call it takes longer than most of what it does.
     """
     return (
         type(tensor) is Tensor
+        and not (tensor.is_conj() or tensor.is_neg())
         and not (tensor.requires_grad and torch.is_grad_enabled())
         and not (count_dispatch_modes() or in_functorch() or profiler._is_profiler_enabled)
     )
@@ -105,14 +101,14 @@ def _fetch(
     channels_last: bool,
 ) -> list[Tensor]:
     size = communicator_of(name).size
-    return _fetched(local, dim, tuple(bounds), _grouped(tuple(needs), size), name, op, channels_last)
+    return _fetched(local, dim, tuple(bounds), grouped_needs(tuple(needs), size), name, op, channels_last)
 
 
 def _fetched(
     local: Tensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
 ) -> list[Tensor]:
     comm = communicator_of(name)
-    plan = _plan_fetch(local.shape, dim, bounds, needs, comm.rank, channels_last)
+    plan = plan_fetch(local.shape, dim, bounds, needs, comm.rank, channels_last)
     if not plan.moves:
         return [local.narrow(dim, 0, 0) for _ in needs[0]]
     order, device = plan.order, local.device
@@ -136,39 +132,6 @@ def _fetched(
     return fetched
 
 
-class _Fetch(NamedTuple):
-    """A rank's part in a fetch: found once for calls that are alike.
-
-    ``moves``: whether any rank needs any rows; ``order``: of the dims on the wire; ``shapes``: of the pieces; ``own``:
-    rows that this rank has itself, and their places; ``to``, ``source``: peers; ``sends``, ``recvs``: which rows go
-    to each, and where those from each belong; ``whole``: where all are whole pieces, which, and of how many elements.
-    """
-
-    moves: bool
-    order: list[int]
-    shapes: list[list[int]]
-    own: Sequence[tuple[Interval, Part]]
-    to: list[int]
-    sends: Sequence[Sequence[Interval]]
-    source: list[int]
-    recvs: Sequence[Sequence[Part]]
-    whole: list[tuple[int, int]] | None
-    key: tuple[Any, ...]
-
-
-@lru_cache(maxsize=4096)
-def _plan_fetch(shape: torch.Size, dim: int, bounds: Bounds, needs: Needs, rank: int, channels_last: bool) -> _Fetch:
-    plan, order = plan_transfer(bounds, needs, rank), _wire_order(len(shape), dim, channels_last)
-    shapes = [[rows if d == dim else n for d, n in enumerate(shape)] for rows in plan.rows]
-    to, source = [peer for peer, _ in plan.sends], [peer for peer, _ in plan.recvs]
-    sends, recvs = [cut for _, cut in plan.sends], [parts for _, parts in plan.recvs]
-    key = dim, bounds, needs, tuple(shape[d] for d in order[1:])
-    whole = None
-    if all(len(parts) == 1 and parts[0].stop - parts[0].start == plan.rows[parts[0].interval] for parts in recvs):
-        whole = [(parts[0].interval, math.prod(shapes[parts[0].interval])) for parts in recvs]
-    return _Fetch(any(_flat(needs)), order, shapes, plan.own, to, sends, source, recvs, whole, key)
-
-
 def _empty_rows(like: Tensor, dim: int, rows: int, order: list[int]) -> Tensor:
     """Rows to be filled, in the order of the wire. No view: autograd lets nobody write to a view made in an op."""
     shape = [rows if d == dim else n for d, n in enumerate(like.shape)]
@@ -187,7 +150,7 @@ def _return(
 ) -> Tensor:
     comm = communicator_of(name)
     plan = _plan(bounds, needs, comm)
-    order = _wire_order(pieces[0].ndim, dim, channels_last)
+    order = wire_order(pieces[0].ndim, dim, channels_last)
     wires = [piece.permute(order) for piece in pieces]
     shape = (bounds[comm.rank + 1] - bounds[comm.rank], *wires[0].shape[1:])
     total = wires[0].new_zeros(shape)
@@ -258,27 +221,8 @@ def _buffer(parts: list[Tensor]) -> Tensor:
     return parts[0].new_empty(sum(part.numel() for part in parts))
 
 
-@lru_cache(maxsize=4096)
-def _flat(needs: Needs) -> list[int]:
-    return [row for intervals in needs for interval in intervals for row in interval]
-
-
 def _plan(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
-    return plan_transfer(tuple(bounds), _grouped(tuple(needs), comm.size), comm.rank)
-
-
-@lru_cache(maxsize=4096)
-def _grouped(needs: tuple[int, ...], size: int) -> Needs:
-    """The same by rank and interval again."""
-    count, pairs = len(needs) // (2 * size), list(zip(needs[::2], needs[1::2], strict=True))
-    return tuple(tuple(pairs[rank * count : (rank + 1) * count]) for rank in range(size))
-
-
-def _wire_order(ndim: int, dim: int, channels_last: bool) -> list[int]:
-    others = [d for d in range(ndim) if d != dim]
-    if channels_last and 1 in others:
-        others = [d for d in others if d != 1] + [1]
-    return [dim, *others]
+    return plan_transfer(tuple(bounds), grouped_needs(tuple(needs), comm.size), comm.rank)
 
 
 def _inverse(order: list[int]) -> list[int]:
@@ -296,7 +240,7 @@ def _(
     channels_last: bool,
 ) -> list[Tensor]:
     comm = communicator_of(name)
-    order = _wire_order(local.ndim, dim, channels_last)
+    order = wire_order(local.ndim, dim, channels_last)
     plan = _plan(bounds, needs, comm)
     sent_rows = sum(hi - lo for _, cut in plan.sends for lo, hi in cut)
     _simulate(comm, op, sent_rows, len(plan.sends), len(plan.recvs), local, dim)
@@ -313,7 +257,7 @@ def _(
     op: str,
     channels_last: bool,
 ) -> Tensor:
-    order = _wire_order(pieces[0].ndim, dim, channels_last)
+    order = wire_order(pieces[0].ndim, dim, channels_last)
     comm = communicator_of(name)
     rank, plan = comm.rank, _plan(bounds, needs, comm)
     sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)

@@ -20,7 +20,7 @@ from torch import Tensor
 from distpatch.layout.stencil import Interval, ceil_div
 from distpatch.lazy.patch_plan import Cut, fewest_calls
 from distpatch.torch_utils.constants import blank
-from distpatch.torch_utils.memory_format import format_by_strides, memory_format
+from distpatch.torch_utils.memory_format import format_of_rows, memory_format
 from distpatch.torch_utils.private import FakeTensor
 from distpatch.torch_utils.tree import map_tensors
 
@@ -82,17 +82,18 @@ class Slab(NamedTuple):
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
         # Rows of padding alone would leave the autograd graph, and the halo's backward is collective.
         padding = torch.cat([own.narrow(dim, 0, 0), *parts], dim)  # whose format an empty part undoes
-        return padding.contiguous(memory_format=_format(own))
+        return padding.contiguous(memory_format=format_of_rows(own))
 
     def _padding(self, rows: int) -> Tensor:
         own = self.pieces[self.local][1]
         shape = list(own.shape)
         shape[self.dim] = rows
-        format = _format(own) if isinstance(own, Tensor) else own.format
-        if isinstance(own, Tensor) and format is torch.contiguous_format and not torch.compiler.is_compiling():
-            if isinstance(own, FakeTensor):
+        format = format_of_rows(own) if isinstance(own, Tensor) else own.format
+        if format is torch.contiguous_format:
+            if type(own) is Tensor:
+                return blank(tuple(shape), self.fill, own.dtype, own.device)
+            if isinstance(own, FakeTensor) and not torch.compiler.is_compiling():
                 return own.new_empty(()).expand(shape)
-            return blank(tuple(shape), self.fill, own.dtype, own.device)
         return torch.empty(shape, dtype=own.dtype, device=own.device, memory_format=format).fill_(self.fill)
 
 
@@ -114,10 +115,6 @@ def cut_pieces(lo: int, hi: int, spans: tuple[Interval, ...], local: int, size: 
     parts = tuple((index, a - first, b - first) for index, a, b, first in cut if a < b)
     assert above + below + sum(b - a for _, a, b in parts) == hi - lo, f"rows {lo}:{hi} were not all fetched"
     return CutPieces(above, parts, below, any(index != local for index, _, _ in parts))
-
-
-def _format(rows: Tensor) -> torch.memory_format:
-    return memory_format(rows) if torch.compiler.is_compiling() else format_by_strides(rows.shape, rows.stride())
 
 
 def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
@@ -286,7 +283,7 @@ def _put(
     lo, hi = out
     if whole is None:
         shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
-        format = format or _format(rows)
+        format = format or format_of_rows(rows)
         whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
     place = whole.narrow(dim, at - lo, rows.shape[dim])
     if rows.storage_offset() != place.storage_offset() or not same_memory(rows, place):

@@ -173,6 +173,30 @@ def test_a_batch_is_ended_before_its_group(monkeypatch: pytest.MonkeyPatch) -> N
     assert done == ["end on cuda:1", "abort"]
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_numbers_that_memory_does_not_have(grad: bool) -> None:
+    """torch conjugates and negates lazily: what is sent is the value."""
+    z = torch.arange(16.0, dtype=torch.float64).view(1, 2, 4, 2) * (1 + 2j)
+
+    def body(rank: int) -> None:
+        name, own = communicator(dist.group.WORLD).name, z[:, :, 2 * rank : 2 * rank + 2]
+        needs = (((0, 4),), ((0, 4),))
+        with torch.set_grad_enabled(grad):
+            for lazy, whole in ((own.conj(), z.conj()), (own.conj().imag, -z.imag)):
+                assert lazy.is_conj() or lazy.is_neg()
+                assert_same(fetch_rows(lazy, 2, (0, 2, 4), needs, name, "test", False)[0], whole, 0.0, "rows")
+                assert_same(
+                    stack_ranks(lazy, name, "test")[1 - rank],
+                    whole.roll(2, 2)[:, :, 2 * rank : 2 * rank + 2],
+                    0.0,
+                    "stack",
+                )
+                total = whole[:, :, :2] + whole[:, :, 2:]
+                assert_same(sum_partials(lazy, name, "test"), total, 0.0, "sum")
+
+    run_ranks(2, body)
+
+
 @pytest.mark.parametrize(("to", "source", "named"), [([1], [1], 1), ([2], [], 2), ([1, 2], [1], None)])
 def test_what_a_collected_batch_waits_for(to: list[int], source: list[int], named: int | None) -> None:
     """On a backend that collects messages: one wait, which names the rank where there is but one."""

@@ -41,7 +41,9 @@ class _Dispatcher:
         if pending.rows and (may_write(func) or (kwargs and (kwargs.get("out") is not None or kwargs.get("inplace")))):
             before_writing(func, args, kwargs or {})
         entry = RULES[func]
-        if kwargs or entry.asks_if_empty:
+        if kwargs and entry.elementwise and "out" not in kwargs:  # whose rule takes all names as they are
+            result = entry.rule(func, *args, **kwargs)
+        elif kwargs or entry.asks_if_empty:
             kwargs = kwargs or {}
             result = _applied(entry, func, args, kwargs)
             if kwargs.get("out") is not None:

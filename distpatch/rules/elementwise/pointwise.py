@@ -34,10 +34,13 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
         elif isinstance(arg, (Tensor, list, tuple)):
             alike = False
             break
+    if kwargs and alike:
+        for arg in kwargs.values():
+            alike = alike and not isinstance(arg, Tensor)
     if lead is not None:
         if may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
             return later
-        if alike and not (kwargs and any(isinstance(arg, Tensor) for arg in kwargs.values())):
+        if alike:
             result = func(*[arg.local if type(arg) is PatchTensor else arg for arg in args], **kwargs)
             if type(result) is Tensor and result is not lead.local and result.ndim == lead.ndim:
                 return PatchTensor(result, lead.row_layout, lead.region)

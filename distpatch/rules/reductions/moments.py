@@ -25,7 +25,7 @@ from distpatch.rules.core.executor import deferrable, run_rows
 from distpatch.rules.core.operands import needs_grad, wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import sizes_of
-from distpatch.torch_utils.memory_format import memory_format
+from distpatch.torch_utils.memory_format import format_of_rows, memory_format
 from distpatch.torch_utils.private import foreach_copy
 
 
@@ -173,9 +173,9 @@ class Norm:
             deviation, mean = _deviation_and_mean(chunk, self.groups)
             found += [mean, deviation]
             counts.append((hi - lo) * a_row)
-        parts = torch.empty((len(counts), 2, *mean.shape), dtype=_double(local), device=local.device)
-        foreach_copy([*parts[0]] if len(counts) == 1 else list(parts.flatten(0, 1).unbind(0)), found)
-        return counts, parts
+        parts = torch.empty((len(found), *mean.shape), dtype=_double(local), device=local.device)
+        foreach_copy(parts.unbind(0), found)
+        return counts, parts.view(-1, 2, *mean.shape)
 
     def _is_seen(self, local: Tensor | Recipe) -> bool:
         """Whether the variance may be somebody's, who keeps it."""
@@ -261,7 +261,8 @@ def scaling(like: Tensor | Recipe, mean: Tensor, spread: Tensor, weight: Tensor 
     (samples, groups), channels = mean.shape, like.shape[1]
     shape = (samples, groups, channels // groups)
     mean, spread = mean.unsqueeze(-1), spread.unsqueeze(-1)
-    scale, shift = (torch.empty(shape, dtype=precise, device=like.device) for _ in range(2))
+    scale = torch.empty(shape, dtype=precise, device=like.device)
+    shift = torch.empty_like(scale)
     if weight is None:
         torch.reciprocal(spread.expand(shape), out=scale)
     else:
@@ -274,7 +275,7 @@ def scaling(like: Tensor | Recipe, mean: Tensor, spread: Tensor, weight: Tensor 
 
         def scaled(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
             rows = parts[0]
-            out = spare[0] if spare else torch.empty_like(rows, memory_format=memory_format(rows))
+            out = spare[0] if spare else torch.empty_like(rows, memory_format=format_of_rows(rows))
             return torch.addcmul(to, rows, by, out=out)
 
         return scaled
