@@ -20,7 +20,7 @@ from torch import Tensor
 from distpatch.layout.stencil import Interval, ceil_div
 from distpatch.lazy.patch_plan import Cut, fewest_calls
 from distpatch.torch_utils.constants import blank
-from distpatch.torch_utils.memory_format import format_of_rows, memory_format
+from distpatch.torch_utils.memory_format import format_by_strides, memory_format
 from distpatch.torch_utils.private import FakeTensor
 from distpatch.torch_utils.tree import map_tensors
 
@@ -95,6 +95,11 @@ class Slab(NamedTuple):
             if isinstance(own, FakeTensor) and not torch.compiler.is_compiling():
                 return own.new_empty(()).expand(shape)
         return torch.empty(shape, dtype=own.dtype, device=own.device, memory_format=format).fill_(self.fill)
+
+
+def format_of_rows(rows: Tensor) -> torch.memory_format:
+    """``memory_format``, looked up where the rows are a plain tensor: of others sizes may be symbols."""
+    return format_by_strides(rows.shape, rows.stride()) if type(rows) is Tensor else memory_format(rows)
 
 
 class CutPieces(NamedTuple):

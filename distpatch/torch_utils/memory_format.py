@@ -44,11 +44,6 @@ def _format(shape: Sequence[int], strides: Sequence[int]) -> torch.memory_format
 format_by_strides = lru_cache(maxsize=4096)(_format)  # where no size is a symbol
 
 
-def format_of_rows(rows: Tensor) -> torch.memory_format:
-    """``memory_format``, looked up where the rows are a plain tensor: of others sizes may be symbols."""
-    return (format_by_strides if type(rows) is Tensor else _format)(rows.shape, rows.stride())
-
-
 def memory_order(tensor: Tensor) -> Order:
     """The dims in the order of their strides, innermost first."""
     return order_by(tensor.shape, tensor.stride())

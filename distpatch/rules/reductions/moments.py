@@ -20,12 +20,12 @@ from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.deferred_ops import Step
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import patches_to_run, rows_now
+from distpatch.lazy.row_patches import format_of_rows, patches_to_run, rows_now
 from distpatch.rules.core.executor import deferrable, run_rows
 from distpatch.rules.core.operands import needs_grad, wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import sizes_of
-from distpatch.torch_utils.memory_format import format_of_rows, memory_format
+from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.private import foreach_copy
 
 
