@@ -1,17 +1,20 @@
 """What a call costs the host: kernels that are launched, rounds of messages, milliseconds; plain and converted.
 
     python -m benchmarks.host --by-kernel --json host.json
+    python -m benchmarks.host --no-links --by-rule    # of links that cost nothing; --compiled: as one graph
     PYTHONPATH=/path/to/older/checkout:$PWD python benchmarks/host/__main__.py    # the same of another commit
 
 Nets of few channels, on images of one patch, so that kernels take next to nothing and what is left is the host's.
 The rules choose as on a GPU, where each launch takes the host microseconds; the tensors are on this CPU. Ranks are
-threads: milliseconds are CPU time of the rank's own thread, the least of the rounds, in which nothing waits.
+threads: milliseconds are CPU time of the rank's own thread, the least of the rounds, in which nothing waits. With
+``--no-links`` there is one rank, of a group whose others do not exist (no_links.py), and all take turns.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,12 +32,16 @@ from torch import nn
 
 import distpatch
 from benchmarks._harness.crew import machine, wide_console
+from benchmarks.host.by_function import milliseconds_by_function
 from benchmarks.host.nets import NETS, Net
+from benchmarks.host.no_links import rank_without_links
 from tests.support.kernels import Kernels, take_sizes_of_gpus
 from tests.support.threads import run_ranks
 
 PLAIN, ALONE = "plain", "alone"
 WARM_UP = 2
+
+COMPILED = "compiled "
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,6 +77,53 @@ def measure(net: Net, model: Any, who: str, rounds: int) -> Cost:
     return Cost(net.name, who, kernels.total, len(trace.records), 1e3 * min(seconds), kinds)
 
 
+@torch.no_grad()
+def without_links(net: Net, world: int, rounds: int, compiled: bool, by_rule: bool) -> tuple[list[Cost], Table]:
+    """Plain, alone, and on so many ranks, round by round; eager, and compiled."""
+    plain, shown = net.build(), Table(title=f"{net.name}: host ms by torch function, eager", title_justify="left")
+    calls: dict[str, Callable[[], object]] = {PLAIN: partial(net.call, plain)}
+    with rank_without_links(world) as pg:
+        for who, group in ((ALONE, None), (f"{world} ranks", pg)):
+            for name, whether in ((who, False), (COMPILED + who, True))[: 1 + compiled]:
+                model = distpatch.convert_model(copy.deepcopy(plain), group, compile=whether)
+                calls[name] = partial(net.call, model)
+        if compiled:
+            calls[COMPILED + PLAIN] = partial(net.call, _compiled(copy.deepcopy(plain)))
+        least = dict.fromkeys(calls, math.inf)
+        for call in calls.values():
+            for _ in range(WARM_UP):
+                call()
+        for _ in range(rounds):
+            for name, call in calls.items():
+                least[name] = min(least[name], _cpu_seconds(call))
+        if by_rule:
+            _add_functions(shown, {name: call for name, call in calls.items() if not name.startswith(COMPILED)}, rounds)
+    return [Cost(net.name, name, 0, 0, 1e3 * least[name]) for name in sorted(least, key=_place)], shown
+
+
+def _place(name: str) -> tuple[bool, bool, bool]:
+    return name.startswith(COMPILED), not name.endswith(PLAIN), not name.endswith(ALONE)
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """Its entry point, as ``convert_model(compile=True)`` compiles it."""
+    for name in ("forward", "decode"):
+        if callable(entry := getattr(model, name, None)):
+            setattr(model, name, torch.compile(entry, fullgraph=True, dynamic=False))
+    return model
+
+
+def _add_functions(shown: Table, calls: dict[str, Callable[[], object]], rounds: int) -> None:
+    """A row a torch function: milliseconds, of plain torch first."""
+    found = {name: milliseconds_by_function(calls[name], rounds) for name in sorted(calls, key=_place)}
+    for heading in ("torch function", *found, "calls", "more than plain"):
+        shown.add_column(heading, justify="left" if heading == "torch function" else "right", no_wrap=True)
+    (plain, _), (last, counts) = found[PLAIN], list(found.values())[-1]
+    for name in sorted(last, key=lambda name: plain.get(name, 0.0) - last[name]):
+        each = [f"{times.get(name, 0.0):.2f}" for times, _ in found.values()]
+        shown.add_row(name, *each, str(counts[name] or ""), f"{last[name] - plain.get(name, 0.0):.2f}")
+
+
 def _cpu_seconds(call: Callable[[], object]) -> float:
     started = time.thread_time()
     call()
@@ -92,6 +146,18 @@ def costs(net: Net, worlds: list[int], rounds: int) -> list[Cost]:
     return found + [of_ranks(world) for world in worlds]
 
 
+def table_of_times(found: list[Cost]) -> Table:
+    """Compiled calls over plain torch's compiled ones."""
+    shown = Table(title="one call, without links", title_justify="left")
+    for heading in ("net", "", "host ms", "x plain"):
+        shown.add_column(heading, justify="right" if heading.strip("net") else "left", no_wrap=True)
+    times = {(cost.net, cost.who): cost.host_ms for cost in found}
+    for cost in found:
+        plain = times[cost.net, COMPILED + PLAIN if cost.who.startswith(COMPILED) else PLAIN]
+        shown.add_row(cost.net, cost.who, f"{cost.host_ms:.2f}", f"{cost.host_ms / plain:.2f}")
+    return shown
+
+
 def table(found: list[Cost], by_kernel: bool) -> Table:
     shown = Table(title="one call, the rank that launches most", title_justify="left")
     for heading in ("net", "", "kernels", "x plain", "rounds", "host ms", "x plain"):
@@ -108,21 +174,36 @@ def table(found: list[Cost], by_kernel: bool) -> Table:
 
 @app.command()
 def main(
-    world: Annotated[list[int] | None, typer.Option(help="World sizes (0 1 2 4); 0 is without a group.")] = None,
+    world: Annotated[
+        list[int] | None,
+        typer.Option(help="World sizes (0 1 2 4), 0 without a group; without links one (2)."),
+    ] = None,
     net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(net.name for net in NETS)}.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
     by_kernel: Annotated[bool, typer.Option("--by-kernel", help="Also say which functions and operators.")] = False,
+    no_links: Annotated[bool, typer.Option("--no-links", help="One rank, whose peers do not exist.")] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Also compiled; without links.")] = False,
+    by_rule: Annotated[bool, typer.Option("--by-rule", help="Also by torch function; without links.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
 ) -> None:
     """Kernels, rounds and host time of a call, plain and converted."""
     torch.set_num_threads(1)
     take_sizes_of_gpus()
     chosen = [one for one in NETS if not net or one.name in net]
-    found = [cost for one in chosen for cost in costs(one, [0, 1, 2, 4] if world is None else world, rounds)]
     console, about = wide_console(), machine()
     package = find_spec("distpatch")
     console.print(f"{about['cpu']}, torch {about['torch']}; {package.origin if package else ''}")
-    console.print(table(found, by_kernel))
+    if no_links:
+        found = []
+        for one in chosen:
+            costs_of_one, functions = without_links(one, max(world or [2]), rounds, compiled, by_rule)
+            found += costs_of_one
+            if by_rule:
+                console.print(functions)
+        console.print(table_of_times(found))
+    else:
+        found = [cost for one in chosen for cost in costs(one, [0, 1, 2, 4] if world is None else world, rounds)]
+        console.print(table(found, by_kernel))
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": about, "costs": [asdict(cost) for cost in found]}, indent=1) + "\n")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.communicator import communicator_of
-from distpatch.comm.row_exchange import fetch_rows
+from distpatch.comm.row_exchange import fetch_rows, is_plain
 from distpatch.comm.watched import ring_traffic
 from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
@@ -108,7 +108,9 @@ def join_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def sum_partials(tensor: Tensor, name: str, op: str) -> Tensor:
     """The sum of every rank's partial result, on every rank; bit-identical on all."""
-    return _Sum.apply(tensor, name, op) if name else tensor
+    if not name:
+        return tensor
+    return _summed(tensor, name, op) if is_plain(tensor) else _Sum.apply(tensor, name, op)
 
 
 def share_out(local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor:
@@ -123,7 +125,9 @@ def share_out(local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor
 
 def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
     """Every rank's (small) tensor, stacked along a new first dim in rank order."""
-    return _Stack.apply(tensor, name, op) if name else tensor.unsqueeze(0)
+    if not name:
+        return tensor.unsqueeze(0)
+    return _gathered(tensor, name, op) if is_plain(tensor) else _Stack.apply(tensor, name, op)
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -312,17 +316,18 @@ class _Stack(torch.autograd.Function):
         return replicated_operand(grad, ctx.name)[communicator_of(ctx.name).rank], None, None
 
 
-@torch.library.custom_op("distpatch::all_reduce", mutates_args=(), tags=NEVER_REPLAYED)
-def _all_reduce(tensor: Tensor, name: str, op: str) -> Tensor:
+def _summed(tensor: Tensor, name: str, op: str) -> Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
     communicator_of(name).transport(total.device).all_reduce(total, op)
     return total
 
 
-@torch.library.custom_op("distpatch::all_gather", mutates_args=(), tags=NEVER_REPLAYED)
-def _all_gather(tensor: Tensor, name: str, op: str) -> Tensor:
+def _gathered(tensor: Tensor, name: str, op: str) -> Tensor:
     return communicator_of(name).transport(tensor.device).all_gather(tensor.contiguous(), op)
 
+
+_all_reduce = torch.library.custom_op("distpatch::all_reduce", _summed, mutates_args=(), tags=NEVER_REPLAYED)
+_all_gather = torch.library.custom_op("distpatch::all_gather", _gathered, mutates_args=(), tags=NEVER_REPLAYED)
 
 for _op in (_all_reduce, _all_gather):  # as transfers (comm/row_exchange.py)
     keep_in_order(_op)

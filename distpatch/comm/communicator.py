@@ -160,7 +160,8 @@ class Communicator:
 
         What was begun before is waited for. Raises ``RankError`` where the last transfers of the group failed.
         """
-        self.finish()
+        if self._under_way is not None:
+            self.finish()
         self.thread = get_ident()
         connection, transport = self._connection, self._transports.get(device)
         if transport is not None and connection is not None and not connection.broken:
@@ -185,8 +186,8 @@ class Communicator:
 
         ``unpack``: what is done with them then.
         """
-        transport = self.transport(batch.device)
-        self._under_way = begun = UnderWay(batch.op, transport.begin(batch), *unpack)
+        begun = UnderWay(batch.op, self.transport(batch.device).begin(batch), *unpack)
+        self._under_way = begun
         return begun
 
     def finish(self) -> None:

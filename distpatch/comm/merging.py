@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -51,22 +52,28 @@ def merge_deviations(counts: Sequence[int], parts: Tensor, eps: float) -> tuple[
     if len(counts) == 1:
         mean, deviation = parts[0]
         return mean, torch.hypot(deviation, constant(number, math.sqrt(eps), like=deviation)) if eps else deviation
-    divisor = math.gcd(*counts) or 1
-    numbers = constant(_numbers, tuple(count // divisor for count in counts), eps, like=parts)
-    matrix, rest = numbers[:, :-1], numbers[:, -1:]
+    shares = _shares(tuple(counts))
+    matrix, rest = constant(_products, shares, eps, like=parts), constant(_rest, shares, eps, like=parts)
     columns = parts.reshape(2 * len(counts), -1)
     if torch.are_deterministic_algorithms_enabled():  # torch may then refuse a product of matrices on a GPU
         rows = (matrix.unsqueeze(-1) * columns).sum(1) + rest
     else:
         rows = torch.addmm(rest, matrix, columns)
-    spread = torch.linalg.vector_norm(rows[:-1], dim=0)
-    return rows[-1].view(parts.shape[2:]), spread.view(parts.shape[2:])
+    spread, shape = torch.linalg.vector_norm(rows[:-1], dim=0), parts.shape[2:]
+    return rows[-1].view(shape), spread.view(shape)
 
 
-def _numbers(shares: Sequence[int], eps: float) -> list[list[float]]:
-    """What turns the means and deviations of K parts, in turns, into 2 K + 2 rows; the last column is added.
+@lru_cache(maxsize=4096)
+def _shares(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """The same for all counts that are in proportion."""
+    divisor = math.gcd(*counts) or 1
+    return tuple(count // divisor for count in counts)
 
-    The squares of all but the last add up to the variance + eps; the last is the mean.
+
+def _products(shares: Sequence[int], eps: float) -> list[list[float]]:
+    """What the means and deviations of K parts, in turns, are multiplied by, for 2 K + 2 rows.
+
+    With what is added (``_rest``) the squares of all but the last add up to the variance + eps; the last is the mean.
     """
     weights = [share / max(sum(shares), 1) for share in shares]
     between = [
@@ -78,5 +85,9 @@ def _numbers(shares: Sequence[int], eps: float) -> list[list[float]]:
         for place, weight in enumerate(weights)
     ]
     mean = [part for weight in weights for part in (weight, 0.0)]
-    blank = [0.0] * len(mean)
-    return [*([*row, 0.0] for row in (*between, *within)), [*blank, math.sqrt(eps)], [*mean, 0.0]]
+    return [*between, *within, [0.0] * len(mean), mean]
+
+
+def _rest(shares: Sequence[int], eps: float) -> list[list[float]]:
+    """What is added to these rows: the constant ``eps`` is a deviation too."""
+    return [[0.0]] * (2 * len(shares)) + [[math.sqrt(eps)], [0.0]]

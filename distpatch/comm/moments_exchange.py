@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distpatch.comm.collectives import stack_ranks
-from distpatch.comm.communicator import Communicator, communicator_of
-from distpatch.comm.row_exchange import flat_needs, inverse_order, plan_of, wire_order
+from distpatch.comm.communicator import communicator_of
+from distpatch.comm.row_exchange import is_plain
 from distpatch.comm.transport import Batch
 from distpatch.layout.rows import Bounds, Needs
-from distpatch.layout.transfers import Part
+from distpatch.layout.stencil import Interval
+from distpatch.layout.transfers import flat_needs, grouped_needs, plan_transfer, wire_order
 from distpatch.torch_utils.private import NEVER_REPLAYED, foreach_copy
 
 MOST_RANKS = 16  # beyond that each telling each is slower than a collective
@@ -49,9 +51,11 @@ def gather_moments(
     the other; without derivatives then.
     """
     if strips is not None:
-        flat = flat_needs(strips.needs)
-        given = strips.rows, strips.dim, list(strips.bounds), flat, name, op, dtype
-        ranks, rows = _gather_moments(list(own), *given)
+        if is_plain(strips.rows) and is_plain(own[0]):
+            ranks, rows = _gathered(own, *strips, name, op, dtype)
+        else:
+            given = strips.rows, strips.dim, list(strips.bounds), flat_needs(strips.needs), name, op, dtype
+            ranks, rows = _gather_moments(list(own), *given)
         return counts, ranks, rows
     both = own[0].new_empty((2, *own[0].shape), dtype=dtype)
     foreach_copy(list(both.unbind(0)), list(own))
@@ -59,12 +63,83 @@ def gather_moments(
     return *((counts, stack_ranks(both, name, op)) if known is None else known), None
 
 
-class _Message(NamedTuple):
-    """What one rank sends another, as bytes; and views of it: moments, and rows as they stand on the wire."""
+class _Plan(NamedTuple):
+    """A rank's part: found once for calls that are alike.
 
-    bytes: Tensor
-    moments: Tensor
-    rows: Tensor
+    ``order``: of the dims on the wire, ``back``: from there; ``row``: the shape of a row there; ``peers``: all others,
+    of which each gets the rows ``cuts`` and sends so many as ``landing`` says; ``pieces``: in the order in which rows
+    are needed, whose message they come in, and which of its rows they are.
+    """
+
+    order: list[int]
+    back: list[int]
+    row: list[int]
+    peers: list[int]
+    cuts: list[tuple[Interval, ...]]
+    landing: list[int]
+    pieces: list[tuple[int, Interval]]
+
+
+@lru_cache(maxsize=4096)
+def _plan(shape: torch.Size, dim: int, bounds: Bounds, needs: Needs, rank: int) -> _Plan:
+    plan, order = plan_transfer(bounds, needs, rank), wire_order(len(shape), dim, True)
+    peers = [peer for peer in range(len(needs)) if peer != rank]
+    sends, recvs = dict(plan.sends), dict(plan.recvs)
+    found, landing = [], []
+    for index, peer in enumerate(peers):
+        at = 0
+        for part in recvs.get(peer, ()):
+            stop = at + part.stop - part.start
+            found.append(((part.interval, part.start), (index, (at, stop))))
+            at = stop
+        landing.append(at)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    cuts, row = [sends.get(peer, ()) for peer in peers], [shape[d] for d in order[1:]]
+    return _Plan(order, back, row, peers, cuts, landing, [place for _, place in sorted(found)])
+
+
+def _gathered(
+    own: Sequence[Tensor],
+    local: Tensor,
+    dim: int,
+    bounds: Bounds,
+    needs: Needs,
+    name: str,
+    op: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """One message to each other rank: its moments, and behind these the rows that it needs, as they are on the wire."""
+    comm, device = communicator_of(name), local.device
+    plan, shape = _plan(local.shape, dim, bounds, needs, comm.rank), own[0].shape
+    ranks = torch.empty((comm.size, 2, *shape), dtype=dtype, device=device)
+    head, row_bytes = 2 * shape.numel() * dtype.itemsize, math.prod(plan.row) * local.dtype.itemsize
+
+    def messages(rows: Sequence[int]) -> list[Tensor]:
+        return [torch.empty(head + count * row_bytes, dtype=torch.uint8, device=device) for count in rows]
+
+    def moments_in(message: Tensor) -> Tensor:
+        return message[:head].view(dtype).view(2, *shape)
+
+    def rows_in(message: Tensor) -> Tensor:
+        return message[head:].view(local.dtype).view(-1, *plan.row)
+
+    outgoing, incoming = messages([_rows_of(cut) for cut in plan.cuts]), messages(plan.landing)
+    places = [ranks[comm.rank], *map(moments_in, outgoing)]
+    foreach_copy([t for place in places for t in place.unbind(0)], [*own] * len(places))
+    for message, cut in zip(outgoing, plan.cuts):
+        at = 0
+        for lo, hi in cut:
+            rows_in(message)[at : at + hi - lo].copy_(local.narrow(dim, lo, hi - lo).permute(plan.order))
+            at += hi - lo
+    comm.transport(device).exchange(Batch(op, plan.peers, outgoing, plan.peers, incoming, device))
+    foreach_copy([ranks[peer] for peer in plan.peers], list(map(moments_in, incoming)))
+    pieces = [rows_in(incoming[index])[lo:hi] for index, (lo, hi) in plan.pieces]
+    rows = torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+    return [ranks, rows.permute(plan.back)]
+
+
+def _rows_of(cut: Sequence[Interval]) -> int:
+    return sum(hi - lo for lo, hi in cut)
 
 
 @torch.library.custom_op("distpatch::gather_moments", mutates_args=(), tags=NEVER_REPLAYED)
@@ -78,50 +153,8 @@ def _gather_moments(
     op: str,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    comm = communicator_of(name)
-    plan, order = plan_of(bounds, needs, comm), wire_order(local.ndim, dim, True)
-    wire, peers = local.permute(order), _peers(comm)
-    ranks = own[0].new_empty((comm.size, 2, *own[0].shape), dtype=dtype)
-    cuts, parts = dict(plan.sends), dict(plan.recvs)
-
-    def message(rows: int) -> _Message:
-        head = ranks[0].numel() * ranks.element_size()
-        flat = torch.empty(head + rows * _row_bytes(local, dim), dtype=torch.uint8, device=local.device)
-        of_rows = flat[head:].view(local.dtype).view(rows, *wire.shape[1:])
-        return _Message(flat, flat[:head].view(dtype).view(ranks.shape[1:]), of_rows)
-
-    sent = [message(sum(hi - lo for lo, hi in cuts.get(peer, ()))) for peer in peers]
-    landing = [message(sum(part.stop - part.start for part in parts.get(peer, ()))) for peer in peers]
-    places = [ranks[comm.rank], *(each.moments for each in sent)]
-    foreach_copy([t for place in places for t in place.unbind(0)], [*own] * len(places))
-    for peer, each in zip(peers, sent):
-        _cut(each.rows, wire, cuts.get(peer, ()))
-    outgoing, incoming = ([each.bytes for each in messages] for messages in (sent, landing))
-    comm.transport(local.device).exchange(Batch(op, peers, outgoing, peers, incoming, local.device))
-    foreach_copy([ranks[peer] for peer in peers], [each.moments for each in landing])
-    found: dict[Part, Tensor] = {}
-    for peer, each in zip(peers, landing):
-        sizes = [part.stop - part.start for part in parts.get(peer, ())]
-        found.update(zip(parts.get(peer, ()), each.rows.split(sizes) if sizes else ()))
-    pieces = [found[part] for part in sorted(found, key=lambda part: (part.interval, part.start))]
-    rows = torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else wire[:0].clone()
-    return [ranks, rows.permute(inverse_order(order))]
-
-
-def _cut(place: Tensor, wire: Tensor, intervals: Sequence[tuple[int, int]]) -> None:
-    """Some rows, one interval behind the other."""
-    at = 0
-    for lo, hi in intervals:
-        place[at : at + hi - lo].copy_(wire[lo:hi])
-        at += hi - lo
-
-
-def _peers(comm: Communicator) -> list[int]:
-    return [peer for peer in range(comm.size) if peer != comm.rank]
-
-
-def _row_bytes(rows: Tensor, dim: int) -> int:
-    return math.prod(n for d, n in enumerate(rows.shape) if d != dim) * rows.element_size()
+    grouped = grouped_needs(tuple(needs), communicator_of(name).size)
+    return _gathered(own, local, dim, tuple(bounds), grouped, name, op, dtype)
 
 
 @_gather_moments.register_fake
@@ -136,10 +169,9 @@ def _(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     comm = communicator_of(name)
-    plan, order = plan_of(bounds, needs, comm), wire_order(local.ndim, dim, True)
-    sent_rows = sum(hi - lo for _, cut in plan.sends for lo, hi in cut)
+    plan = _plan(local.shape, dim, tuple(bounds), grouped_needs(tuple(needs), comm.size), comm.rank)
     ranks = own[0].new_empty((comm.size, 2, *own[0].shape), dtype=dtype)
-    moments = (comm.size - 1) * ranks[0].numel() * ranks.element_size()
-    comm.planned("p2p", op, moments + sent_rows * _row_bytes(local, dim), comm.size - 1)
-    rows = local.permute(order).new_empty((sum(plan.rows), *local.permute(order).shape[1:]))
-    return [ranks, rows.permute(inverse_order(order))]
+    moments = len(plan.peers) * ranks[0].numel() * ranks.element_size()
+    rows = sum(map(_rows_of, plan.cuts)) * math.prod(plan.row) * local.element_size()
+    comm.planned("p2p", op, moments + rows, len(plan.peers))
+    return [ranks, local.new_empty((sum(plan.landing), *plan.row)).permute(plan.back)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from distpatch.comm import process_groups
 from distpatch.comm.transport import Batch, Transport, Works
 from distpatch.torch_utils import private
 
-# What gloo and NCCL add alike, and in what the rest is added. Messages travel as bytes, whatever they are.
+# What gloo and NCCL take alike, and in what the rest is added; it travels as bytes.
 ADDED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8})
 ADDED |= {torch.int32, torch.int64}
 WIDER = {torch.int16: torch.int32, torch.uint16: torch.int32, torch.uint32: torch.int64, torch.bool: torch.int32}
@@ -29,6 +29,7 @@ class PointToPoint(Transport):
         self._pg = weakref.ref(pg)  # torch keeps it while it is open
         self.device = device
         self.lands_later = device.type == "cuda"
+        self._collects: bool | None = None  # whether the backend sends a batch at once, as NCCL
 
     @property
     def pg(self) -> dist.ProcessGroup:
@@ -40,18 +41,15 @@ class PointToPoint(Transport):
     def post(self, batch: Batch) -> Works:
         if not batch.to and not batch.source:
             return []
-        pg, peers = self.pg, [*batch.source, *batch.to]
-        ops = [
-            *(dist.P2POp(dist.irecv, as_bytes(t), group=pg, group_peer=p) for p, t in zip(batch.source, batch.landing)),
-            *(dist.P2POp(dist.isend, as_bytes(t), group=pg, group_peer=p) for p, t in zip(batch.to, batch.outgoing)),
-        ]
+        pg = self.pg
+        if self._collects is None:
+            self._collects = private.collects_batches(pg, batch.device)
         try:
-            works = dist.batch_isend_irecv(ops)
+            works = send_batch(pg, batch, self._collects)
         except BaseException:
             _end_batch(pg, batch.device)
             raise
-        named: Sequence[int | None] = peers if len(works) == len(peers) else [None] * len(works)
-        return list(zip(works, named, strict=True))
+        return works
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
         if tensor.dtype == torch.uint64:
@@ -66,7 +64,7 @@ class PointToPoint(Transport):
     def all_gather(self, tensor: Tensor, op: str) -> Tensor:
         pg = self.pg
         everyone = tensor.new_empty((pg.size(), *tensor.shape))
-        private.all_gather(as_bytes(everyone.view(-1)), as_bytes(tensor.view(-1)), pg)
+        private.all_gather(_as_sent(everyone.view(-1)), _as_sent(tensor.view(-1)), pg)
         return everyone
 
     def abort(self) -> None:
@@ -82,13 +80,27 @@ class PointToPoint(Transport):
             yield
 
 
+def send_batch(pg: dist.ProcessGroup, batch: Batch, collects: bool) -> Works:
+    """What ``dist.batch_isend_irecv`` does, whose checks take longer than the rest of an exchange."""
+    if collects:
+        private.begin_batch(pg, batch.device)
+    works: Works = [(pg.recv([_as_sent(t)], peer, 0), peer) for peer, t in zip(batch.source, batch.landing)]
+    works += [(pg.send([_as_sent(t)], peer, 0), peer) for peer, t in zip(batch.to, batch.outgoing)]
+    if not collects:
+        return works
+    peers = {peer for _, peer in works}
+    return [(private.end_batch(pg, batch.device), peers.pop() if len(peers) == 1 else None)]
+
+
+def _as_sent(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in ADDED else as_bytes(tensor)
+
+
 def _end_batch(pg: dist.ProcessGroup, device: torch.device = CPU) -> None:
     """End what an exception inside a batch left open, and what of it is under way.
 
-    torch does not: the thread's next calls of this group would return and do nothing, and NCCL's of any group
-    would be queued and never run.
+    Else NCCL's next calls in this thread, of any group, would be queued and never run.
     """
-    private.forget_batch(pg)
     backend = private.backend_of(pg, device)
     if backend.supports_coalescing:
         for end in (partial(private.end_batch, pg, device), backend.abort):

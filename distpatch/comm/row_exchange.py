@@ -3,10 +3,6 @@
 ``fetch_rows`` gives each rank the intervals of global rows that it asks for, ``return_rows`` is its
 transpose (rows of gradient go back to their owners and are added); each is the other's backward.
 All ranks know everyone's needs, so nothing but the rows themselves is sent.
-
-On the wire rows come first, then the other dims with the channels last (``channels_last=True``,
-images) or in their own order (tokens). The order may depend only on what all ranks know: local
-strides are ambiguous for shards of one row, and must not decide it.
 """
 
 from __future__ import annotations
@@ -14,20 +10,19 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from distpatch.comm.communicator import Communicator, communicator_of
 from distpatch.comm.transport import Batch, Finish
 from distpatch.comm.watched import UnderWay
 from distpatch.layout.rows import Bounds, Needs
-from distpatch.layout.transfers import TransferPlan, plan_transfer
-from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
-
-Parts: TypeAlias = "list[tuple[int, list[Tensor]]]"  # by peer: the pieces of one message, in order
+from distpatch.layout.transfers import TransferPlan, flat_needs, grouped_needs, plan_fetch, plan_transfer, wire_order
+from distpatch.torch_utils.private import NEVER_REPLAYED, count_dispatch_modes, in_functorch, keep_in_order
 
 # Rows of these are never those of an earlier step: what leaves the sharded computation, or is gathered for an
 # operation without a rule.
@@ -45,11 +40,27 @@ def fetch_rows(
     message to and one from each other rank. Every piece must stay connected to the result, even where
     it is empty: the backward is collective too.
     """
+    if is_plain(local):
+        return _fetched(local, dim, bounds, needs, name, op, channels_last)
     flat = flat_needs(needs)
     if not any(flat):  # nobody needs anything, as all ranks know
         return [local.narrow(dim, 0, 0) for _ in needs[0]]
     pieces: list[Tensor] = _fetch(local, dim, list(bounds), flat, name, op, channels_last)
     return pieces
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nobody but this rank's rows has to know of a transfer: it is called as it is, and not as an operator.
+
+    An operator is what autograd, compilers, fake tensors, modes and profilers see, and what is lazy (``conj``) is
+    computed for one; to call it takes longer than most of what it does.
+    """
+    return (
+        type(tensor) is Tensor
+        and not (tensor.is_conj() or tensor.is_neg())
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+        and not (count_dispatch_modes() or in_functorch() or profiler._is_profiler_enabled)
+    )
 
 
 def begin_rows(
@@ -89,20 +100,35 @@ def _fetch(
     op: str,
     channels_last: bool,
 ) -> list[Tensor]:
+    size = communicator_of(name).size
+    return _fetched(local, dim, tuple(bounds), grouped_needs(tuple(needs), size), name, op, channels_last)
+
+
+def _fetched(
+    local: Tensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
+) -> list[Tensor]:
     comm = communicator_of(name)
-    plan = plan_of(bounds, needs, comm)
-    order = wire_order(local.ndim, dim, channels_last)
-    wire = local.permute(order)
-    fetched = [_empty_rows(local, dim, rows, order) for rows in plan.rows]
-    pieces = [piece.permute(order) for piece in fetched]
+    plan = plan_fetch(local.shape, dim, bounds, needs, comm.rank, channels_last)
+    if not plan.moves:
+        return [local.narrow(dim, 0, 0) for _ in needs[0]]
+    order, device = plan.order, local.device
+    fetched = [torch.empty_permuted(shape, order, dtype=local.dtype, device=device) for shape in plan.shapes]
     for (lo, hi), part in plan.own:
-        pieces[part.interval][part.start : part.stop] = wire[lo:hi]
-    sends = [(peer, [wire[lo:hi] for lo, hi in cut]) for peer, cut in plan.sends]
-    recvs = [(peer, [pieces[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
-    key = None  # rows of this call alone
-    if local.is_floating_point() and op not in AT_ONCE:
-        key = (dim, tuple(bounds), tuple(needs), local.dtype, tuple(wire.shape[1:]))
-    _exchange(comm, op, sends, recvs, local.device, key)
+        place = fetched[part.interval].narrow(dim, part.start, part.stop - part.start)
+        place.copy_(local.narrow(dim, lo, hi - lo))
+    if comm.size > 1:
+        sends = [[local.narrow(dim, lo, hi - lo).permute(order) for lo, hi in cut] for cut in plan.sends]
+        key = None  # rows of this call alone
+        if local.is_floating_point() and op not in AT_ONCE:
+            key = (*plan.key, local.dtype)
+        together = []
+        if plan.whole is not None:
+            landing = [fetched[interval].as_strided((numel,), (1,)) for interval, numel in plan.whole]
+        else:
+            places = [[fetched[p.interval].permute(order)[p.start : p.stop] for p in parts] for parts in plan.recvs]
+            landing = [_buffer(parts) for parts in places]
+            together = _of_several(places, landing)
+        _exchange(comm, Batch(op, plan.to, _messages(sends), plan.source, landing, device, key), together)
     return fetched
 
 
@@ -123,7 +149,7 @@ def _return(
     channels_last: bool,
 ) -> Tensor:
     comm = communicator_of(name)
-    plan = plan_of(bounds, needs, comm)
+    plan = _plan(bounds, needs, comm)
     order = wire_order(pieces[0].ndim, dim, channels_last)
     wires = [piece.permute(order) for piece in pieces]
     shape = (bounds[comm.rank + 1] - bounds[comm.rank], *wires[0].shape[1:])
@@ -132,33 +158,32 @@ def _return(
         total[lo:hi] += wires[part.interval][part.start : part.stop]
     sends = [(peer, [wires[p.interval][p.start : p.stop] for p in parts]) for peer, parts in plan.recvs]
     landing = [(peer, [total.new_empty((hi - lo, *shape[1:])) for lo, hi in cut]) for peer, cut in plan.sends]
-    _exchange(comm, op, sends, landing, total.device)
+    if comm.size > 1:
+        outgoing, places = _messages([parts for _, parts in sends]), [parts for _, parts in landing]
+        to, source = [peer for peer, _ in sends], [peer for peer, _ in landing]
+        buffers = [_buffer(parts) for parts in places]
+        batch = Batch(op, to, outgoing, source, buffers, total.device)
+        _exchange(comm, batch, _of_several(places, buffers))
     for (_, cut), (_, landed) in zip(plan.sends, landing, strict=True):
         for (lo, hi), rows in zip(cut, landed, strict=True):
             total[lo:hi] += rows
-    return total.permute(inverse_order(order))
+    return total.permute(_inverse(order))
 
 
-def _exchange(
-    comm: Communicator,
-    op: str,
-    sends: Parts,
-    recvs: Parts,
-    device: torch.device,
-    key: tuple[Any, ...] | None = None,
-) -> None:
-    """Send and receive, or only begin to, one message a peer: NCCL has no tags to tell several apart."""
-    if comm.size == 1:
-        return
-    landing = [_buffer(parts) for _, parts in recvs]
-    outgoing = _messages([parts for _, parts in sends])
-    batch = Batch(op, [peer for peer, _ in sends], outgoing, [peer for peer, _ in recvs], landing, device, key)
+def _of_several(places: Sequence[list[Tensor]], messages: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """Messages of several parts, with the places of these."""
+    return [(parts, message) for parts, message in zip(places, messages, strict=True) if len(parts) > 1]
 
-    together = [(parts, message) for (_, parts), message in zip(recvs, landing, strict=True) if len(parts) > 1]
+
+def _exchange(comm: Communicator, batch: Batch, together: Sequence[tuple[list[Tensor], Tensor]]) -> None:
+    """Send and receive, or only begin to, one message a peer: NCCL has no tags to tell several apart.
+
+    ``together``: messages whose parts belong to several places.
+    """
     if _thread.begun is not None:
         _thread.begun.append(comm.begin(batch, *([partial(_unpack, together)] if together else [])))
         return
-    comm.transport(device).exchange(batch)
+    comm.transport(batch.device).exchange(batch)
     _unpack(together)
 
 
@@ -179,10 +204,10 @@ def _simulate(comm: Communicator, op: str, sent_rows: int, to: int, source: int,
 
 def _messages(messages: list[list[Tensor]]) -> list[Tensor]:
     """Each flat: as its rows stand, or all copied one behind the other, at once."""
+    if len(messages) == 1 and len(messages[0]) == 1:
+        return [messages[0][0].contiguous().view(-1)]
     if all(len(parts) == 1 and parts[0].is_contiguous() for parts in messages):
         return [parts[0].view(-1) for parts in messages]
-    if len(messages) == len(messages[0]) == 1:
-        return [messages[0][0].contiguous().view(-1)]
     rows = [part for parts in messages for part in parts]
     packed = rows[0].new_empty((sum(map(len, rows)), *rows[0].shape[1:]))
     torch.cat(rows, out=packed)  # which would keep the rows' memory format else
@@ -196,26 +221,11 @@ def _buffer(parts: list[Tensor]) -> Tensor:
     return parts[0].new_empty(sum(part.numel() for part in parts))
 
 
-@lru_cache(maxsize=4096)
-def flat_needs(needs: Needs) -> list[int]:
-    return [row for intervals in needs for interval in intervals for row in interval]
+def _plan(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
+    return plan_transfer(tuple(bounds), grouped_needs(tuple(needs), comm.size), comm.rank)
 
 
-def plan_of(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
-    count = len(needs) // (2 * comm.size)
-    pairs = list(zip(needs[::2], needs[1::2], strict=True))
-    grouped = tuple(tuple(pairs[r * count : (r + 1) * count]) for r in range(comm.size))
-    return plan_transfer(tuple(bounds), grouped, comm.rank)
-
-
-def wire_order(ndim: int, dim: int, channels_last: bool) -> list[int]:
-    others = [d for d in range(ndim) if d != dim]
-    if channels_last and 1 in others:
-        others = [d for d in others if d != 1] + [1]
-    return [dim, *others]
-
-
-def inverse_order(order: list[int]) -> list[int]:
+def _inverse(order: list[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
@@ -231,7 +241,7 @@ def _(
 ) -> list[Tensor]:
     comm = communicator_of(name)
     order = wire_order(local.ndim, dim, channels_last)
-    plan = plan_of(bounds, needs, comm)
+    plan = _plan(bounds, needs, comm)
     sent_rows = sum(hi - lo for _, cut in plan.sends for lo, hi in cut)
     _simulate(comm, op, sent_rows, len(plan.sends), len(plan.recvs), local, dim)
     return [_empty_rows(local, dim, n, order) for n in plan.rows]
@@ -249,12 +259,12 @@ def _(
 ) -> Tensor:
     order = wire_order(pieces[0].ndim, dim, channels_last)
     comm = communicator_of(name)
-    rank, plan = comm.rank, plan_of(bounds, needs, comm)
+    rank, plan = comm.rank, _plan(bounds, needs, comm)
     sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)
     _simulate(comm, op, sent_rows, len(plan.recvs), len(plan.sends), pieces[0], dim)
     rest = pieces[0].permute(order).shape[1:]
     total = pieces[0].new_empty((bounds[rank + 1] - bounds[rank], *rest))
-    return total.permute(inverse_order(order))
+    return total.permute(_inverse(order))
 
 
 def _fetch_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from distpatch.comm.failures import Failures, Note
-from distpatch.comm.transport import Batch, Finish, Layer, Transport, Works
+from distpatch.comm.transport import Batch, Finish, Layer, Transport, Work, Works
 from distpatch.errors import DistPatchError, RankError
 from distpatch.profiling.trace import Recorder
 
 T = TypeVar("T")
 LATE = ("timeout", "timed out")  # in what gloo, NCCL and the store say
+ANY = (None,)  # ranks that may be waited for: it is not known which
 LOST = ("connection", "closed", "reset", "broken pipe", "remote process", "nccl", "aborted")
 
 
@@ -41,12 +43,14 @@ class Watched(Layer):
         self.rank, self.size = failures.rendezvous.rank, failures.rendezvous.size
 
     def open(self, device: torch.device) -> None:
-        self.wait_or_raise("set-up", lambda: self.inner.open(device), None)
+        self.wait_or_raise("set-up", lambda: self.inner.open(device), ANY)
 
     def post(self, batch: Batch) -> Works:
+        return [(_Named(self, batch.op, work, peer), peer) for work, peer in self._post(batch)]
+
+    def _post(self, batch: Batch) -> Works:
         self.failures.transfers += 1
-        works = self.wait_or_raise(batch.op, lambda: self.inner.post(batch), None)
-        return [(_Named(self, batch.op, work.wait, peer), peer) for work, peer in works]
+        return self.wait_or_raise(batch.op, lambda: self.inner.post(batch), ANY)
 
     @property
     def is_recorded(self) -> bool:
@@ -73,48 +77,48 @@ class Watched(Layer):
         return finish_and_record
 
     def _begin(self, batch: Batch) -> Finish:
-        works = self.post(batch)
+        return partial(self._wait_for, batch.op, self._post(batch))
 
-        def finish() -> None:
-            for work, _ in works:
-                work.wait()
-
-        return finish
+    def _wait_for(self, op: str, works: Works) -> None:
+        """All of them, one after the other; a failure names the rank that was waited for then."""
+        if works:
+            at = [works[0][1]]
+            self.wait_or_raise(op, lambda: _wait_in_turn(works, at), at)
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
         self.failures.transfers += 1
         if not self.is_recorded:
-            return self.wait_or_raise(op, lambda: self.inner.all_reduce(tensor, op), None)
+            return self.wait_or_raise(op, lambda: self.inner.all_reduce(tensor, op), ANY)
         sent = ring_traffic("all_reduce", tensor.nbytes, self.size)
         with self.recorder.transfer("all_reduce", op, *sent, tensor.device):
-            self.wait_or_raise(op, lambda: self.inner.all_reduce(tensor, op), None)
+            self.wait_or_raise(op, lambda: self.inner.all_reduce(tensor, op), ANY)
 
     def all_gather(self, tensor: Tensor, op: str) -> Tensor:
         self.failures.transfers += 1
         if not self.is_recorded:
-            return self.wait_or_raise(op, lambda: self.inner.all_gather(tensor, op), None)
+            return self.wait_or_raise(op, lambda: self.inner.all_gather(tensor, op), ANY)
         sent = ring_traffic("all_gather", tensor.nbytes, self.size)
         with self.recorder.transfer("all_gather", op, *sent, tensor.device):
-            return self.wait_or_raise(op, lambda: self.inner.all_gather(tensor, op), None)
+            return self.wait_or_raise(op, lambda: self.inner.all_gather(tensor, op), ANY)
 
-    def wait_or_raise(self, op: str, wait: Callable[[], T], peer: int | None) -> T:
-        """Run one wait of a transfer; a failure becomes a ``RankError`` that names the rank waited for."""
-        failures = self.failures
+    def wait_or_raise(self, op: str, wait: Callable[[], T], at: Sequence[int | None]) -> T:
+        """Run waits of a transfer; a failure becomes a ``RankError`` that names the rank waited for, ``at[-1]``."""
+        failures, lands_later = self.failures, self.lands_later
         before = failures.waiting_since
-        if before is None or not self.lands_later:
+        if before is None or not lands_later:
             failures.waiting_since = time.monotonic()
         try:
             result = wait()
         except DistPatchError:
             raise
         except Exception as error:
-            raise self._blame(op, error, peer) from error
+            raise self._blame(op, error, at[-1]) from error
         finally:
-            if not self.lands_later:
+            if not lands_later:
                 failures.waiting_since = before
         if failures.first is not None:  # on a GPU an aborted wait ends like any other
-            raise self._blame(op, RuntimeError("aborted"), peer)
-        if self.lands_later and not failures.in_call:
+            raise self._blame(op, RuntimeError("aborted"), at[-1])
+        if lands_later and not failures.in_call:
             self.end_call()
         return result
 
@@ -143,6 +147,7 @@ class UnderWay:
         self.op = op
         self._left = finish  # to be done, in this order
         self._is_lost = False
+        self._in_inference = torch.is_inference_mode_enabled()
 
     def finish(self) -> None:
         """Wait until all has landed; ``RankError`` where it never will."""
@@ -151,10 +156,16 @@ class UnderWay:
         if self._is_lost:
             raise RankError(f"{self.op}: rows of other ranks never came, as the group's transfers have failed")
         self._is_lost = True  # if the wait fails, nobody knows what has landed
-        with torch.inference_mode():  # rows that were asked for in it can be written to nowhere else
-            for step in self._left:
-                step()
+        if self._in_inference:  # rows that were asked for in it can be written to nowhere else
+            with torch.inference_mode():
+                self._run()
+        else:
+            self._run()
         self._left, self._is_lost = (), False
+
+    def _run(self) -> None:
+        for step in self._left:
+            step()
 
     def give_up(self) -> None:
         """What has not been waited for will not land."""
@@ -167,11 +178,17 @@ class _Named:
 
     watched: Watched
     op: str
-    ended: Callable[[], object]
+    work: Work
     peer: int | None
 
     def wait(self) -> None:
-        self.watched.wait_or_raise(self.op, self.ended, self.peer)
+        self.watched.wait_or_raise(self.op, self.work.wait, [self.peer])
+
+
+def _wait_in_turn(works: Works, at: list[int | None]) -> None:
+    """``at``: the rank that is waited for."""
+    for work, at[0] in works:
+        work.wait()
 
 
 def ring_traffic(kind: str, size_bytes: int, ranks: int) -> tuple[int, int]:

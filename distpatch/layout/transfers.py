@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 from distpatch.layout.rows import EMPTY, Bounds, Needs, RowLayout, Stencil
 from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
@@ -184,6 +186,67 @@ def plan_transfer(bounds: Bounds, needs: Needs, rank: int) -> TransferPlan:
             recvs.append((peer, tuple(parts)))
     own = _cut(needs[rank], bounds[rank], bounds[rank + 1])
     return TransferPlan(tuple(sends), tuple(recvs), tuple(own), tuple(hi - lo for lo, hi in needs[rank]))
+
+
+class FetchPlan(NamedTuple):
+    """One rank's part in a fetch of rows of a tensor: a ``TransferPlan`` in the terms of its dims.
+
+    ``moves``: whether any rank needs any rows; ``order``: of the dims on the wire; ``shapes``: of the pieces; ``own``:
+    rows that this rank has itself, and their places; ``to``, ``source``: peers; ``sends``, ``recvs``: which rows go
+    to each, and where those from each belong; ``whole``: where all are whole pieces, which, and of how many elements;
+    ``key``: what tells the fetch from others, on all ranks.
+    """
+
+    moves: bool
+    order: list[int]
+    shapes: list[list[int]]
+    own: Sequence[tuple[Interval, Part]]
+    to: list[int]
+    sends: Sequence[Sequence[Interval]]
+    source: list[int]
+    recvs: Sequence[Sequence[Part]]
+    whole: list[tuple[int, int]] | None
+    key: tuple[Any, ...]
+
+
+@lru_cache(maxsize=4096)
+def plan_fetch(
+    shape: tuple[int, ...], dim: int, bounds: Bounds, needs: Needs, rank: int, channels_last: bool
+) -> FetchPlan:
+    """The fetch of rows of dim ``dim`` of a tensor of which this rank holds ``shape``."""
+    plan, order = plan_transfer(bounds, needs, rank), wire_order(len(shape), dim, channels_last)
+    shapes = [[rows if d == dim else n for d, n in enumerate(shape)] for rows in plan.rows]
+    to, source = [peer for peer, _ in plan.sends], [peer for peer, _ in plan.recvs]
+    sends, recvs = [cut for _, cut in plan.sends], [parts for _, parts in plan.recvs]
+    key = dim, bounds, needs, tuple(shape[d] for d in order[1:])
+    whole = None
+    if all(len(parts) == 1 and parts[0].stop - parts[0].start == plan.rows[parts[0].interval] for parts in recvs):
+        whole = [(parts[0].interval, math.prod(shapes[parts[0].interval])) for parts in recvs]
+    return FetchPlan(any(flat_needs(needs)), order, shapes, plan.own, to, sends, source, recvs, whole, key)
+
+
+def wire_order(ndim: int, dim: int, channels_last: bool) -> list[int]:
+    """How dims stand on the wire: rows first, then the others, with the channels last or in their own order.
+
+    By what all ranks know alone: local strides are ambiguous for shards of one row, and must not decide it.
+    """
+    others = [d for d in range(ndim) if d != dim]
+    if channels_last and 1 in others:
+        others = [d for d in others if d != 1] + [1]
+    return [dim, *others]
+
+
+@lru_cache(maxsize=4096)
+def flat_needs(needs: Needs) -> list[int]:
+    """As operators carry them."""
+    return [row for intervals in needs for interval in intervals for row in interval]
+
+
+@lru_cache(maxsize=4096)
+def grouped_needs(needs: tuple[int, ...], size: int) -> Needs:
+    """The same by rank and interval again, of ``size`` ranks."""
+    count, pairs = len(needs) // (2 * size), list(zip(needs[::2], needs[1::2], strict=True))
+    return tuple(tuple(pairs[rank * count : (rank + 1) * count]) for rank in range(size))
 
 
 def _cut(intervals: Sequence[Interval], lo: int, hi: int) -> list[tuple[Interval, Part]]:

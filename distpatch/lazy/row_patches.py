@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distpatch.layout.stencil import Interval, ceil_div
 from distpatch.lazy.patch_plan import Cut, fewest_calls
-from distpatch.torch_utils.constants import made, number
+from distpatch.torch_utils.constants import blank
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
 from distpatch.torch_utils.private import FakeTensor
 from distpatch.torch_utils.tree import map_tensors
@@ -64,45 +64,64 @@ class Slab(NamedTuple):
 
     def rows(self, lo: int, hi: int, take: Callable[[int, int], Tensor] | None = None) -> Tensor:
         """Rows [lo, hi): a view where the rank's own suffice, else a copy of just these rows."""
-        start, stop, own = self.own
-        if take is None:
-            take = partial(_narrow, own, self.dim)
-        if start <= lo and hi <= stop:
-            return take(lo - start, hi - start)
-        if self.needs_halo(lo, hi):
+        own, dim = self.pieces[self.local][1], self.dim
+        spans = tuple([(first, first + piece.shape[dim]) for first, piece in self.pieces])
+        cut = cut_pieces(lo, hi, spans, self.local, self.size)
+        if cut.needs_halo:
             self.landed()
-        parts = [self._padding(min(hi, 0) - lo)] if lo < 0 else []
-        for index, (first, piece) in enumerate(self.pieces):
-            a, b = max(lo - first, 0), min(hi - first, piece.shape[self.dim])
-            if a < b:
-                parts.append(take(a, b) if index == self.local else piece.narrow(self.dim, a, b - a))
-        if hi > self.size:
-            parts.append(self._padding(hi - max(lo, self.size)))
-        parts = [part for part in parts if part.shape[self.dim] > 0]
-        assert sum(part.shape[self.dim] for part in parts) == hi - lo, f"rows {lo}:{hi} were not all fetched"
-        if not isinstance(own, Tensor) or max(lo, 0) < min(hi, self.size):
-            return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+        parts = [self._padding(cut.above)] if cut.above else []
+        for index, a, b in cut.parts:
+            if index == self.local and take is not None:
+                parts.append(take(a, b))
+            else:
+                piece = self.pieces[index][1]
+                parts.append(piece if a == 0 and b == piece.shape[dim] else piece.narrow(dim, a, b - a))
+        if cut.below:
+            parts.append(self._padding(cut.below))
+        if cut.parts or not isinstance(own, Tensor):
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
         # Rows of padding alone would leave the autograd graph, and the halo's backward is collective.
-        padding = torch.cat([own.narrow(self.dim, 0, 0), *parts], self.dim)  # whose format an empty part undoes
-        return padding.contiguous(memory_format=_format(own))
+        padding = torch.cat([own.narrow(dim, 0, 0), *parts], dim)  # whose format an empty part undoes
+        return padding.contiguous(memory_format=format_of_rows(own))
 
     def _padding(self, rows: int) -> Tensor:
-        own = self.own[2]
-        shape = [max(rows, 0) if d == self.dim else n for d, n in enumerate(own.shape)]
-        format = _format(own) if isinstance(own, Tensor) else own.format
-        if isinstance(own, Tensor) and format is torch.contiguous_format and not torch.compiler.is_compiling():
-            fake = isinstance(own, FakeTensor)
-            blank = own.new_empty(()) if fake else made(number, (self.fill,), own.dtype, own.device)
-            return blank.expand(shape)
+        own = self.pieces[self.local][1]
+        shape = list(own.shape)
+        shape[self.dim] = rows
+        format = format_of_rows(own) if isinstance(own, Tensor) else own.format
+        if format is torch.contiguous_format:
+            if type(own) is Tensor:
+                return blank(tuple(shape), self.fill, own.dtype, own.device)
+            if isinstance(own, FakeTensor) and not torch.compiler.is_compiling():
+                return own.new_empty(()).expand(shape)
         return torch.empty(shape, dtype=own.dtype, device=own.device, memory_format=format).fill_(self.fill)
 
 
-def _format(rows: Tensor) -> torch.memory_format:
-    return memory_format(rows) if torch.compiler.is_compiling() else format_by_strides(rows.shape, rows.stride())
+def format_of_rows(rows: Tensor) -> torch.memory_format:
+    """``memory_format``, looked up but in a compiled graph, where sizes may be symbols."""
+    if type(rows) is Tensor or not torch.compiler.is_compiling():
+        return format_by_strides(rows.shape, rows.stride())
+    return memory_format(rows)
 
 
-def _narrow(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
-    return rows.narrow(dim, lo, hi - lo)
+class CutPieces(NamedTuple):
+    """Of which pieces rows are put together: ``above`` and ``below`` them rows beyond the image, ``parts``: (piece,
+    first row, last) of each; ``needs_halo``: some are other ranks'."""
+
+    above: int
+    parts: tuple[tuple[int, int, int], ...]
+    below: int
+    needs_halo: bool
+
+
+@lru_cache(maxsize=4096)
+def cut_pieces(lo: int, hi: int, spans: tuple[Interval, ...], local: int, size: int) -> CutPieces:
+    """Rows [lo, hi) of an image of ``size`` rows, of pieces with these rows, of which ``local`` is the rank's own."""
+    above, below = max(min(hi, 0) - lo, 0), max(hi - max(lo, size), 0)
+    cut = [(index, max(lo, first), min(hi, last), first) for index, (first, last) in enumerate(spans)]
+    parts = tuple((index, a - first, b - first) for index, a, b, first in cut if a < b)
+    assert above + below + sum(b - a for _, a, b in parts) == hi - lo, f"rows {lo}:{hi} were not all fetched"
+    return CutPieces(above, parts, below, any(index != local for index, _, _ in parts))
 
 
 def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
@@ -119,6 +138,10 @@ def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
         return result
     if cut.together:
         return _batched(kernel, slab, cut)
+
+    if len(cut.reads) == 1:
+        first, last = cut.reads[lo]
+        return kernel(slab.rows(first, last), first, lo, hi)
 
     def rows_at(a: int, b: int) -> Any:
         first, last = cut.reads[a]
@@ -267,7 +290,7 @@ def _put(
     lo, hi = out
     if whole is None:
         shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
-        format = format or _format(rows)
+        format = format or format_of_rows(rows)
         whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
     place = whole.narrow(dim, at - lo, rows.shape[dim])
     if rows.storage_offset() != place.storage_offset() or not same_memory(rows, place):

@@ -241,13 +241,14 @@ def sharded_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, PatchTe
 
 def _buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     """Every buffer of every module. Twice a call: ``model.buffers()`` takes milliseconds of a large model."""
-    modules: dict[nn.Module, None] = {}
-    deferred_rows: list[nn.Module | None] = [model]
+    modules, seen = [model], {model}
     found: list[tuple[dict[str, Any], str, Any]] = []
-    while deferred_rows:
-        module = deferred_rows.pop()
-        if module is not None and module not in modules:
-            modules[module] = None
-            deferred_rows += module._modules.values()
+    for module in modules:  # to which its children are added
+        if module._buffers:
             found += [(module._buffers, key, buffer) for key, buffer in module._buffers.items()]
+        if module._modules:
+            for child in module._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    modules.append(child)
     return found

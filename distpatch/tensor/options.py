@@ -22,18 +22,18 @@ class Options:
     """
 
     splits: int | str = 1
-    sequential: bool = True
-    dim: int = -2
-    output: str = "gather"
-    fallback: str = "warn"
-    tiled: bool = False
-    min_numel: int = 0
+    sequential: bool = field(default=True, hash=False)  # plans are looked up at every call, by what differs most
+    dim: int = field(default=-2, hash=False)
+    output: str = field(default="gather", hash=False)
+    fallback: str = field(default="warn", hash=False)
+    tiled: bool = field(default=False, hash=False)
+    min_numel: int = field(default=0, hash=False)
     workspace_bytes: int | None = None
     lazy: bool = False
-    liveness: float | None = 3.0
-    late_check: bool = False
+    liveness: float | None = field(default=3.0, hash=False)
+    late_check: bool = field(default=False, hash=False)
     compile: bool | Mapping[str, Any] = field(default=False, hash=False)
-    overlap: bool = True
+    overlap: bool = field(default=True, hash=False)
 
     def __post_init__(self) -> None:
         check_splits(self.splits)

@@ -25,6 +25,8 @@ from distpatch.torch_utils import memory_format, private
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
+_new_wrapper = torch.Tensor._make_wrapper_subclass
+
 
 class _Rows:
     """``PatchTensor.local``: deferred rows are materialised at the first read.
@@ -74,12 +76,12 @@ class PatchTensor(torch.Tensor):
         size = list(local.shape)
         size[rows.dim] = rows.size
         shape = torch.Size(size)
-        self: PatchTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
-        if isinstance(local, Recipe):
+        self: PatchTensor = _new_wrapper(cls, shape, dtype=local.dtype, device=local.device)
+        if type(local) is Tensor:
+            self.local = local
+        elif isinstance(local, Recipe):
             self.recipe = local
             local.belong_to(self)
-        elif type(local) is Tensor:
-            self.local = local
         else:
             if (kind := kind_of(local)) is not None:
                 region = replace(region, kind=kind)

@@ -61,7 +61,7 @@ def sizes_for(kind: str) -> Sizes:
 
 
 def sizes_of(device: torch.device) -> Sizes:
-    return sizes_for(kind_of(device))
+    return BY_KIND.get(planned_for.kind or device.type, ELSEWHERE)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ def constant(numbers: Callable[..., Any], *given: Any, like: Tensor) -> Tensor:
 def forget() -> None:
     """Free them all."""
     made.cache_clear()
+    blank.cache_clear()
 
 
 def number(value: float) -> float:
@@ -34,6 +35,12 @@ def made(numbers: Callable[..., Any], given: tuple[Any, ...], dtype: torch.dtype
     """The same, where none are fake: found without a call of Python."""
     with torch.inference_mode(False):  # it may meet what is recorded
         return torch.tensor(numbers(*given), dtype=dtype).to(device)
+
+
+@lru_cache(maxsize=4096)
+def blank(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of one value alone, a view of a single element. Nobody may write to it."""
+    return made(number, (value,), dtype, device).expand(shape)
 
 
 def _shape(numbers: Any) -> list[int]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass, ScriptMethod, parse_schema
+from torch._C._distributed_c10d import AllgatherOptions
 from torch._guards import detect_fake_mode
 from torch._library.effects import EffectType
 from torch._ops import OpOverload, OpOverloadPacket
@@ -52,6 +53,8 @@ __all__ = [
     "tree_map",
 ]
 
+_NOW = AllgatherOptions()
+_NOW.asyncOp = False
 RUN_BACKWARD = "_engine_run_backward"  # of torch.autograd: what backward() and grad() both call
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
@@ -63,6 +66,8 @@ schemas_named = torch._C._jit_get_schemas_for_operator
 no_torch_function = torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
 no_torch_dispatch = torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
 no_modes = _disable_current_modes
+count_dispatch_modes = torch._C._len_torch_dispatch_stack
+in_functorch = torch._C._are_functorch_transforms_active
 has_setup_context = torch.autograd.function._is_setup_context_defined  # type: ignore[attr-defined]
 
 onednn_convolution: Any = torch.mkldnn_convolution
@@ -85,20 +90,19 @@ class FakeMode(FakeTensorMode):
     avoid_device_init = False  # type: ignore[assignment]
 
 
-def all_gather(everyone: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Fill ``everyone`` with the contiguous tensors ``own`` of all ranks, one behind the other."""
-    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before 2.13
-    gather(everyone, own, group=group)
+def all_gather(everyone: Tensor, own: Tensor, group: Any) -> None:
+    """Fill ``everyone`` with the flat tensors ``own`` of all ranks, one behind the other.
+
+    As ``dist.all_gather_single``, whose checks take longer than the rest.
+    """
+    gather = getattr(group, "all_gather_single", None) or group._allgather_base  # the name before 2.13
+    if (work := gather(everyone, own, _NOW)) is not None:
+        work.wait()
 
 
 def is_open(group: dist.ProcessGroup) -> bool:
     """Whether this process has not destroyed the group."""
     return group in c10d._world.pg_map
-
-
-def forget_batch(group: dist.ProcessGroup) -> None:
-    """Drop the messages of a batch that was begun and not ended."""
-    c10d._world.pg_coalesce_state.pop(group, None)
 
 
 def default_group() -> dist.ProcessGroup:
@@ -142,9 +146,19 @@ def devices_of(group: Any) -> list[torch.device]:
     return list(group._device_types)
 
 
-def end_batch(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Send the messages of a batch that was begun, on a backend that collects them."""
-    group._end_coalescing(device)
+def collects_batches(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the backend for this device sends the messages of a batch at once, when it is ended."""
+    return type(group) is dist.ProcessGroup and bool(group._get_backend(device).supports_coalescing)
+
+
+def begin_batch(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Collect messages, on a backend that collects them."""
+    group._start_coalescing(device)
+
+
+def end_batch(group: dist.ProcessGroup, device: torch.device) -> Any:
+    """Send the messages of a batch that was begun, on a backend that collects them; returns what to wait for."""
+    return group._end_coalescing(device)
 
 
 def own_connection(store: Any) -> Any:

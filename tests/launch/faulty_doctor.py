@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
-
-import torch.distributed as dist
 
 from distpatch import launch
 from distpatch.cli import app
+from distpatch.comm import point_to_point
+from distpatch.comm.transport import Batch
 
 KIND, RANK, PEER, *OPTIONS = sys.argv[1:]
 
@@ -19,19 +20,19 @@ def corrupting(send: Any) -> Any:
     """A backend's batch of messages, of which one to ``PEER`` arrives otherwise than it was sent."""
     corrupted = []
 
-    def batch(ops: list[Any]) -> Any:
-        for op in ops:
-            if op.op is dist.isend and op.group_peer == int(PEER) and not corrupted:
-                op.tensor = op.tensor + 1
-                corrupted.append(op)
-        return send(ops)
+    def send_batch(pg: Any, batch: Batch, collects: bool) -> Any:
+        if int(PEER) in batch.to and not corrupted:
+            corrupted.append(batch)
+            outgoing = [t + (peer == int(PEER)) for peer, t in zip(batch.to, batch.outgoing, strict=True)]
+            batch = replace(batch, outgoing=outgoing)
+        return send(pg, batch, collects)
 
-    return batch
+    return send_batch
 
 
 if os.environ["RANK"] == RANK:
     if KIND == "corrupt":
-        dist.batch_isend_irecv = corrupting(dist.batch_isend_irecv)
+        point_to_point.send_batch = corrupting(point_to_point.send_batch)
     else:
         with launch.process_group(device="cpu"):
             time.sleep(60)

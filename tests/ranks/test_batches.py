@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
 import distpatch
+from distpatch.comm import point_to_point
 from distpatch.comm.choose_transport import between, using
 from distpatch.comm.collectives import stack_ranks, sum_partials
 from distpatch.comm.communicator import communicator
@@ -101,18 +102,17 @@ def test_a_rule_over_a_transport_put_in_place() -> None:
 
 @contextmanager
 def planted(rank: int, error: Exception) -> Iterator[list[int]]:
-    """torch's batch is left open by an exception on one rank, the first time."""
-    left, send = [1], dist.batch_isend_irecv
+    """A batch is left by an exception on one rank, the first time."""
+    left, send = [1], point_to_point.send_batch
 
-    def batch(ops: list[Any]) -> Any:
+    def batch(pg: Any, batch: Batch, collects: bool) -> Any:
         if dist.get_rank() != rank or not left:
-            return send(ops)
+            return send(pg, batch, collects)
         left.pop()
-        with c10d._coalescing_manager(ops[0].group):
-            raise error
+        raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "batch_isend_irecv", batch)
+        patch.setattr(point_to_point, "send_batch", batch)
         yield left
 
 
@@ -168,18 +168,70 @@ def test_a_batch_is_ended_before_its_group(monkeypatch: pytest.MonkeyPatch) -> N
             done.append(f"end on {device}")
             raise RuntimeError("nothing to end")
 
-    from distpatch.comm import point_to_point
-
     group: Any = Collects(**NCCL)
     point_to_point._end_batch(group, gpu(1))
     assert done == ["end on cuda:1", "abort"]
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_numbers_that_memory_does_not_have(grad: bool) -> None:
+    """torch conjugates and negates lazily: what is sent is the value."""
+    z = torch.arange(16.0, dtype=torch.float64).view(1, 2, 4, 2) * (1 + 2j)
+
+    def body(rank: int) -> None:
+        name, own = communicator(dist.group.WORLD).name, z[:, :, 2 * rank : 2 * rank + 2]
+        needs = (((0, 4),), ((0, 4),))
+        with torch.set_grad_enabled(grad):
+            for lazy, whole in ((own.conj(), z.conj()), (own.conj().imag, -z.imag)):
+                assert lazy.is_conj() or lazy.is_neg()
+                assert_same(fetch_rows(lazy, 2, (0, 2, 4), needs, name, "test", False)[0], whole, 0.0, "rows")
+                assert_same(
+                    stack_ranks(lazy, name, "test")[1 - rank],
+                    whole.roll(2, 2)[:, :, 2 * rank : 2 * rank + 2],
+                    0.0,
+                    "stack",
+                )
+                total = whole[:, :, :2] + whole[:, :, 2:]
+                assert_same(sum_partials(lazy, name, "test"), total, 0.0, "sum")
+
+    run_ranks(2, body)
+
+
+@pytest.mark.parametrize(("to", "source", "named"), [([1], [1], 1), ([2], [], 2), ([1, 2], [1], None)])
+def test_what_a_collected_batch_waits_for(to: list[int], source: list[int], named: int | None) -> None:
+    """On a backend that collects messages: one wait, which names the rank where there is but one."""
+    done: list[str] = []
+
+    class Collects(Group):
+        def _start_coalescing(self, device: torch.device) -> None:
+            done.append("begin")
+
+        def _end_coalescing(self, device: torch.device) -> str:
+            done.append("end")
+            return "work"
+
+        def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+            done.append(f"from {peer}")
+
+        def send(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+            done.append(f"to {peer}")
+
+    group: Any = Collects(**NCCL)
+    batch = Batch("test", to, [torch.zeros(1)] * len(to), source, [torch.zeros(1)] * len(source), gpu(0))
+    assert point_to_point.send_batch(group, batch, True) == [("work", named)]
+    assert done == ["begin", *(f"from {peer}" for peer in source), *(f"to {peer}" for peer in to), "end"]
+
+
 def test_a_single_message_is_a_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL makes another communicator for a message that is sent alone."""
     sizes: list[int] = []
-    send = dist.batch_isend_irecv
-    monkeypatch.setattr(dist, "batch_isend_irecv", lambda ops: sizes.append(len(ops)) or send(ops))
+    send = point_to_point.send_batch
+
+    def counted(pg: Any, batch: Batch, collects: bool) -> Any:
+        sizes.append(len(batch.to) + len(batch.source))
+        return send(pg, batch, collects)
+
+    monkeypatch.setattr(point_to_point, "send_batch", counted)
     bounds, needs = (0, 2, 4), (((0, 0),), ((1, 4),))
 
     def body(rank: int) -> Tensor:

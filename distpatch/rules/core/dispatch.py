@@ -21,7 +21,7 @@ from distpatch.lazy.buffer_reuse import pending
 from distpatch.rules.core.aliasing import before_writing, may_write, mutates, protect, through
 from distpatch.rules.core.fallback import computed_on_all, fallback
 from distpatch.rules.core.memory_order import as_on_one_device
-from distpatch.rules.core.operands import in_order
+from distpatch.rules.core.operands import PLAIN, in_order
 from distpatch.rules.core.out_argument import into
 from distpatch.tensor.halo_rows import let_go, live
 from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor
@@ -30,6 +30,7 @@ from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.private import schemas_named
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
+_NO_TENSORS = frozenset({type(None), int, float, bool, str, tuple})
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names of these too
 
 
@@ -44,7 +45,9 @@ class _Dispatcher:
         ):
             before_writing(func, args, kwargs or {})
             let_go(args[0] if entry.elementwise and args and not (kwargs and "out" in kwargs) else None)
-        if kwargs or entry.asks_if_empty:
+        if kwargs and entry.elementwise and "out" not in kwargs:  # whose rule takes all names as they are
+            result = entry.rule(func, *args, **kwargs)
+        elif kwargs or entry.asks_if_empty:
             kwargs = kwargs or {}
             result = _applied(entry, func, args, kwargs)
             if kwargs.get("out") is not None:
@@ -106,17 +109,16 @@ def _is_any_order(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: di
 
 def _are_in_order(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
     """Whether all arguments stand in the order of their dims: then so does the result, by any kernel."""
-    if func is F.scaled_dot_product_attention or torch.compiler.is_compiling():  # by some, heads stand behind tokens
+    if func is F.scaled_dot_product_attention:  # by some, heads stand behind tokens
         return False
     for arg in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(arg, PatchTensor):
-            rows = arg.local_or_recipe
-            if isinstance(rows, Tensor):
-                if not _fall(rows.stride()):
-                    return False
-            elif rows.format is not torch.contiguous_format:
+        if type(arg) in _NO_TENSORS or not isinstance(arg, Tensor):
+            continue
+        rows = arg.local_or_recipe if isinstance(arg, PatchTensor) else arg
+        if isinstance(rows, Tensor):  # of others than plain ones, sizes may be symbols
+            if type(rows) not in PLAIN or not _fall(rows.stride()):
                 return False
-        elif isinstance(arg, Tensor) and not _fall(arg.stride()):
+        elif rows.format is not torch.contiguous_format:
             return False
     return True
 

@@ -86,6 +86,8 @@ def given(x: PatchTensor, weight: Tensor | None = None) -> Given:
 
 def fixed(value: Any) -> Any:
     """A kernel's size, stride or the like in numbers, which a plan can be found by: a tensor may change."""
+    if type(value) is tuple:
+        return tuple(map(operator.index, value))
     if type(value) is int or isinstance(value, str):
         return value
     return tuple(map(operator.index, value)) if isinstance(value, (tuple, list)) else operator.index(value)

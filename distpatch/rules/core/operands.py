@@ -41,7 +41,8 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 
 def autocast(x: PatchTensor, probe: Callable[[Tensor], Tensor]) -> PatchTensor:
     """The tensor in the dtype that autocast runs this function in, found by trying one element."""
-    if not x.dtype.is_floating_point or not torch.is_autocast_enabled(x.device.type):
+    rows = x.local_or_recipe
+    if not torch.is_autocast_enabled(rows.device.type) or not rows.dtype.is_floating_point:
         return x
     return wrap(x.local.to(probe(x.local.new_zeros(1)).dtype), x)
 

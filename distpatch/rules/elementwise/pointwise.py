@@ -29,12 +29,15 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
         if type(arg) is PatchTensor:
             if lead is None:
                 lead = arg
-            elif arg.row_layout != lead.row_layout or arg.ndim != lead.ndim or arg.region.comm is not lead.region.comm:
+            elif not _are_alike(arg, lead):
                 alike = False
                 break
         elif isinstance(arg, (Tensor, list, tuple)):
             alike = False
             break
+    if kwargs and alike:
+        for arg in kwargs.values():
+            alike = alike and not isinstance(arg, Tensor)
     if lead is not None:
         if lead.halo_rows is not None and (halo := brought(lead)) is not None:
             return _beside_halo(halo, lead, alike, func, args, kwargs)
@@ -44,11 +47,13 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _of_rows(lead: PatchTensor, alike: bool, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``alike``: all operands are sharded as the lead is, or numbers."""
-    if lead.region.options.lazy and may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
+    if may_pay(lead) and (later := defer_pointwise(func, args, kwargs)) is not None:
         return later
-    if alike and not any(isinstance(arg, Tensor) for arg in kwargs.values()):
-        locals_ = [arg.local if type(arg) is PatchTensor else arg for arg in args]
-        return _wrap(func(*locals_, **kwargs), lead, lead.row_layout.dim - lead.ndim)
+    if alike:
+        result = func(*[arg.local if type(arg) is PatchTensor else arg for arg in args], **kwargs)
+        if type(result) is Tensor and result is not lead.local and result.ndim == lead.ndim:
+            return PatchTensor(result, lead.row_layout, lead.region)
+        return _wrap(result, lead, lead.row_layout.dim - lead.ndim)
     return _broadcast(func, args, kwargs)
 
 
@@ -58,6 +63,12 @@ def _beside_halo(halo: HaloRows, lead: PatchTensor, alike: bool, func: Any, args
     if args[0] is lead and mutates(func, args, kwargs) is lead:
         lead.halo_rows = None
     return of_halo(_of_rows(lead, alike, func, args, kwargs))
+
+
+def _are_alike(one: PatchTensor, other: PatchTensor) -> bool:
+    rows, others = one.row_layout, other.row_layout
+    alike = (rows is others or rows == others) and len(one._shape) == len(other._shape)
+    return alike and one.region.comm is other.region.comm
 
 
 def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -66,6 +67,15 @@ def moments(
     if len(counts) == 1:
         return counts[0], means[0], m2s[0]
     return merge_moments(counts, torch.stack(means), torch.stack(m2s))
+
+
+def _deviation_and_mean(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Of each group of channels of each sample, (B, groups), in fp32 or better, in one kernel."""
+    if rows.dtype.itemsize < 4:
+        rows = rows.float()
+    batch, channels, *sizes = rows.shape
+    grouped = rows.view(batch, groups, channels // groups, *sizes)
+    return torch.std_mean(grouped, list(range(2, grouped.ndim)), correction=0)
 
 
 def _double(like: Tensor | Recipe) -> torch.dtype:
@@ -151,18 +161,20 @@ class Norm:
         """How many samples parts of this rank's rows have, and the mean and the deviation of each."""
         if isinstance(local, Recipe) and local.value is not None:
             local = local.value
-        along = max(self.row_layout.dim, 2)
-        rows, row_samples = local.shape[along], math.prod(local.shape[2:]) // max(local.shape[along], 1)
         if sizes_of(local.device).reads_twice or self._is_seen(local) or not local.shape.numel():
             count, mean, m2 = self._moments(local)
             return [count], [mean, (m2 / max(count, 1)).clamp_(min=0).sqrt_()]
+        along, a_row = max(self.row_layout.dim, 2), self._a_row(local)
+        rows, at_once = local.shape[along], _rows_of_a_reading(local, along)
         counts, found = [], []
-        for lo, hi in patches_to_run(_intervals(rows, _rows_of_a_reading(local, along))):
-            chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
-            grouped = chunk.to(torch.promote_types(chunk.dtype, torch.float32)).unflatten(1, (self.groups, -1))
-            deviation, mean = torch.std_mean(grouped, tuple(range(2, grouped.ndim)), correction=0)
+        for lo, hi in patches_to_run(_intervals(rows, at_once) if at_once < rows else [(0, rows)]):
+            if isinstance(local, Recipe):
+                chunk = local.evaluate(lo, hi)
+            else:
+                chunk = local if hi - lo == rows else local.narrow(along, lo, hi - lo)
+            deviation, mean = _deviation_and_mean(chunk, self.groups)
             found += [mean, deviation]
-            counts.append((hi - lo) * row_samples * grouped.shape[2])
+            counts.append((hi - lo) * a_row)
         return counts, found
 
     def _is_seen(self, local: Tensor | Recipe) -> bool:
@@ -177,8 +189,10 @@ class Norm:
         return self._a_row(local) * self.row_layout.size
 
     def _a_row(self, local: Tensor | Recipe) -> int:
-        others = [n for d, n in enumerate(local.shape) if d not in (1, self.row_layout.dim) and (d or not self.groups)]
-        return math.prod(others) * (local.shape[1] // self.groups if self.groups else 1)
+        shape = local.shape
+        if torch.compiler.is_compiling():
+            return _samples_of_a_row.__wrapped__(shape, self.row_layout.dim, self.groups)
+        return _samples_of_a_row(shape, self.row_layout.dim, self.groups)
 
     def sums(self, per_channel: Tensor) -> Tensor:
         """(B or 1, C) summed over each group, at every channel."""
@@ -190,9 +204,16 @@ class Norm:
 
 def _packed(moments: Sequence[Tensor]) -> Tensor:
     """Mean and deviation of each part, (K, 2, ...)."""
-    parts = moments[0].new_empty((len(moments), *moments[0].shape), dtype=_double(moments[0]))
-    foreach_copy(list(parts.unbind(0)), list(moments))
-    return parts.unflatten(0, (-1, 2))
+    shape = moments[0].shape
+    parts = torch.empty((len(moments), *shape), dtype=_double(moments[0]), device=moments[0].device)
+    foreach_copy(parts.unbind(0), list(moments))
+    return parts.view(-1, 2, *shape)
+
+
+@lru_cache(maxsize=4096)
+def _samples_of_a_row(shape: torch.Size, dim: int, groups: int) -> int:
+    others = [n for d, n in enumerate(shape) if d not in (1, dim) and (d or not groups)]
+    return math.prod(others) * (shape[1] // groups if groups else 1)
 
 
 def of_channels(t: Tensor, channels: int) -> Tensor:

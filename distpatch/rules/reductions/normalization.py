@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.executor import may_pay
-from distpatch.rules.core.operands import along_rows, autocast, beside_rows, precise, replicated_operand, wrap
+from distpatch.rules.core.operands import PLAIN, along_rows, autocast, beside_rows, precise, replicated_operand, wrap
 from distpatch.rules.core.registry import R, named, rule
 from distpatch.rules.reductions.moments import Norm
 from distpatch.rules.reductions.normalize import normalize, normalize_rows
@@ -21,6 +22,7 @@ from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors
 
+_NEVER = frozenset({type(None), int, float, bool, tuple, *PLAIN})  # types of arguments that are not sharded
 _RUNNING = ("running_mean", "running_var")
 
 
@@ -30,7 +32,7 @@ def norm_rule(*funcs: Any, **properties: Any) -> Callable[[R], R]:
     def register(handler: R) -> R:
         def checked(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
             sharded = isinstance(input, PatchTensor)
-            if any(isinstance(t, (PatchTensor, RowCopy)) for t in (*args, *kwargs.values())):
+            if _any_sharded(args) or (kwargs and _any_sharded(kwargs.values())):
                 running = 2 if op_name(func) in {"batch_norm", "instance_norm"} else 0
                 if not sharded and running and _writes(func, args, kwargs):
                     _refuse_sharded(func, [*args[:2], *(kwargs.get(name) for name in _RUNNING)])
@@ -43,6 +45,15 @@ def norm_rule(*funcs: Any, **properties: Any) -> Callable[[R], R]:
         return handler
 
     return register
+
+
+def _any_sharded(given: Collection[Any]) -> bool:
+    for one in given:  # a generator would take longer
+        if type(one) in _NEVER:
+            continue
+        if isinstance(one, (PatchTensor, RowCopy)):
+            return True
+    return False
 
 
 def _plain(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +92,10 @@ def _fixed(func: Any, input: PatchTensor, *args: Any) -> PatchTensor:
 
 
 def _norm(func: Any, input: PatchTensor, groups: int, eps: float) -> Norm:
-    return Norm(groups, eps, input.row_layout, input.comm.name, op_name(func))
+    return _known(groups, eps, input.row_layout, input.region.comm.name, op_name(func))
+
+
+_known = lru_cache(maxsize=4096)(Norm)
 
 
 @norm_rule(*named("group_norm"), keeps_format=True)

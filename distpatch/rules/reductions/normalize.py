@@ -15,7 +15,7 @@ from distpatch.layout.stencil import WindowStencil
 from distpatch.layout.transfers import plan_stencil
 from distpatch.lazy.deferred_ops import Step
 from distpatch.lazy.recipe import Recipe
-from distpatch.lazy.row_patches import rows_now
+from distpatch.lazy.row_patches import format_of_rows, rows_now
 from distpatch.rules.core.executor import deferrable, run_rows
 from distpatch.rules.core.halo import strips_of
 from distpatch.rules.core.operands import needs_grad, wrap
@@ -97,7 +97,8 @@ def scaling(like: Tensor | Recipe, mean: Tensor, spread: Tensor, weight: Tensor 
     (samples, groups), channels = mean.shape, like.shape[1]
     shape = (samples, groups, channels // groups)
     mean, spread = mean.unsqueeze(-1), spread.unsqueeze(-1)
-    scale, shift = (torch.empty(shape, dtype=precise, device=like.device) for _ in range(2))
+    scale = torch.empty(shape, dtype=precise, device=like.device)
+    shift = torch.empty_like(scale)
     if weight is None:
         torch.reciprocal(spread.expand(shape), out=scale)
     else:
@@ -110,7 +111,7 @@ def scaling(like: Tensor | Recipe, mean: Tensor, spread: Tensor, weight: Tensor 
 
         def scaled(parts: Sequence[Tensor], spare: Sequence[Tensor], lo: int, hi: int) -> Tensor:
             rows = parts[0]
-            out = spare[0] if spare else torch.empty_like(rows, memory_format=memory_format(rows))
+            out = spare[0] if spare else torch.empty_like(rows, memory_format=format_of_rows(rows))
             return torch.addcmul(to, rows, by, out=out)
 
         return scaled
