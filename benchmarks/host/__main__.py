@@ -42,6 +42,7 @@ PLAIN, ALONE = "plain", "alone"
 WARM_UP = 2
 
 COMPILED = "compiled "
+LEAST_SHOWN_MS = 0.02
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -114,14 +115,15 @@ def _compiled(model: nn.Module) -> nn.Module:
 
 
 def _add_functions(shown: Table, calls: dict[str, Callable[[], object]], rounds: int) -> None:
-    """A row a torch function: milliseconds, of plain torch first."""
+    """A row a torch function that takes longer than in plain torch: milliseconds."""
     found = {name: milliseconds_by_function(calls[name], rounds) for name in sorted(calls, key=_place)}
     for heading in ("torch function", *found, "calls", "more than plain"):
         shown.add_column(heading, justify="left" if heading == "torch function" else "right", no_wrap=True)
     (plain, _), (last, counts) = found[PLAIN], list(found.values())[-1]
     for name in sorted(last, key=lambda name: plain.get(name, 0.0) - last[name]):
-        each = [f"{times.get(name, 0.0):.2f}" for times, _ in found.values()]
-        shown.add_row(name, *each, str(counts[name] or ""), f"{last[name] - plain.get(name, 0.0):.2f}")
+        each, more = [f"{times.get(name, 0.0):.2f}" for times, _ in found.values()], last[name] - plain.get(name, 0.0)
+        if more >= LEAST_SHOWN_MS:
+            shown.add_row(name, *each, str(counts[name] or ""), f"{more:.2f}")
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
