@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from distpatch.model.calls import STATE, Call, Conversion, inside, leave, sharde
 from distpatch.model.compile_ops import begin_call, end_call, enter_compiled
 from distpatch.model.compiled_calls import compiled_calls
 from distpatch.model.known_torch_bugs import warn_of_known_faults
+from distpatch.model.speeds import weights_for
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.region import CallState, Region
@@ -55,6 +56,8 @@ def convert_model(
     late_check: bool = False,
     compile: bool | dict[str, Any] = False,
     overlap: bool = True,
+    weights: Sequence[float] | str | None = None,
+    policy: str = "shard",
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -104,12 +107,15 @@ def convert_model(
         late_check,
         compile,
         overlap,
+        weights,  # type: ignore[arg-type]  # it is made a tuple there
+        policy,
     )
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
     warn_of_known_faults(model)
     comm = communicator(group, devices.of_model(model))
     comm.rendezvous.require_same_call("convert_model", lambda: _identity(model, comm, options))
+    options = replace(options, weights=weights_for(options.weights, comm, model))
     comm.liveness, comm.late_check = liveness, late_check
     state = Conversion(Region(comm, options, conversion=object()))
     wrappers = {
