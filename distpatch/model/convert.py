@@ -22,6 +22,7 @@ from distpatch.model.calls import STATE, Call, Conversion, inside, leave, sharde
 from distpatch.model.compile_ops import begin_call, end_call, enter_compiled
 from distpatch.model.compiled_calls import compiled_calls
 from distpatch.model.known_torch_bugs import warn_of_known_faults
+from distpatch.model.policy import Policy
 from distpatch.model.speeds import weights_for
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
@@ -118,8 +119,9 @@ def convert_model(
     options = replace(options, weights=weights_for(options.weights, comm, model))
     comm.liveness, comm.late_check = liveness, late_check
     state = Conversion(Region(comm, options, conversion=object()))
+    auto = Policy(comm) if policy == "auto" and comm.has_peers else None
     wrappers = {
-        name: compiled_calls(_entry(getattr(model, name), name, state, model), state)
+        name: compiled_calls(_entry(getattr(model, name), name, state, model, auto), state)
         for name in ENTRY_POINTS
         if callable(getattr(model, name, None))
     }
@@ -181,7 +183,9 @@ def _identity(model: nn.Module, comm: Communicator, options: Options) -> str:
     return f"{type(model).__name__} with options ({options}), state {digest.hexdigest()[:16]}"
 
 
-def _entry(function: Callable[..., Any], name: str, state: Conversion, model: nn.Module) -> Callable[..., Any]:
+def _entry(
+    function: Callable[..., Any], name: str, state: Conversion, model: nn.Module, policy: Policy | None
+) -> Callable[..., Any]:
     """The wrapper of one entry point. Calls from inside the sharded computation pass straight through."""
     what = f"{type(model).__name__}.{name}"
 
@@ -201,7 +205,10 @@ def _entry(function: Callable[..., Any], name: str, state: Conversion, model: nn
             sharded = call.enter(_region(state, model))
             return function(*sharded[0], **sharded[1])
 
-        with inside(state, what, problem or call.signature, problem, steps, (args, kwargs)):
+        trial = None if policy is None or problem or steps is not None else policy.trial_of(call)
+        with inside(state, what, problem or call.signature, problem, steps or trial, (args, kwargs)):
+            if trial is not None:
+                return trial.run(call, run, function)
             return call.leave(run() if steps is None else steps.step(run))
 
     return entry
