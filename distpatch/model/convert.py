@@ -206,6 +206,9 @@ def _entry(
             return function(*sharded[0], **sharded[1])
 
         trial = None if policy is None or problem or steps is not None else policy.trial_of(call)
+        if trial is not None and trial.needs_nobody(state.options.output):
+            with state.thread.as_if(inside=True):
+                return trial.run(call, run, function)
         with inside(state, what, problem or call.signature, problem, steps or trial, (args, kwargs)):
             if trial is not None:
                 return trial.run(call, run, function)

@@ -1,7 +1,8 @@
 """``convert_model(policy="auto")``: calls of small inputs computed whole on every rank, where that is faster.
 
 The first calls of a shape are tried, each of them a right one: ``TRIES`` sharded, then as many whole. What the ranks
-measured they tell each other when they meet for the next call, so that all decide the same; then it stays so.
+measured they tell each other when they meet for the next call, so that all decide the same; then it stays so. A call
+that is computed whole asks nobody any more: a rank's result is right for what this rank was called with.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from distpatch.comm.communicator import Communicator
 from distpatch.model.calls import Call
 from distpatch.profiling.live_memory import LivePeak
 from distpatch.profiling.op_costs import mark, seconds_between
+from distpatch.profiling.trace import trace
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.tree import streams_in
@@ -25,7 +27,7 @@ SHARDED, WHOLE = "sharded", "whole"
 TRIES = 3  # of each way; the first of each loads kernels and makes plans
 HOPELESS = 1.5  # times a sharded call: then a whole one is not tried again
 FREE_PART = 8  # of a GPU's free memory, what a call may take that is computed whole
-MOST_SHAPES = 4096  # that are remembered
+MOST_SHAPES = 4096  # that are remembered; further ones are sharded
 Answers = list[dict[str, Any]]
 
 
@@ -41,9 +43,9 @@ class Policy:
         if any(isinstance(image, PatchTensor) for image in call.images) or streams_in(call.arguments):
             return None
         key = f"{call.what} {call.signature}"
-        if key not in self.trials and len(self.trials) == MOST_SHAPES:
-            del self.trials[next(iter(self.trials))]
-        return self.trials.setdefault(key, Trial(key, self.comm))
+        if key not in self.trials and len(self.trials) < MOST_SHAPES:
+            self.trials[key] = Trial(key, self.comm)
+        return self.trials.get(key)
 
 
 class Trial:
@@ -59,8 +61,12 @@ class Trial:
         self._device = torch.device("cpu")
         self._times: dict[str, list[float]] = {SHARDED: [], WHOLE: []}
         self._span: tuple[str, Any, Any] | None = None  # of the last try, not read yet
-        self._peak: float | None = None  # bytes that the first sharded call held at once
+        self._peak: float | None = None  # bytes that the first sharded call held at once; infinite: never whole
         self._layouts: list[Any] = []
+
+    def needs_nobody(self, output: str) -> bool:
+        """Whether the other ranks need not be met: they have decided the same, and no result is shared among them."""
+        return self.settled == WHOLE and output == "gather"
 
     def payload(self, given: Any) -> dict[str, object]:
         if self.settled:
@@ -102,8 +108,10 @@ class Trial:
         self._device = call.images[0].device
         args, kwargs = call.arguments
         if self.way == WHOLE:
-            with self._clock():
+            with self._clock(), nullcontext() if self.settled else trace() as seen:
                 result = call.leave_whole(function(*args, **kwargs), self._layouts)
+            if seen is not None and seen.records:  # the model keeps rows since a sharded call: whole it is not
+                self._peak = math.inf
             seconds = None if self.seconds is None else (self.seconds[WHOLE], self.seconds[SHARDED])
             self.comm.recorder.whole(self.key, seconds)
             return result

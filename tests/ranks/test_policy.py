@@ -197,7 +197,7 @@ def test_what_a_model_writes_to_its_input() -> None:
             assert_same(x, random_tensor(SHAPE) + 1, 1e-12, "input")
 
 
-def test_what_a_sharded_call_has_kept_is_used_by_a_whole_one() -> None:
+def test_a_model_that_keeps_rows_between_calls_stays_sharded() -> None:
     class Keeping(Paused):
         kept: Any = None
 
@@ -209,7 +209,11 @@ def test_what_a_sharded_call_has_kept_is_used_by_a_whole_one() -> None:
     net = Keeping(policy.SHARDED)
 
     def run(model: Any, rank: int = 0) -> list[Tensor]:
-        return [model(random_tensor(SHAPE, seed=n)) for n in range(TRIED + 2)]
+        found = [model(random_tensor(SHAPE, seed=n)) for n in range(TRIED + 1)]
+        with distpatch.trace() as t:
+            found.append(model(random_tensor(SHAPE, seed=TRIED + 1)))
+        assert not t.whole
+        return found
 
     with torch.no_grad():
         right = run(copy.deepcopy(net))
@@ -240,14 +244,16 @@ def test_draws_of_a_whole_call_are_one_devices() -> None:
             assert_same(value, expected, 1e-10, "draws")
 
 
-def test_ranks_called_differently_are_named_before_a_whole_call() -> None:
+def test_ranks_called_differently_are_named_where_they_meet() -> None:
     net = Paused(policy.SHARDED)
 
     def body(rank: int) -> None:
         model = distpatch.convert_model(copy.deepcopy(net), dist.group.WORLD, policy="auto")
         with torch.no_grad():
             assert ways(model, TRIED + 1)[-1] == policy.WHOLE
-            model(random_tensor((1, 3, 8 + rank, 6)))
+            if rank == 1:
+                assert_same(model(random_tensor(SHAPE)), net(random_tensor(SHAPE)), 1e-10, "asks nobody")
+            model(random_tensor((1, 3, 9 + rank, 6)))
 
     for outcome in rank_outcomes(2, body):
         assert isinstance(outcome, RankError) and "called differently" in str(outcome)
