@@ -19,7 +19,6 @@ import distpatch
 from benchmarks._harness.crew import serve
 from benchmarks.breadth.nets import NETS
 from distpatch import launch
-from distpatch.model.calls import conversion_of
 
 
 class Slowed(TorchDispatchMode):
@@ -46,18 +45,21 @@ class Worker:
         self.converted: dict[str, nn.Module] = {}
 
     def convert(self, name: str, weights: Any) -> dict[str, Any]:
-        """Convert another copy of the net; how its rows are shared then."""
-        model = distpatch.convert_model(copy.deepcopy(self.model), dist.group.WORLD, weights=weights)
-        self.converted[name] = model
-        conversion = conversion_of(model)
-        assert conversion is not None
-        return {"weights": conversion.options.shares}
+        """Convert another copy of the net."""
+        model = copy.deepcopy(self.model)
+        self.converted[name] = distpatch.convert_model(model, dist.group.WORLD, weights=weights, output="shard")
+        return {}
 
     def time(self, name: str) -> dict[str, Any]:
+        """One call: the slowest rank's time counts. ``share``: of the result's rows, what rank 0 has."""
         started = time.perf_counter()
         with torch.inference_mode():
-            self.call(self.converted[name], *self.inputs)
-        return {"seconds": time.perf_counter() - started}
+            result = self.call(self.converted[name], *self.inputs)
+        seconds = time.perf_counter() - started
+        while not isinstance(result, Tensor):
+            result = result[0]
+        assert isinstance(result, distpatch.PatchTensor)
+        return {"seconds": seconds, "share": result.row_layout.heights[0] / result.row_layout.size}
 
 
 def main(net: str, threads: int, slow_rank: int, times: int) -> None:

@@ -83,6 +83,11 @@ def convert_model(
     ``overlap``: without gradients, rows that need no halo are computed while it is under way; False: it is waited for
     first. The result has the same bits.
 
+    ``weights``: one positive number a rank, in proportion to which ranks get rows (None: evenly), or "measured": each
+    rank times a short convolution now. ``policy``: "shard", or "auto": of each shape, the first calls are tried sharded
+    and computed whole by every rank, and the faster way is kept, unless the whole may take much memory or ranks may
+    round differently (docs/speed.md; ``trace()`` says which calls these were).
+
     ``compile=True``: each entry point is one graph of ``torch.compile``, made at the first call of each shape, in which
     the ranks meet as in a plain call: rules run when it is made, and not again. A dict: what ``torch.compile`` is
     told beside that, such as ``{"mode": "max-autotune"}``. Displaced steps run as without it. From torch 2.13.
