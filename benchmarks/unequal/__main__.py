@@ -36,21 +36,22 @@ def main(
     splits: dict[str, Any] = {f"{share:.2f}": (share, 1 - share) for share in SHARES}
     splits |= {"even": None, "given": (times, 1), "measured": "measured"}
     with Crew(WORKER, {"net": net, "slow_rank": 1, "times": times}, 2, 1) as crew:
-        found = {
-            name: crew.ask("convert", name=name, weights=weights)[0]["weights"] for name, weights in splits.items()
-        }
+        for name, weights in splits.items():
+            crew.ask("convert", name=name, weights=weights)
+        shares: dict[str, float] = {}
         seconds: dict[str, list[float]] = {name: [] for name in splits}
         for _ in range(rounds + 1):
             for name in splits:
-                seconds[name].append(max(answer["seconds"] for answer in crew.ask("time", name=name)))
+                answers = crew.ask("time", name=name)
+                seconds[name].append(max(answer["seconds"] for answer in answers))
+                shares[name] = answers[0]["share"]
     fastest = {name: min(each[1:]) for name, each in seconds.items()}  # the first calls load kernels and make plans
     best = min((f"{share:.2f}" for share in SHARES), key=fastest.__getitem__)
     console.print("split, rank 0's share, seconds (minimum of the rounds), times the best of the grid")
     for name, least in fastest.items():
-        share = 0.5 if found[name] is None else found[name][0] / sum(found[name])
-        console.print(f"{name:10}{share:8.3f}{least:10.4f}{least / fastest[best]:8.2f}", highlight=False)
+        console.print(f"{name:10}{shares[name]:8.3f}{least:10.4f}{least / fastest[best]:8.2f}", highlight=False)
     if json_file is not None:
-        numbers = {"net": net, "times": times, "weights": found, "seconds": seconds}
+        numbers = {"net": net, "times": times, "shares": shares, "seconds": seconds}
         json_file.write_text(json.dumps({"machine": about, **numbers}, indent=1) + "\n")
 
 
