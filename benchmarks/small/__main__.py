@@ -21,7 +21,7 @@ from benchmarks._harness.crew import Crew, machine, wide_console
 from benchmarks.breadth.nets import NETS
 
 WORKER = "benchmarks.breadth.worker"
-SETTLED = 8  # calls, after which policy="auto" has chosen
+SETTLED = 10  # calls, after which policy="auto" has chosen
 SIDES = (64, 128)
 PIXELS_PER_ROW = {"KL decode": 8}  # of the picture, for a row of the input; 1 where nothing is said
 SMALL = ("KL decode", "pixel U-Net step", "U-Net, batch norm", "BasicUNet", "SegFormer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from distpatch.errors import DistPatchError, LayoutError
-from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.lazy.buffer_reuse import deferred_rows
 from distpatch.model.arguments import is_image, problem_of, signature_of
 from distpatch.rules.core.operands import in_order
 from distpatch.tensor.options import Options
-from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, handed_back, on_rank0, shard_in, shard_input
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, handed_back, on_rank0, shard_input
 from distpatch.tensor.region import CallState, Region
 from distpatch.tensor.user_classes import kind_of
 from distpatch.torch_utils.tree import give_back, map_tensors, tensors_in
@@ -28,7 +27,13 @@ STATE = "_distpatch"  # of a converted model: the attribute that holds its ``Con
 
 
 class Told(Protocol):
-    """What is chosen anew at each call, from what the ranks tell each other before it (model/policy.py)."""
+    """What is chosen anew at each call, from what the ranks tell each other before it (model/policy.py).
+
+    ``sends``: whether ranks exchange anything in the call, once it is chosen.
+    """
+
+    @property
+    def sends(self) -> bool: ...
 
     def payload(self, given: Any) -> dict[str, object]:
         """What this rank tells the others before the call; ``given``: the arguments."""
@@ -106,6 +111,7 @@ class Call:
         self.kind = next((kind for kind in kinds if kind is not None), None)
         self.versions = [None if t.is_inference() else t._version for t in self.images]
         self.left: dict[int, tuple[Tensor, Any]] = {}
+        self.mine: set[int] = set()  # tensors that leave as they are
         self.made: list[tuple[Any, Any]] = []
 
     @property
@@ -147,37 +153,10 @@ class Call:
             self.mine.update(map(id, itertools.chain(self.model.parameters(), self.model.buffers())))
         result = map_tensors(self._leave, result, self._streamed)
         self._give_back()
-        self._tidy()
+        self.tidy()
         return result
 
-    def layouts_of(self, result: Any) -> list[RowLayout | None]:
-        """Of each tensor of a result, before it leaves: the rows that each rank has of it, None where it is plain."""
-        layouts: list[RowLayout | None] = []
-        map_tensors(lambda t: layouts.append(_layout_in_order(t)) or t, result)  # type: ignore[func-returns-value]
-        return layouts
-
-    def leave_whole(self, result: Any, layouts: Sequence[RowLayout | None]) -> Any:
-        """As ``leave``, of a result that this rank has computed alone. ``layouts``: those of a sharded call."""
-        self.mine = set()
-        expected, output, region = iter(layouts), self.state.options.output, self.state.region.handed_out
-
-        def left(tensor: Tensor) -> Any:
-            layout = next(expected, None)
-            if isinstance(tensor, PatchTensor):  # that the model has kept since another call
-                return leave(tensor, self.state)
-            if output == "gather" or layout is None:
-                return tensor
-            if output == "rank0":
-                return tensor.detach() if region.comm.rank == 0 else None
-            if layout.dim >= tensor.ndim or layout.size != tensor.shape[layout.dim]:  # it was another result
-                return shard_input(tensor, self.state.options.dim, region) if is_image(tensor) else tensor
-            return shard_in(region, tensor, layout)
-
-        result = map_tensors(left, result)
-        self._tidy()
-        return result
-
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
         """Buffers are plain after the call, and nothing is deferred beyond it."""
         for buffers, key, buffer in sharded_buffers(self.model):
             buffers[key] = self._leave(buffer) if self.state.options.output == "gather" else handed_back(buffer)
@@ -233,7 +212,7 @@ def inside(
     told: Told | None = None,
     given: Any = None,
 ) -> Iterator[None]:
-    """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait."""
+    """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait for this one."""
     if state.thread.inside:
         yield
         return
@@ -242,17 +221,14 @@ def inside(
     answers = comm.begin_call(what, signature, None if told is None else told.payload(given))
     if problem:
         raise LayoutError(problem)
-    with state.thread.as_if(inside=True), comm.open_call(what):
-        if told is not None:
-            told.begin(signature, answers)
-        yield
-
-
-def _layout_in_order(tensor: Tensor) -> RowLayout | None:
-    if not isinstance(tensor, PatchTensor):
-        return None
-    layout = tensor.row_layout
-    return RowLayout(layout.dim, tensor.region.bounds(layout.size)) if isinstance(layout, BlockLayout) else layout
+    with state.thread.as_if(inside=True):
+        with comm.open_call(what):
+            if told is not None:
+                told.begin(signature, answers)
+            if told is None or told.sends:
+                yield
+                return
+        yield  # an error of this rank is nothing to the others
 
 
 def leave(tensor: Tensor, state: Conversion) -> Any:

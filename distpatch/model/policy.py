@@ -13,22 +13,26 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distpatch.comm.communicator import Communicator
-from distpatch.model.calls import Call
+from distpatch.layout.rows import BlockLayout, RowLayout
+from distpatch.model.arguments import is_image
+from distpatch.model.calls import Call, leave
 from distpatch.profiling.live_memory import LivePeak
 from distpatch.profiling.op_costs import mark, seconds_between
 from distpatch.profiling.trace import trace
-from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.patch_tensor import PatchTensor, shard_in, shard_input
 from distpatch.torch_utils.chunk_sizes import sizes_of
-from distpatch.torch_utils.tree import streams_in
+from distpatch.torch_utils.tree import map_tensors, streams_in
 
 SHARDED, WHOLE = "sharded", "whole"
-TRIES = 3  # of each way; the first of each loads kernels and makes plans
+TRIES = 4  # of each way; the first of each loads kernels and makes plans
 HOPELESS = 1.5  # times a sharded call: then a whole one is not tried again
 FREE_PART = 8  # of a GPU's free memory, what a call may take that is computed whole
 MOST_SHAPES = 4096  # that are remembered; further ones are sharded
 Answers = list[dict[str, Any]]
+Layouts = list[RowLayout | None]  # of each tensor of a result, None where it is plain
 
 
 class Policy:
@@ -62,11 +66,15 @@ class Trial:
         self._times: dict[str, list[float]] = {SHARDED: [], WHOLE: []}
         self._span: tuple[str, Any, Any] | None = None  # of the last try, not read yet
         self._peak: float | None = None  # bytes that the first sharded call held at once; infinite: never whole
-        self._layouts: list[Any] = []
+        self._layouts: Layouts = []  # of the result of a sharded call
 
     def needs_nobody(self, output: str) -> bool:
         """Whether the other ranks need not be met: they have decided the same, and no result is shared among them."""
         return self.settled == WHOLE and output == "gather"
+
+    @property
+    def sends(self) -> bool:
+        return self.way != WHOLE
 
     def payload(self, given: Any) -> dict[str, object]:
         if self.settled:
@@ -109,7 +117,7 @@ class Trial:
         args, kwargs = call.arguments
         if self.way == WHOLE:
             with self._clock(), nullcontext() if self.settled else trace() as seen:
-                result = call.leave_whole(function(*args, **kwargs), self._layouts)
+                result = _left_whole(call, function(*args, **kwargs), self._layouts)
             if seen is not None and seen.records:  # the model keeps rows since a sharded call: whole it is not
                 self._peak = math.inf
             seconds = None if self.seconds is None else (self.seconds[WHOLE], self.seconds[SHARDED])
@@ -120,7 +128,7 @@ class Trial:
         first = self._peak is None
         with self._clock(), LivePeak() if first else nullcontext() as live:
             result = sharded()
-            self._layouts = call.layouts_of(result)
+            self._layouts = _layouts_of(result)
             result = call.leave(result)
         if live is not None:
             self._peak = math.inf if streams_in(result) else live.peak_bytes
@@ -132,6 +140,42 @@ class Trial:
         yield
         if start is not None:
             self._span = self.way, start, mark(self._device)
+
+
+def _layouts_of(result: Any) -> Layouts:
+    """The rows that each rank has of a result that has not left its call yet."""
+    layouts: Layouts = []
+
+    def note(tensor: Tensor) -> Tensor:
+        layout = tensor.row_layout if isinstance(tensor, PatchTensor) else None
+        if isinstance(layout, BlockLayout) and isinstance(tensor, PatchTensor):  # it will leave with its rows in order
+            layout = RowLayout(layout.dim, tensor.region.bounds(layout.size))
+        layouts.append(layout)
+        return tensor
+
+    map_tensors(note, result)
+    return layouts
+
+
+def _left_whole(call: Call, result: Any, layouts: Layouts) -> Any:
+    """What the caller gets of a result that this rank has computed alone: of the form that a sharded call's has."""
+    options, region, expected = call.state.options, call.state.region.handed_out, iter(layouts)
+
+    def left(tensor: Tensor) -> Any:
+        layout = next(expected, None)
+        if isinstance(tensor, PatchTensor):  # that the model has kept since another call
+            return leave(tensor, call.state)
+        if options.output == "gather" or layout is None:
+            return tensor
+        if options.output == "rank0":
+            return tensor.detach() if region.comm.rank == 0 else None
+        if layout.dim >= tensor.ndim or layout.size != tensor.shape[layout.dim]:  # it was another result
+            return shard_input(tensor, options.dim, region) if is_image(tensor) else tensor
+        return shard_in(region, tensor, layout)
+
+    result = map_tensors(left, result)
+    call.tidy()
+    return result
 
 
 def _may_be_whole(answers: Answers) -> bool:
