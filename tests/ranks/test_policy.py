@@ -117,6 +117,15 @@ def test_ranks_that_may_round_differently_are_always_sharded(monkeypatch: pytest
     assert on_ranks(Paused(policy.SHARDED), 2, lambda m, _: ways(m, TRIED + 1)) == [[policy.SHARDED] * (TRIED + 1)] * 2
 
 
+def test_off_the_cpu_gradients_need_kernels_that_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("meta")
+    with torch.no_grad():
+        assert policy._bits(device) == "meta"
+    assert policy._bits(device) == ""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert policy._bits(device) == "meta"
+
+
 def test_rows_that_are_given_stay_sharded() -> None:
     def body(model: Any, rank: int) -> list[str]:
         return ways(model, TRIED + 1, lambda: distpatch.shard(random_tensor(SHAPE), dist.group.WORLD))
