@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from distpatch.layout.shares import Weights, checked
 from distpatch.profiling.op_costs import mark, seconds_between
 
 MEASURED = "measured"
-SECONDS, LEAST = 0.3, 5  # how long a rank convolves, and how often at the least
+SECONDS, LEAST = 1.0, 5  # how long a rank convolves, and how often at the least
 ALIKE = 1.1  # ranks whose times differ by less share evenly: the next measurement would tell otherwise
 # Channels and rows of the convolution: milliseconds of one core, and of a GPU.
 ON_CPU, ELSEWHERE = (64, 64), (256, 256)
@@ -40,7 +39,8 @@ def weights_for(given: object, comm: Communicator, model: nn.Module) -> Weights 
 def seconds_of(model: nn.Module) -> float:
     """Seconds that this rank takes for a convolution of a fixed size, on the model's device and in its dtype.
 
-    The median of those of a fraction of a second, in which a process that shares the core has had its turn, too.
+    The mean of a second: where another process has the core half of the time, most of these take as long as without it,
+    and some much longer.
     """
     device = devices.of_model(model) or torch.device("cpu")
     channels, side = ON_CPU if device.type == "cpu" else ELSEWHERE
@@ -55,4 +55,4 @@ def seconds_of(model: nn.Module) -> float:
             start = mark(device)
             F.conv2d(image, weight, padding=1)
             times.append(seconds_between(start, mark(device)))
-    return median(times)
+    return sum(times) / len(times)
