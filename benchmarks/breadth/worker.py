@@ -46,6 +46,12 @@ class Worker:
             self._run()
         return {"live_bytes": peak.peak_bytes, "fallbacks": len(seen.fallbacks)}
 
+    def whole(self) -> dict[str, Any]:
+        """What ``policy="auto"`` says of a call that this rank computes whole; nothing of one that is sharded."""
+        with distpatch.trace() as seen:
+            self._run()
+        return {"whole": [str(whole) for whole in seen.whole.values()]}
+
     def resident(self) -> dict[str, Any]:
         """How far the first run raises the process's resident peak."""
         before = reset_resident_peak(self.inputs[0].device)
@@ -63,19 +69,19 @@ class Worker:
         return {"error": ((result - saved).abs().max() / saved.abs().max()).item()}
 
 
-def main(net: str, ranks: int, threads: int) -> None:
+def main(net: str, ranks: int, threads: int, shapes: list[list[int]] | None = None, policy: str = "shard") -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # of the libraries, while nets are built
     torch.manual_seed(0)
     model = NETS[net].build().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(shape, generator=generator) for shape in NETS[net].shapes]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes or NETS[net].shapes]
     with ExitStack() as stack:
         if ranks > 1:
             group, _ = stack.enter_context(launch.process_group(device="cpu", threads=threads))
-            distpatch.convert_model(model, group)
+            distpatch.convert_model(model, group, policy=policy)
         worker = Worker(net, model, inputs)
-        serve({name: getattr(worker, name) for name in ("time", "live", "resident", "save", "compare")})
+        serve({name: getattr(worker, name) for name in ("time", "whole", "live", "resident", "save", "compare")})
 
 
 if __name__ == "__main__":

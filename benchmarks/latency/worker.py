@@ -17,16 +17,7 @@ import distpatch
 from benchmarks._harness.crew import serve
 from benchmarks._harness.decoder import build_decoder, draw_latents
 from distpatch import launch
-from distpatch.comm.choose_transport import between, using
-from distpatch.comm.transport import Layer
-from tests.support.transports.delay import Delayed
-
-
-class Apart(Layer):
-    """Halo rows do not come with a norm's moments."""
-
-    def carries_rows(self) -> bool:
-        return False
+from tests.support.transports.delay import delayed
 
 
 class Worker:
@@ -43,7 +34,7 @@ class Worker:
     def decode(self, delay_s: float, overlap: bool, together: bool) -> dict[str, Any]:
         """Seconds; rounds; how long was waited for them, and for how long what had begun was under way before that."""
         with ExitStack() as stack:
-            stack.enter_context(using(lambda pg, device: self._transport(pg, device, delay_s, together)))
+            stack.enter_context(delayed(delay_s, together))
             trace = stack.enter_context(distpatch.trace())
             dist.barrier()
             started = time.perf_counter()
@@ -57,11 +48,6 @@ class Worker:
             "waited": trace.wait_seconds,
             "behind": sum(wait.behind_s for wait in trace.waits),
         }
-
-    def _transport(self, pg: Any, device: torch.device, delay_s: float, together: bool) -> Any:
-        transport = between(pg, device)
-        transport = Delayed(transport, delay_s) if delay_s else transport
-        return transport if together else Apart(transport)
 
     def compare(self) -> dict[str, Any]:
         """The largest difference between the two ways."""

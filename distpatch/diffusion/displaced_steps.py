@@ -65,6 +65,10 @@ class Displaced:
 
     # ``model.calls.Steps``: called by a converted model, in this order.
 
+    @property
+    def sends(self) -> bool:
+        return True
+
     def problem(self, what: str) -> str | None:
         if self.is_displaced and torch.is_grad_enabled():
             return f"{what}: a displaced step has no gradients: call the model under torch.no_grad()"

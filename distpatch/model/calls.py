@@ -26,17 +26,27 @@ T = TypeVar("T")
 STATE = "_distpatch"  # of a converted model: the attribute that holds its ``Conversion``
 
 
-class Steps(Protocol):
-    """What makes each call of a converted model a step: called in this order (diffusion/displaced_steps.py)."""
+class Told(Protocol):
+    """What is chosen anew at each call, from what the ranks tell each other before it (model/policy.py).
+
+    ``sends``: whether ranks exchange anything in the call, once it is chosen.
+    """
+
+    @property
+    def sends(self) -> bool: ...
+
+    def payload(self, given: Any) -> dict[str, object]:
+        """What this rank tells the others before the call; ``given``: the arguments."""
+
+    def begin(self, signature: str, answers: list[dict[str, object]]) -> None:
+        """Choose what this call is; ``answers``: every rank's payload."""
+
+
+class Steps(Told, Protocol):
+    """What makes each call of a converted model a step (diffusion/displaced_steps.py)."""
 
     def problem(self, what: str) -> str | None:
         """Why this call cannot be a step, or None."""
-
-    def payload(self, given: Any) -> dict[str, object]:
-        """What this rank tells the others before the step; ``given``: the arguments."""
-
-    def begin(self, signature: str, answers: list[dict[str, object]]) -> None:
-        """Choose what this step is; ``answers``: every rank's payload."""
 
     def step(self, run: Callable[[], T]) -> T:
         """Run the model, perhaps twice; returns what it returned."""
@@ -101,6 +111,7 @@ class Call:
         self.kind = next((kind for kind in kinds if kind is not None), None)
         self.versions = [None if t.is_inference() else t._version for t in self.images]
         self.left: dict[int, tuple[Tensor, Any]] = {}
+        self.mine: set[int] = set()  # tensors that leave as they are
         self.made: list[tuple[Any, Any]] = []
 
     @property
@@ -142,13 +153,17 @@ class Call:
             self.mine.update(map(id, itertools.chain(self.model.parameters(), self.model.buffers())))
         result = map_tensors(self._leave, result, self._streamed)
         self._give_back()
+        self.tidy()
+        return result
+
+    def tidy(self) -> None:
+        """Buffers are plain after the call, and nothing is deferred beyond it."""
         for buffers, key, buffer in sharded_buffers(self.model):
             buffers[key] = self._leave(buffer) if self.state.options.output == "gather" else handed_back(buffer)
         for rows in deferred_rows():  # in a cache: what they are made of may change
             if (owner := rows.owner()) is not None:
                 owner.materialize()
         self.left.clear()
-        return result
 
     def _give_back(self) -> None:
         """What the model wrote to images and containers of the caller's is written there."""
@@ -194,22 +209,26 @@ def inside(
     what: str,
     signature: str,
     problem: str | None = None,
-    steps: Steps | None = None,
+    told: Told | None = None,
     given: Any = None,
 ) -> Iterator[None]:
-    """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait."""
+    """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait for this one."""
     if state.thread.inside:
         yield
         return
     comm = state.region.comm
     comm.liveness, comm.late_check = state.options.liveness, state.options.late_check
-    answers = comm.begin_call(what, signature, None if steps is None else steps.payload(given))
+    answers = comm.begin_call(what, signature, None if told is None else told.payload(given))
     if problem:
         raise LayoutError(problem)
-    with state.thread.as_if(inside=True), comm.open_call(what):
-        if steps is not None:
-            steps.begin(signature, answers)
-        yield
+    with state.thread.as_if(inside=True):
+        with comm.open_call(what):
+            if told is not None:
+                told.begin(signature, answers)
+            if told is None or told.sends:
+                yield
+                return
+        yield  # an error of this rank is nothing to the others
 
 
 def leave(tensor: Tensor, state: Conversion) -> Any:

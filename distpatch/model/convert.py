@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ from distpatch.model.calls import STATE, Call, Conversion, inside, leave, sharde
 from distpatch.model.compile_ops import begin_call, end_call, enter_compiled
 from distpatch.model.compiled_calls import compiled_calls
 from distpatch.model.known_torch_bugs import warn_of_known_faults
+from distpatch.model.policy import Policy
+from distpatch.model.speeds import weights_for
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.region import CallState, Region
@@ -55,6 +57,8 @@ def convert_model(
     late_check: bool = False,
     compile: bool | dict[str, Any] = False,
     overlap: bool = True,
+    weights: Sequence[float] | str | None = None,
+    policy: str = "shard",
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -78,6 +82,11 @@ def convert_model(
     ranks sent is known to have landed: a failure is then raised by the next call (for loops of many short calls).
     ``overlap``: without gradients, rows that need no halo are computed while it is under way; False: it is waited for
     first. The result has the same bits.
+
+    ``weights``: one positive number a rank, in proportion to which ranks get rows (None: evenly), or "measured": each
+    rank times a short convolution now. ``policy``: "shard", or "auto": of each shape, the first calls are tried sharded
+    and computed whole by every rank, and the faster way is kept, unless the whole may take much memory or ranks may
+    round differently (docs/speed.md; ``trace()`` says which calls these were).
 
     ``compile=True``: each entry point is one graph of ``torch.compile``, made at the first call of each shape, in which
     the ranks meet as in a plain call: rules run when it is made, and not again. A dict: what ``torch.compile`` is
@@ -104,16 +113,20 @@ def convert_model(
         late_check,
         compile,
         overlap,
+        weights,  # type: ignore[arg-type]  # it is made a tuple there
+        policy,
     )
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
     warn_of_known_faults(model)
     comm = communicator(group, devices.of_model(model))
     comm.rendezvous.require_same_call("convert_model", lambda: _identity(model, comm, options))
+    options = replace(options, weights=weights_for(options.weights, comm, model))
     comm.liveness, comm.late_check = liveness, late_check
     state = Conversion(Region(comm, options, conversion=object()))
+    auto = Policy(comm) if policy == "auto" and comm.has_peers else None
     wrappers = {
-        name: compiled_calls(_entry(getattr(model, name), name, state, model), state)
+        name: compiled_calls(_entry(getattr(model, name), name, state, model, auto), state)
         for name in ENTRY_POINTS
         if callable(getattr(model, name, None))
     }
@@ -175,7 +188,9 @@ def _identity(model: nn.Module, comm: Communicator, options: Options) -> str:
     return f"{type(model).__name__} with options ({options}), state {digest.hexdigest()[:16]}"
 
 
-def _entry(function: Callable[..., Any], name: str, state: Conversion, model: nn.Module) -> Callable[..., Any]:
+def _entry(
+    function: Callable[..., Any], name: str, state: Conversion, model: nn.Module, policy: Policy | None
+) -> Callable[..., Any]:
     """The wrapper of one entry point. Calls from inside the sharded computation pass straight through."""
     what = f"{type(model).__name__}.{name}"
 
@@ -195,7 +210,13 @@ def _entry(function: Callable[..., Any], name: str, state: Conversion, model: nn
             sharded = call.enter(_region(state, model))
             return function(*sharded[0], **sharded[1])
 
-        with inside(state, what, problem or call.signature, problem, steps, (args, kwargs)):
+        trial = None if policy is None or problem or steps is not None else policy.trial_of(call)
+        if trial is not None and trial.needs_nobody(state.options.output):
+            with state.thread.as_if(inside=True):
+                return trial.run(call, run, function)
+        with inside(state, what, problem or call.signature, problem, steps or trial, (args, kwargs)):
+            if trial is not None:
+                return trial.run(call, run, function)
             return call.leave(run() if steps is None else steps.step(run))
 
     return entry

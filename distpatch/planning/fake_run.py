@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from distpatch.comm.simulated import SimulatedCommunicator
 from distpatch.errors import DistPatchError, UnsupportedOpError
-from distpatch.layout.rows import even_bounds
+from distpatch.layout.shares import checked, shared_bounds, weights_of
 from distpatch.lazy.row_patches import chosen_by
 from distpatch.model.convert import convert_model, is_converted
 from distpatch.model.restore import restore_model
+from distpatch.model.speeds import MEASURED
 from distpatch.planning.hardware import Device, Link, device_named, link_named
 from distpatch.planning.rank_report import RankPlan
 from distpatch.planning.report import Plan
@@ -176,7 +177,9 @@ class Subject:
         if not 1 <= world_size <= MOST_RANKS:
             raise ValueError(f"world_size is a number from 1 to {MOST_RANKS}; got {world_size}")
         known_link = link_named(link, self.device, world_size)
-        bounds = even_bounds(self.rows, world_size)
+        weights = weights_of(self.options.get("weights"))
+        shares = None if weights in (None, MEASURED) else checked(weights, world_size)
+        bounds = shared_bounds(self.rows, world_size, shares)
         heights = [b - a for a, b in pairwise(bounds)]
         runs = tuple(
             self._run(rank, world_size, heights[rank], stands_for)

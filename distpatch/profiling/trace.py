@@ -75,6 +75,25 @@ class Fused:
 
 
 @dataclass
+class Whole:
+    """Calls that every rank computed whole (``convert_model(policy="auto")``).
+
+    ``call``: entry point and signature. Seconds of the slowest rank, whole and sharded; None while both are tried.
+    """
+
+    call: str
+    count: int = 0
+    seconds: float | None = None
+    sharded_seconds: float | None = None
+
+    def __str__(self) -> str:
+        why = "a trial"
+        if self.seconds is not None and self.sharded_seconds is not None:
+            why = f"{1e3 * self.seconds:.1f} ms against {1e3 * self.sharded_seconds:.1f} ms sharded"
+        return f"{self.call}: computed whole on every rank, {why} ({self.count} times)"
+
+
+@dataclass
 class Traffic:
     """All exchanges of one kind that one operation asked for, on this rank."""
 
@@ -99,6 +118,7 @@ class Trace:
     fused: dict[str, Fused] = field(default_factory=dict)
     meter: Meter | None = None
     waits: list[Wait] = field(default_factory=list)
+    whole: dict[str, Whole] = field(default_factory=dict)
 
     @property
     def sent_bytes(self) -> int:
@@ -136,6 +156,11 @@ class Trace:
         known = self.fused.setdefault(steps, Fused(steps))
         known.count += 1
         known.spared_bytes += spared_bytes
+
+    def add_whole(self, call: str, seconds: tuple[float, float] | None) -> None:
+        known = self.whole.setdefault(call, Whole(call))
+        known.count += 1
+        known.seconds, known.sharded_seconds = seconds or (None, None)
 
     @property
     def wait_seconds(self) -> float:
@@ -182,6 +207,7 @@ class Trace:
             )
         for fused in self.fused.values():
             lines.append(f"{'fused':12} {fused.steps} ({fused.count} times, {fused.spared_bytes:,} bytes spared)")
+        lines += [f"{'whole':12} {whole}" for whole in self.whole.values()]
         if self.meter is not None:
             lines.append("")
             lines.append(f"{'computed':45} {'calls':>7} {'launches':>9} {'GFLOPs':>14} {'MiB moved':>9} {'ms':>9}")
@@ -216,6 +242,7 @@ class Trace:
             "ops": [asdict(cost) for cost in self.ops().values()],
             "fused": [asdict(fused) for fused in self.fused.values()],
             "waits": [asdict(wait) for wait in self.waits],
+            "whole": [asdict(whole) for whole in self.whole.values()],
             "fallbacks": [asdict(fallback) for fallback in self.fallbacks],
         }
 
@@ -282,6 +309,10 @@ class Recorder:
         """Of this thread, whichever the group: what is computed later sends nothing."""
         for trace in cls.opened() or ():
             trace.add_fused(steps, spared_bytes)
+
+    def whole(self, call: str, seconds: tuple[float, float] | None) -> None:
+        for trace in self.active():
+            trace.add_whole(call, seconds)
 
     def waited(self, op: str, behind_s: float, blocked_s: float) -> None:
         for trace in self.active():

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from distpatch.layout.shares import Weights, weights_of
+
 OUTPUTS = ("gather", "shard", "rank0")
 FALLBACKS = ("warn", "allow", "error")
+POLICIES = ("shard", "auto")
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class Options:
     may be computed later (lazy/recipe.py); ``overlap``: whether halo rows travel while rows are computed that need none
     (rules/core/halo.py); ``fallback``: what an operation without a rule does; ``dim``, ``output``, ``tiled``,
     ``liveness`` (seconds), ``late_check``: how calls of a converted model begin and end; ``compile``: whether they are
-    compiled, and what ``torch.compile`` is told. By default as for tensors of no model: nothing is cut.
+    compiled, and what ``torch.compile`` is told; ``weights``: in which proportion ranks get rows, where it is no tuple
+    of one positive number a rank refused by ``convert_model`` once all ranks have met; ``policy``: whether calls of
+    small inputs may be computed whole (model/policy.py). By default as for tensors of no model: nothing is cut.
     """
 
     splits: int | str = 1
@@ -34,18 +39,23 @@ class Options:
     late_check: bool = field(default=False, hash=False)
     compile: bool | Mapping[str, Any] = field(default=False, hash=False)
     overlap: bool = field(default=True, hash=False)
+    weights: Weights | str | None = field(default=None, hash=False)
+    policy: str = field(default="shard", hash=False)
 
     def __post_init__(self) -> None:
         check_splits(self.splits)
         if not isinstance(self.dim, int):
             raise ValueError(f"dim is a number, got {self.dim!r}")
-        for name, value, choices in (("output", self.output, OUTPUTS), ("fallback", self.fallback, FALLBACKS)):
-            if value not in choices:
+        object.__setattr__(self, "weights", weights_of(self.weights))
+        for name, choices in (("output", OUTPUTS), ("fallback", FALLBACKS), ("policy", POLICIES)):
+            if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} is one of {choices}; got {value!r}")
         if self.liveness is not None and self.liveness <= 0:
             raise ValueError(f"liveness is a number of seconds above 0, or None; got {self.liveness!r}")
         if not isinstance(self.compile, (bool, Mapping)):
             raise ValueError(f"compile is True, False, or what torch.compile is told; got {self.compile!r}")
+        if self.compile is not False and self.policy == "auto":
+            raise ValueError('policy="auto" tries calls both ways, and compile= makes one graph of them: leave one out')
         if self.min_numel < 0 or (self.workspace_bytes is not None and self.workspace_bytes < 1):
             raise ValueError(
                 f"min_numel and workspace_bytes are positive; got {self.min_numel} and {self.workspace_bytes}"
@@ -55,19 +65,26 @@ class Options:
         return ", ".join(f"{one.name}={_shown(getattr(self, one.name))}" for one in fields(self))
 
     @property
+    def shares(self) -> Weights | None:
+        """The weights of a conversion, where the ranks know them."""
+        return self.weights if isinstance(self.weights, tuple) else None
+
+    @property
     def packed(self) -> str:
         """As an operator of a compiled graph carries them: how rows are computed there, where nothing is deferred."""
-        return f"{self.splits} {self.sequential} {self.fallback} {self.min_numel} {self.workspace_bytes}"
+        weights = ",".join(map(repr, self.shares or ()))
+        return f"{self.splits} {self.sequential} {self.fallback} {self.min_numel} {self.workspace_bytes} {weights}"
 
     @staticmethod
     def unpacked(text: str) -> Options:
-        splits, sequential, fallback, min_numel, workspace = text.split()
+        splits, sequential, fallback, min_numel, workspace, weights = text.split(" ")
         return Options(
             splits=int(splits) if splits.isdigit() else splits,
             sequential=sequential == "True",
             fallback=fallback,
             min_numel=int(min_numel),
             workspace_bytes=int(workspace) if workspace.isdigit() else None,
+            weights=tuple(map(float, weights.split(","))) if weights else None,
         )
 
 

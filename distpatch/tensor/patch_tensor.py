@@ -288,11 +288,11 @@ def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
 
 
 def shard_input(tensor: Tensor, dim: int, region: Region) -> PatchTensor:
-    """An argument sharded evenly along ``dim``, or one that is sharded already, in this region."""
+    """An argument sharded along ``dim``, or one that is sharded already, in this region."""
     if isinstance(tensor, PatchTensor):
         return PatchTensor(tensor.local, tensor.row_layout, region)
     dim = check_dim(tensor, dim)
-    return shard_in(region, tensor, RowLayout(dim, even_bounds(tensor.shape[dim], region.comm.size)))
+    return shard_in(region, tensor, RowLayout(dim, region.bounds(tensor.shape[dim])))
 
 
 def gather(tree: Any) -> Any:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from distpatch.comm import backward_failures  # noqa: F401  (it registers what is replaced in torch)
 from distpatch.comm.communicator import Communicator
+from distpatch.layout.rows import Bounds
+from distpatch.layout.shares import shared_bounds
 from distpatch.tensor import options
 from distpatch.tensor.options import Options
 from distpatch.tensor.user_classes import Kind
@@ -46,6 +48,10 @@ class Region:
 
     def __post_init__(self) -> None:
         patches.install()  # before there are sharded tensors
+
+    def bounds(self, rows: int) -> Bounds:
+        """Who gets which of so many rows, where nothing else says it."""
+        return shared_bounds(rows, self.comm.size, self.options.shares)
 
     @property
     def lasting(self) -> Region:

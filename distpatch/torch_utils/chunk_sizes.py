@@ -23,7 +23,8 @@ class Sizes:
     only those at the seams need it: fewer launches (chosen by count; no GPU was measured).
     ``chunk_bytes``: deferred rows, evaluated where no window says how many. ``statistics_bytes``: rows of one reading
     for a norm, of which half precision is copied in fp32; ``reads_twice``: whether a second reading of these comes
-    from a cache. ``bucket_bytes``: gradients, or rows of a gather, that are moved together.
+    from a cache. ``bucket_bytes``: gradients, or rows of a gather, that are moved together. ``whole_bytes``: the
+    activations of a call that every rank may compute whole, if that is faster (``convert_model(policy="auto")``).
     """
 
     workspace_bytes: int
@@ -34,12 +35,13 @@ class Sizes:
     statistics_bytes: int
     reads_twice: bool
     bucket_bytes: int
+    whole_bytes: int
 
 
 # A CPU computes a large tensor faster in patches that stay in its cache. A GPU has none of use here, and a few
 # microseconds for each launch: there the sizes only bound the memory.
-BY_KIND = {"cpu": Sizes(8 * MIB, 8 * MIB, 8, 0, MIB, 512 * KIB, True, 32 * MIB)}
-ELSEWHERE = Sizes(256 * MIB, 256 * MIB, 8, 8 * MIB, 256 * MIB, 128 * MIB, False, 256 * MIB)
+BY_KIND = {"cpu": Sizes(8 * MIB, 8 * MIB, 8, 0, MIB, 512 * KIB, True, 32 * MIB, 256 * MIB)}
+ELSEWHERE = Sizes(256 * MIB, 256 * MIB, 8, 8 * MIB, 256 * MIB, 128 * MIB, False, 256 * MIB, 1024 * MIB)
 
 
 class _Planned(threading.local):

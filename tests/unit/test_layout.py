@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from distpatch import LayoutError, RowLayout
 from distpatch.layout.rows import Bounds, Needs, aligned_bounds, even_bounds
+from distpatch.layout.shares import checked, shared_bounds, weights_of
 from distpatch.layout.stencil import NearestStencil, WindowStencil
 from distpatch.layout.transfers import TransferPlan, plan_stencil, plan_transfer
 from tests.unit.test_stencil import windows
@@ -37,6 +38,49 @@ def test_even_bounds(rows: int, world: int) -> None:
     assert (len(sizes), sum(sizes)) == (world, rows)
     assert sizes == sorted(sizes, reverse=True)
     assert max(sizes) - min(sizes) <= 1
+
+
+speeds = st.lists(st.floats(0.01, 100), min_size=1, max_size=6).map(tuple)
+
+
+@given(st.integers(0, 300), speeds)
+def test_bounds_by_weights(rows: int, weights: tuple[float, ...]) -> None:
+    heights = [hi - lo for lo, hi in pairwise(shared_bounds(rows, len(weights), weights))]
+    shares = [rows * weight / sum(weights) for weight in weights]
+    assert (len(heights), sum(heights)) == (len(weights), rows)
+    if sum(share >= 0.5 for share in shares) <= rows:
+        assert all(height for height, share in zip(heights, shares, strict=True) if share > 0.5 + 1e-9)
+    slowest = max(height / share for height, share in zip(heights, shares, strict=True)) if rows else 0.0
+    if min(shares) >= 16:
+        assert slowest < 1.1
+    faster = sorted(range(len(weights)), key=lambda rank: weights[rank])
+    assert all(heights[a] <= heights[b] + (rows // 16) for a, b in pairwise(faster))
+
+
+@given(st.integers(0, 100), st.integers(1, 12), st.floats(0.01, 100))
+def test_bounds_by_equal_weights_are_even(rows: int, world: int, weight: float) -> None:
+    assert shared_bounds(rows, world, (weight,) * world) == even_bounds(rows, world)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (3.0, 1.0, 2.0), (1.0, 0.3)], ids=str)
+def test_bounds_by_weights_of_a_picture_are_those_of_its_latents(weights: tuple[float, ...]) -> None:
+    latents, picture = (shared_bounds(rows, len(weights), weights) for rows in (64, 512))
+    assert picture == tuple(8 * bound for bound in latents)
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "heights"),
+    [(6, (1, 2), (2, 4)), (7, (1, 0.1), (6, 1)), (4, (1, 0.1), (4, 0)), (3, (3, 1, 2), (1, 1, 1)), (1, (1, 2), (0, 1))],
+)
+def test_few_rows_by_weights(rows: int, weights: tuple[float, ...], heights: tuple[int, ...]) -> None:
+    bounds = shared_bounds(rows, len(weights), weights)
+    assert tuple(hi - lo for lo, hi in pairwise(bounds)) == heights
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 2, 3), (1, 0), (1, -1), (1, float("nan")), (1, float("inf")), 3, "fast"])
+def test_weights_that_are_none(weights: object) -> None:
+    with pytest.raises(ValueError, match="weights is"):
+        checked(weights_of(weights), 2)
 
 
 @given(bounds_of(), st.integers(1, 5))

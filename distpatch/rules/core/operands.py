@@ -14,7 +14,7 @@ from distpatch.comm import collectives
 from distpatch.comm.dtensors import is_dtensor, refusal
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import LayoutError, UnsupportedOpError
-from distpatch.layout.rows import EMPTY, BlockLayout, Needs, RowLayout, even_bounds
+from distpatch.layout.rows import EMPTY, BlockLayout, Needs, RowLayout
 from distpatch.layout.transfers import needs_in_order
 from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import none_of, same_memory, with_dummy_row
@@ -103,13 +103,13 @@ def unmerge_blocks(x: PatchTensor) -> PatchTensor:
 
 
 def in_order(tensor: Any) -> Any:
-    """A ``BlockTensor`` with its rows in order, shared evenly; any other tensor as it is."""
+    """A ``BlockTensor`` with its rows in order; any other tensor as it is."""
     if isinstance(tensor, PatchCopy):
         tensor = tensor.plain
     if not isinstance(tensor, BlockTensor):
         return tensor
     layout, comm = tensor.row_layout, tensor.comm
-    bounds = even_bounds(layout.size, comm.size)
+    bounds = tensor.region.bounds(layout.size)
     needs = needs_in_order(layout.inner, layout.blocks, bounds)
     if len(needs[0]) > MOST_PIECES:
         record("reshape", [tensor])
@@ -161,7 +161,7 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
         return x
     x = in_order(x)
     if layout.dim != x.row_layout.dim:
-        opened = RowLayout(layout.dim, even_bounds(layout.size, layout.world_size))
+        opened = RowLayout(layout.dim, x.region.bounds(layout.size))
         return (
             _turn(x, layout, func) if type(layout) is RowLayout else redistribute(_turn(x, opened, func), layout, func)
         )
@@ -213,7 +213,7 @@ def along_rows(x: PatchTensor, func: Any) -> PatchTensor:
     if x.row_layout.dim != 1 or x.ndim < 3:
         return x
     dim = max(2, x.ndim - 2)
-    return redistribute(x, RowLayout(dim, even_bounds(x.shape[dim], x.world_size)), func)
+    return redistribute(x, RowLayout(dim, x.region.bounds(x.shape[dim])), func)
 
 
 def local_operand(tensor: Tensor, lead: PatchTensor, dim: int, func: Any) -> Tensor:
@@ -256,8 +256,8 @@ def local_slice(tensor: Tensor, x: PatchTensor, dim: int) -> Tensor:
 
 
 def reshard(region_of: PatchTensor, tensor: Tensor, dim: int) -> PatchTensor:
-    """A replicated tensor, sharded evenly along ``dim``: a slice."""
-    layout = RowLayout(dim, even_bounds(tensor.shape[dim], region_of.world_size))
+    """A replicated tensor, sharded along ``dim``: a slice."""
+    layout = RowLayout(dim, region_of.region.bounds(tensor.shape[dim]))
     return shard_in(region_of.region, tensor, layout)
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.operands import dim_order, local_rows_of, local_slice, sizes_of, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.elementwise.pointwise import pointwise
@@ -41,7 +41,7 @@ def new_of_size(func: Any, input: PatchTensor, *size: Any, **kwargs: Any) -> Ten
     if len(shape) != input.ndim or input.ndim < 4 or shape[dim] <= 1:
         return cast(Tensor, func(input.local, shape, **kwargs))
     same = shape[dim] == input.row_layout.size
-    layout = input.row_layout if same else RowLayout(dim, even_bounds(shape[dim], input.world_size))
+    layout = input.row_layout if same else RowLayout(dim, input.region.bounds(shape[dim]))
     shape[dim] = layout.heights[input.rank]
     return wrap(func(input.local, shape, **kwargs), input, layout)
 

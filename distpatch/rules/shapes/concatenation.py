@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.layout.rows import Bounds, RowLayout, even_bounds
+from distpatch.layout.rows import Bounds, RowLayout
 from distpatch.layout.transfers import padded
 from distpatch.rules.core.executor import run_rows
 from distpatch.rules.core.operands import (
@@ -46,7 +46,7 @@ def assembled(
     """
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
     dim, comm = lead.row_layout.dim, lead.comm
-    bounds = bounds or even_bounds(sum(stop - start for _, start, stop in segments), comm.size)
+    bounds = bounds or lead.region.bounds(sum(stop - start for _, start, stop in segments))
     shares = _shares(tuple(segments), bounds)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     pieces = []
@@ -55,7 +55,7 @@ def assembled(
         if isinstance(tensor, PatchTensor):
             check_group(tensor, lead, func)
             turned = tensor.row_layout.dim != dim
-            layout = RowLayout(dim, even_bounds(tensor.shape[dim], comm.size)) if turned else tensor.row_layout
+            layout = RowLayout(dim, lead.region.bounds(tensor.shape[dim])) if turned else tensor.row_layout
             pieces.append(iter(fetch(redistribute(tensor, layout, func), needs, func)))
         else:
             plain = replicated_operand(tensor, lead)

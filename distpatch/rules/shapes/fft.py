@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.operands import beside_rows, normalize_dims, redistribute
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -30,11 +30,11 @@ def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, **kwarg
         return NotImplemented
     if input.row_layout.dim in beside:
         return beside_rows(func, input, **given)
-    widest, ranks = max(beside, key=lambda d: input.shape[d]), input.world_size
-    turned = redistribute(input, RowLayout(widest, even_bounds(input.shape[widest], ranks)), func)
+    widest = max(beside, key=lambda d: input.shape[d])
+    turned = redistribute(input, RowLayout(widest, input.region.bounds(input.shape[widest])), func)
     result = beside_rows(func, turned, **given)
     row = input.row_layout.dim
     same = result.shape[row] == input.row_layout.size
     return redistribute(
-        result, input.row_layout if same else RowLayout(row, even_bounds(result.shape[row], ranks)), func
+        result, input.row_layout if same else RowLayout(row, input.region.bounds(result.shape[row])), func
     )

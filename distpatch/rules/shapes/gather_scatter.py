@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.layout.rows import EMPTY, Needs, RowLayout, even_bounds
+from distpatch.layout.rows import EMPTY, Needs, RowLayout
 from distpatch.rules.core.fresh_buffers import shard_like
 from distpatch.rules.core.operands import beside_rows, fetch, local_rows_of, redistribute, replicated_operand, wrap
 from distpatch.rules.core.registry import named, nth, rule, written
@@ -36,7 +36,7 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     at = nth(dim, input.ndim)
     row = next(t for t in (input, index) if isinstance(t, PatchTensor)).row_layout.dim
     if isinstance(index, PatchTensor) and index.row_layout.dim != row:
-        index = redistribute(index, RowLayout(row, even_bounds(index.shape[row], index.world_size)), func)
+        index = redistribute(index, RowLayout(row, index.region.bounds(index.shape[row])), func)
     if at == row:
         if not isinstance(input, PatchTensor):
             assert isinstance(index, PatchTensor)
@@ -44,7 +44,7 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
         if not isinstance(index, PatchTensor):
             return picked(input, index, func)
         if input.row_layout.size:
-            layout = input.row_layout.with_bounds(even_bounds(index.shape[row], input.world_size))
+            layout = input.row_layout.with_bounds(input.region.bounds(index.shape[row]))
             own = redistribute(index, layout, func).local
             return wrap(shown_in_turn(input, own, lambda rows, number: func(rows, at, number), func), input, layout)
     if at == row or index.shape[row] > input.shape[row]:
@@ -161,9 +161,7 @@ def rows_by_number(x: PatchTensor, numbers: Tensor, func: Any) -> PatchTensor:
     read: each rank's rows are shown to all, one rank after the other. Raises ``IndexError`` as torch does.
     """
     dim, size, rank = x.row_layout.dim, x.row_layout.size, x.rank
-    layout = (
-        x.row_layout if len(numbers) == size else RowLayout(dim, even_bounds(len(numbers), x.row_layout.world_size))
-    )
+    layout = x.row_layout if len(numbers) == size else RowLayout(dim, x.region.bounds(len(numbers)))
     lo, hi = layout.interval(rank)
     if not _readable(numbers):
         own = torch.where(numbers < 0, numbers + size, numbers)[lo:hi]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.aliasing import is_basic
 from distpatch.rules.core.fresh_buffers import shard_along, shard_like
 from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand, wrap
@@ -292,7 +292,7 @@ def _shard_in_place(target: Tensor, items: Sequence[Any], value: Any) -> None:
     dim = kept[back]
     rows = target.shape[dim]
     if len(range(rows)[items[dim]]) == value.row_layout.size:
-        bounds = value.row_layout.bounds if value.row_layout.size == rows else even_bounds(rows, value.world_size)
+        bounds = value.row_layout.bounds if value.row_layout.size == rows else value.region.bounds(rows)
         shard_along(target, value, RowLayout(dim, bounds))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.aliasing import copied
 from distpatch.rules.core.operands import normalize_dims, sizes_of, wrap
 from distpatch.rules.core.registry import named, nth, rule
@@ -90,7 +90,7 @@ def expand(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
         return wrap(input.local.expand(sizes), input, input.row_layout.with_dim(dim))
     if input.row_layout.size != 1:
         raise RuntimeError(f"a tensor of shape {tuple(input.shape)} cannot be expanded to {sizes}")
-    bounds = even_bounds(sizes[dim], input.world_size)  # everybody's, and each rank keeps some
+    bounds = input.region.bounds(sizes[dim])  # everybody's, and each rank keeps some
     lo, hi = bounds[input.rank : input.rank + 2]
     row = assembled(func, [input], [(0, 0, 1)] * (len(bounds) - 1), tuple(range(len(bounds))))
     sizes[dim] = hi - lo

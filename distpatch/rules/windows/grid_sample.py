@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.layout.rows import RowLayout, even_bounds
+from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.operands import gather_partial, on_some_rows, redistribute, replicated_operand, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
@@ -36,11 +36,11 @@ def _sharded(grid: Tensor, input: PatchTensor) -> PatchTensor:
     if isinstance(grid, PatchTensor) and grid.row_layout.dim < grid.ndim - 1:
         return grid
     if isinstance(grid, PatchTensor):  # by coordinates
-        layout = RowLayout(1, even_bounds(grid.shape[1], grid.region.comm.size))
+        layout = RowLayout(1, grid.region.bounds(grid.shape[1]))
         return redistribute(grid, layout, F.grid_sample)
     dim = max(input.row_layout.dim - 1, 0)
     same = grid.shape[dim] == input.row_layout.size
-    bounds = input.row_layout.bounds if same else even_bounds(grid.shape[dim], input.region.comm.size)
+    bounds = input.row_layout.bounds if same else input.region.bounds(grid.shape[dim])
     return shard_in(input.region, grid, RowLayout(dim, bounds))
 
 

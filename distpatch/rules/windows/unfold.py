@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distpatch.errors import LayoutError
-from distpatch.layout.rows import RowLayout, aligned_bounds, even_bounds
+from distpatch.layout.rows import RowLayout, aligned_bounds
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.rules.core.aliasing import copied
 from distpatch.rules.core.halo import batched, fixed, paddings, run_stencil, run_windows
@@ -43,8 +43,7 @@ def unfold(
         )
         return _repeated(input, local, kernel[0] * kernel[1] if input.row_layout.dim == 1 else 1)
     if input.row_layout.dim == 3:  # the windows of a column are not together in the output
-        comm = input.region.comm
-        input = redistribute(input, RowLayout(2, even_bounds(input.shape[2], comm.size)), func)
+        input = redistribute(input, RowLayout(2, input.region.bounds(input.shape[2])), func)
     windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
 
     def blocks(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
@@ -80,7 +79,7 @@ def fold(
     blocks = [window.out_rows(n) for window, n in zip(windows, size, strict=True)]
     x = cast(PatchTensor, input.unflatten(2, blocks))
     if x.row_layout.dim != 2:  # a single row of windows, sharded by columns
-        x = redistribute(x, RowLayout(2, even_bounds(blocks[0], x.region.comm.size)), func)
+        x = redistribute(x, RowLayout(2, x.region.bounds(blocks[0])), func)
     stencil = TransposedStencil(kernel[0], strides[0], pads[0], dilations[0])
     stencil = replace(stencil, extra=size[0] - stencil.out_rows(blocks[0]))
 

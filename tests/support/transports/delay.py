@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distpatch.comm.choose_transport import between, using
@@ -66,7 +68,20 @@ class Delayed(Layer):
         time.sleep(max(due - time.perf_counter(), 0))
 
 
+class Apart(Layer):
+    """Halo rows do not come with a norm's moments."""
+
+    def carries_rows(self) -> bool:
+        return False
+
+
 @contextlib.contextmanager
-def delayed(delay_s: float) -> Iterator[None]:
-    with using(maybe(lambda pg, device: Delayed(between(pg, device), delay_s))):
+def delayed(delay_s: float, together: bool = True) -> Iterator[None]:
+    """``together``: halo rows may come with the moments of a norm."""
+
+    def slow(pg: dist.ProcessGroup, device: torch.device) -> Transport:
+        transport: Transport = Delayed(between(pg, device), delay_s)
+        return transport if together else Apart(transport)
+
+    with using(maybe(slow)):
         yield

@@ -1,0 +1,1 @@
+"""Small pictures, where ranks wait more than they compute: run ``python -m benchmarks.small``."""
