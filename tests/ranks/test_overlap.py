@@ -166,7 +166,7 @@ def test_fewer_waits() -> None:
 
     But for rows that come with the moments of a norm: these are waited for in any case.
     """
-    model, latents = tiny_kl(channels=(8, 8, 16, 16), dtype=torch.float32), random_tensor((1, 4, 16, 24)).float()
+    model, latents = tiny_kl(channels=(8, 8, 16, 16), dtype=torch.float32), random_tensor((1, 4, 16, 8)).float()
 
     def body(rank: int) -> list[tuple[Tensor, list[int]]]:
         found = []

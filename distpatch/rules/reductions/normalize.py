@@ -55,12 +55,12 @@ def normalize_rows(
 
     Without gradients the result brings its neighbours' rows along (``halo_rows.py``), which a convolution may need.
     """
-    needs = _halo_of(x)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.row_layout.dim < 2:
         out, mean, spread = normalize(x.local, weight, bias, norm)
         return wrap(out, x), mean, spread
     deferred = deferrable([x], x) is not None
     rows = x.as_recipe if deferred else x.local
+    needs = _halo_of(x)  # which waits for what is under way: not before the rows that need none of it are computed
     mean, spread, halo = norm.statistics(rows, strips_of(x, needs) if needs else None)
     step = scaling(rows, mean, spread, weight, bias)
     result = run_rows(norm.op, [x], step, shape=rows.shape) if deferred else wrap(_scaled(x.local, step, norm), x)
