@@ -1,0 +1,1 @@
+"""Stable Diffusion's decoder with messages that take longer."""
