@@ -32,6 +32,7 @@ from distpatch.planning.report import Plan
 from distpatch.planning.scaling import Scaling, scaling
 from distpatch.profiling.live_memory import LivePeak
 from distpatch.profiling.trace import Trace, trace
+from distpatch.read import LocalRows, ShardedDataset, read_shard
 from distpatch.rules.core.registry import register_rule
 from distpatch.rules.elementwise.register_pointwise import register_pointwise
 from distpatch.save import save_image, save_video, to_memmap
@@ -46,6 +47,7 @@ __all__ = [
     "LayoutError",
     "Link",
     "LivePeak",
+    "LocalRows",
     "PatchConv2d",
     "PatchTensor",
     "Plan",
@@ -53,6 +55,7 @@ __all__ = [
     "RowLayout",
     "Scaling",
     "SelfTest",
+    "ShardedDataset",
     "Trace",
     "UnsupportedOpError",
     "calibrate",
@@ -68,6 +71,7 @@ __all__ = [
     "patch_conv_transpose2d",
     "patch_conv_transpose3d",
     "plan",
+    "read_shard",
     "register_pointwise",
     "register_rule",
     "restore_model",
