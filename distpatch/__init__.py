@@ -14,6 +14,7 @@ from distpatch.diffusion.guidance import guidance_mesh, split_guidance
 from distpatch.diffusion.pipeline import parallelize_pipeline
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.layout.rows import RowLayout
+from distpatch.local.group import LocalGroup, local_group
 from distpatch.model.convert import convert_model
 from distpatch.model.patch_conv_layers import (
     PatchConv2d,
@@ -47,6 +48,7 @@ __all__ = [
     "LayoutError",
     "Link",
     "LivePeak",
+    "LocalGroup",
     "LocalRows",
     "PatchConv2d",
     "PatchTensor",
@@ -63,6 +65,7 @@ __all__ = [
     "displaced",
     "gather",
     "guidance_mesh",
+    "local_group",
     "parallelize_pipeline",
     "patch_conv1d",
     "patch_conv2d",
