@@ -26,6 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "DDP, SyncBatchNorm": {"wrap": "ddp", **SYNC},
     "DDP, SyncBatchNorm over data": {"wrap": "ddp", "norm": "batch", "pooled": "batch", "sync": "data"},
     "DDP, SyncBatchNorm, recomputed": {"wrap": "ddp", **SYNC, "recompute": "not reentrant"},
+    "rows alone, convolutions kept": {"recompute": "selective"},
+    "FSDP2, convolutions kept": {"wrap": "fsdp", "recompute": "selective"},
     "FSDP2 before": {"wrap": "fsdp"},
     "FSDP2 after": {"wrap": "fsdp", "order": "after"},
     "FSDP2 over rows": {"wrap": "fsdp", "over": "rows", "reshard": False},

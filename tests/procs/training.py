@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -15,13 +16,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import distpatch
 from tests.support.oracle import random_tensor
 
 BATCH, HEIGHT, STEPS = 4, 9, 5
 Options = dict[str, Any]
+
+
+def _kept(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op is torch.ops.aten.convolution.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CONVOLUTIONS_KEPT = partial(create_selective_checkpoint_contexts, _kept)
 
 
 class Block(nn.Module):
@@ -52,6 +61,8 @@ class Net(nn.Module):
     def block(self, block: nn.Module, x: Tensor) -> Tensor:
         if not self.recompute:
             return block(x)
+        if self.recompute == "selective":
+            return checkpoint(block, x, use_reentrant=False, context_fn=CONVOLUTIONS_KEPT)
         return checkpoint(block, x, use_reentrant=self.recompute == "reentrant")
 
 
