@@ -31,7 +31,8 @@ class Cut:
 class Share(NamedTuple):
     """A rank's share of a call: output ``rows``, elements of its in- and output, and what else says how they are cut.
 
-    ``kind``: of device (chunk_sizes.py); ``recorded``: each patch is kept, for a backward pass or in a compiled graph.
+    ``kind``: of device (chunk_sizes.py); ``graded``: autograd records the call; ``recorded``: each patch is kept, for
+    autograd or in a compiled graph.
     """
 
     rows: int
@@ -39,6 +40,7 @@ class Share(NamedTuple):
     out_numel: int
     itemsize: int
     kind: str
+    graded: bool
     recorded: bool
 
 
@@ -56,7 +58,8 @@ def cut_rows(
     """How rows are best computed, at most ``patch_rows`` at a time. ``view``: the result is one.
 
     Rows that are fewer than the ``weights``, in elements, are put beside their halo rather than mended: a call for each
-    seam would read, and on a CPU pack, all weights again.
+    seam would read, and on a CPU pack, all weights again. So are those that autograd keeps: a backward pass of the
+    seams would fill and add up gradients of the whole for each.
     """
     (lo, hi), (first, last), (start, stop) = plan.rows, plan.read, plan.own
     if lo == hi:
@@ -67,7 +70,8 @@ def cut_rows(
         return Cut(plan.rows, patch_rows, {a: stencil.need(a, a + patch_rows) for a in starts}, together=True)
     sizes, own_bytes = sizes_for(share.kind), share.numel * share.itemsize
     joined_bytes = max(sizes.joined_bytes, weights * share.itemsize)
-    if len(starts) == 1 and pads and plan.seams is not None and (own_bytes > joined_bytes or not plan.seams):
+    mended = plan.seams is not None and (not plan.seams or (own_bytes > joined_bytes and not share.graded))
+    if len(starts) == 1 and pads and mended:
         return Cut(plan.rows, patch_rows, {lo: plan.read}, plan.seams)
     if len(starts) == 1 and not ((start <= first and last <= stop) or view or share.recorded):
         # with its halo they are copied: a part at a time, where there are many

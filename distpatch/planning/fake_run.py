@@ -134,7 +134,7 @@ class Faking(FakeTensorMode):
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         of_two = _of_two_tensors(func)
-        if func in VIEWS and self._is_own(args[0]) or of_two and self._are_operands(args[:2]):
+        if (func in VIEWS and self._is_own(args[0])) or (of_two and self._are_operands(args[:2])):
             with in_kernel_invocation_manager(self):
                 if of_two:
                     func, args = of_two, tuple(map(_of_no_dims, args))
@@ -146,7 +146,7 @@ class Faking(FakeTensorMode):
         return type(operand) is FakeTensor and operand.fake_mode is self
 
     def _are_operands(self, operands: Sequence[Any]) -> bool:
-        """Own tensors and numbers, beside a tensor with dims: only there a number counts as a tensor of no dims does."""
+        """Own tensors and numbers, beside a tensor with dims: only there a number counts as one of no dims does."""
         tensors = [operand for operand in operands if not isinstance(operand, (int, float))]
         return all(map(self._is_own, tensors)) and any(tensor.ndim for tensor in tensors)
 

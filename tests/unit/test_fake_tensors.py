@@ -32,7 +32,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "power": lambda t: t**2,
     "remainder": lambda t: t % 2,
     "comparison": lambda t: t > 0,
-    "comparison with another": lambda t: t > t,
+    "comparison with another": lambda t: t > t[..., :1],
     "where": lambda t: torch.where(t > 0, t, 0.0),
     "exclusive or": lambda t: (t > 0) ^ (t > 1),
     "addcmul": lambda t: torch.addcmul(t, t, t),

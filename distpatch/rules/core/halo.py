@@ -80,8 +80,9 @@ def given(x: PatchTensor, weight: Tensor | None = None) -> Given:
     shape, of_weight = x.shape, torch.Size() if weight is None else weight.shape
     if compiling:  # plans are constants: no size is a symbol
         shape, of_weight = (torch.Size(map(operator.index, sizes)) for sizes in (shape, of_weight))
-    kind, recorded = planned_for.kind or rows.device.type, compiling or torch.is_grad_enabled()
-    return Given(shape, of_weight, x.row_layout, region.comm.rank, region.options, rows.dtype, kind, recorded)
+    kind, graded = planned_for.kind or rows.device.type, torch.is_grad_enabled()
+    recorded = compiling or graded
+    return Given(shape, of_weight, x.row_layout, region.comm.rank, region.options, rows.dtype, kind, graded, recorded)
 
 
 def fixed(value: Any) -> Any:
