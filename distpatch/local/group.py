@@ -68,9 +68,9 @@ class LocalGroup:
 
         Random numbers are those that the caller would have drawn. Arguments are copied. The ranks keep the model, and
         what a call leaves in its buffers and attributes stays there; it is sent again when anything of the caller's
-        has changed: weights, mode, attributes. Raises what the model raises there; ``RankError`` where a rank's process ended (the next
-        call starts new ones); ``DistPatchError`` for a model that is converted or in training mode, cannot be pickled,
-        or is larger than the shared memory.
+        has changed: weights, mode, attributes. Raises what the model raises there; ``RankError`` where a rank's process
+        ended (the next call starts new ones); ``DistPatchError`` for a model that is converted or in training mode,
+        cannot be pickled, or is larger than the shared memory.
         """
         if not isinstance(model, nn.Module) or is_converted(model):
             raise DistPatchError(
