@@ -10,6 +10,7 @@ from distpatch.layout.transfers import RankPlan
 from distpatch.torch_utils.chunk_sizes import sizes_for
 
 PATCH_PER_WEIGHT = 8  # bytes of a patch for each of the weights, which a CPU packs anew at every call
+Seams = tuple[tuple[int, int, Interval], ...]  # (first output row, last, the rows that they read)
 INDEX_LIMIT = 2**31  # elements of an input or output that kernels with 32-bit indices can address
 
 
@@ -24,15 +25,18 @@ class Cut:
     rows: Interval
     patch_rows: int
     reads: dict[int, Interval]
-    seams: tuple[tuple[int, int, Interval], ...] | None = None
+    seams: Seams | None = None
     together: bool = False
+
+    def strips(self, own: Interval) -> tuple[Interval, ...]:
+        """The rows that each seam reads of the rank's ``own``, counted from the first of these."""
+        return tuple((max(a - own[0], 0), min(b, own[1]) - own[0]) for _, _, (a, b) in self.seams or ())
 
 
 class Share(NamedTuple):
     """A rank's share of a call: output ``rows``, elements of its in- and output, and what else says how they are cut.
 
-    ``kind``: of device (chunk_sizes.py); ``graded``: autograd records the call; ``recorded``: each patch is kept, for
-    autograd or in a compiled graph.
+    ``kind``: of device (chunk_sizes.py); ``recorded``: each patch is kept, for a backward pass or in a compiled graph.
     """
 
     rows: int
@@ -40,7 +44,6 @@ class Share(NamedTuple):
     out_numel: int
     itemsize: int
     kind: str
-    graded: bool
     recorded: bool
 
 
@@ -58,8 +61,7 @@ def cut_rows(
     """How rows are best computed, at most ``patch_rows`` at a time. ``view``: the result is one.
 
     Rows that are fewer than the ``weights``, in elements, are put beside their halo rather than mended: a call for each
-    seam would read, and on a CPU pack, all weights again. So are those that autograd keeps: a backward pass of the
-    seams would fill and add up gradients of the whole for each.
+    seam would read, and on a CPU pack, all weights again.
     """
     (lo, hi), (first, last), (start, stop) = plan.rows, plan.read, plan.own
     if lo == hi:
@@ -70,8 +72,7 @@ def cut_rows(
         return Cut(plan.rows, patch_rows, {a: stencil.need(a, a + patch_rows) for a in starts}, together=True)
     sizes, own_bytes = sizes_for(share.kind), share.numel * share.itemsize
     joined_bytes = max(sizes.joined_bytes, weights * share.itemsize)
-    mended = plan.seams is not None and (not plan.seams or (own_bytes > joined_bytes and not share.graded))
-    if len(starts) == 1 and pads and mended:
+    if len(starts) == 1 and pads and plan.seams is not None and (own_bytes > joined_bytes or not plan.seams):
         return Cut(plan.rows, patch_rows, {lo: plan.read}, plan.seams)
     if len(starts) == 1 and not ((start <= first and last <= stop) or view or share.recorded):
         # with its halo they are copied: a part at a time, where there are many

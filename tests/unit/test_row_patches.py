@@ -32,9 +32,7 @@ class Options:
 
 def share(x: Tensor) -> Share:
     """All of an image, from which one as large is made."""
-    return Share(
-        x.shape[2], x.numel(), x.numel(), x.element_size(), "cpu", torch.is_grad_enabled(), torch.is_grad_enabled()
-    )
+    return Share(x.shape[2], x.numel(), x.numel(), x.element_size(), "cpu", torch.is_grad_enabled())
 
 
 def slabs(x: Tensor, bounds: tuple[int, ...], stencil: WindowStencil) -> Iterator[tuple[Slab, RankPlan]]:
