@@ -157,6 +157,14 @@ def packed_by_mask(x: Tensor, text: Tensor) -> Tensor:
     return sequence * 2
 
 
+def packed_on_text(x: Tensor, text: Tensor) -> Tensor:
+    """Into a sequence that has a gradient already."""
+    sequence = torch.cat([text * 2, text.new_zeros(2, x.shape[1], 5)], 1)
+    sequence[:, torch.arange(sequence.shape[1]) >= 3] = x
+    assert type(sequence) is type(x)
+    return sequence * 2
+
+
 def filled_under_a_view(x: Tensor) -> Tensor:
     out = torch.zeros(x.shape, dtype=x.dtype)
     first = out[0]
@@ -264,6 +272,7 @@ WRITTEN = {
     "index_add merged rows": case(lambda x, v: x.flatten(1, 2).index_add(1, torch.tensor([2, 0]), v), FRAMES, (2, 2, 4), heights=MANY),
     "packed": case(packed, (2, H, 5), (2, 3, 5), dim=1),
     "packed in place": case(packed_in_place, (2, H, 5), (2, 3, 5), dim=1),
+    "packed on text": case(packed_on_text, (2, H, 5), (2, 3, 5), dim=1),
     "packed by mask": case(packed_by_mask, (2, H, 5), (2, 3, 5), dim=1),
     "plain frames by number": case(
         filled(((slice(None), [2, 0, 1]), lambda x: x), make=lambda x: torch.ones(2, 4, *x.shape[2:], dtype=x.dtype)), X

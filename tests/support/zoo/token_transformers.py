@@ -189,6 +189,7 @@ TOKENS = {
         },
         {**_QWEN_INPUTS, "img_shapes": [(1, 7, 5)] * 2},
         BY_TOKENS,
+        gathered=("topk",),  # each expert takes the best of all tokens
     ),
     "QwenImage21Transformer2DModel": Transformer(
         "QwenImage21Transformer2DModel",
@@ -235,7 +236,7 @@ TOKENS = {
             "video_rotary_emb": (rand(1, 35, 16), rand(1, 35, 16)),
             "encoder_attention_mask": mask(2, 5),
         },
-        BY_TOKENS,
+        {"shard": {"hidden_states": 1, "timestep": 1, "video_rotary_emb": 1}},
     ),
     "Ideogram4Transformer2DModel": Transformer(
         "Ideogram4Transformer2DModel",

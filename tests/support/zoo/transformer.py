@@ -30,16 +30,29 @@ def mask(*shape: int) -> Masked:
 class Transformer:
     """``inputs``: arguments by name, with shapes in place of tensors. ``options``: of ``convert_model``.
 
-    ``gathered``: how many operations are gathered on each rank in a call, where that cannot be helped. ``dtype``: fp32
-    of those that compute steps in it whatever they are given, and refuse fp64 beside it.
+    ``gathered``: the functions that are gathered in a call, where that cannot be helped. ``dtype``: fp32 of those that
+    compute steps in it whatever they are given, and refuse fp64 beside it. ``backward``: whether torch has the
+    gradients on a CPU.
     """
 
     cls: str
     config: dict[str, Any]
     inputs: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
-    gathered: int = 0
+    gathered: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float64
+    backward: bool = True
+
+    @property
+    def entering(self) -> str:
+        """What of the arguments is sharded, in words."""
+        named = self.options.get("shard")
+        if named is not None:
+            return ", ".join(f"{name} {dim}" for name, dim in named.items())
+        first = next(iter(self.inputs.values()))
+        if getattr(getattr(transformers, self.cls), "_cp_plan", None) and len(first) == 3:
+            return "as its plan says"
+        return "images" if "dim" not in self.options else f"images, dim={self.options['dim']}"
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)

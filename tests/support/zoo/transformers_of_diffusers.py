@@ -45,7 +45,8 @@ class Comparison:
 def run(model: nn.Module, entry: Transformer, backward: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     """Results, and where wanted gradients of the floating-point arguments and of the first and last parameter."""
     given = entry.arguments()
-    leaves = [t for t in tensors_in(given) if t.is_floating_point() and t.ndim >= 2] if backward else []
+    wanted = [value for name, value in given.items() if "rotary" not in name] if backward else []
+    leaves = [t for t in tensors_in(wanted) if t.is_floating_point() and t.ndim >= 2]
     for leaf in leaves:
         leaf.requires_grad_()
     with torch.set_grad_enabled(backward), OwnProcess(precise=entry.dtype == torch.float64):
@@ -54,13 +55,16 @@ def run(model: nn.Module, entry: Transformer, backward: bool = False) -> tuple[l
             return results, []
         weighed = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in results)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        wanted = [*leaves, parameters[0], parameters[-1]]
-        gradients = torch.autograd.grad(weighed, wanted, allow_unused=True)
+        gradients = torch.autograd.grad(weighed, [*leaves, parameters[0], parameters[-1]], allow_unused=True)
     return [t.detach() for t in results], [torch.zeros(1) if g is None else g for g in gradients]
 
 
 def compare(name: str, world: int, *, backward: bool = False, timeout: float = 60, **options: Any) -> Comparison:
-    """One call of a model, converted, on every rank against one device."""
+    """One call of a model, converted, on every rank against one device; ``backward``: with its gradients too.
+
+    Without them the result is left sharded, and gathered here: one that is not would show that all ranks have computed
+    the whole.
+    """
     entry = TRANSFORMERS[name]
     model = entry.build()
     expected = run(copy.deepcopy(model), entry, backward)

@@ -140,6 +140,7 @@ VIDEOS = {
             "encoder_hidden_states": text(),
             "chunk_partition": [2, 2],
         },
+        backward=False,
     ),
     "HeliosTransformer3DModel": Transformer(
         "HeliosTransformer3DModel",
@@ -398,6 +399,7 @@ VIDEOS = {
         },
         {"hidden_states": rand(1, 2, 24, 16, 9), "timestep": ONE},
         {"dim": -3},
+        backward=False,
     ),
     "LatteTransformer3DModel": Transformer(
         "LatteTransformer3DModel",
