@@ -60,6 +60,7 @@ def convert_model(
     weights: Sequence[float] | str | None = None,
     policy: str = "shard",
     shard: Mapping[str, int] | None = None,
+    attention: str = "gather",
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -94,6 +95,12 @@ def convert_model(
     for context parallelism says (``_cp_plan`` of diffusers), where that splits the first argument as it is given;
     else images are sharded.
 
+    ``attention``: how the keys and values of all ranks meet a rank's queries: "gather" (all at once; of large ones
+    some heads at a time), "ring" (one rank's after the other: in inference no rank ever holds all; with gradients or a
+    mask scores are made in plain products) or "all_to_all" (each rank attends with all queries of some heads: fewer
+    bytes from three ranks on). All are exact; what does not fit them (fewer heads than ranks, replicated keys) is
+    gathered.
+
     ``compile=True``: each entry point is one graph of ``torch.compile``, made at the first call of each shape, in which
     the ranks meet as in a plain call: rules run when it is made, and not again. A dict: what ``torch.compile`` is
     told beside that, such as ``{"mode": "max-autotune"}``. Displaced steps run as without it. From torch 2.13.
@@ -122,6 +129,7 @@ def convert_model(
         weights,  # type: ignore[arg-type]  # it is made a tuple there
         policy,
         shard,  # type: ignore[arg-type]  # and so is this
+        attention,
     )
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
