@@ -8,7 +8,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench gpu memory peers displaced coverage clean autoencoders
+.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench gpu memory peers displaced coverage clean autoencoders transformers
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,9 @@ peers: $(VENV)/installed  ## time, memory and error beside the peers', and docs/
 
 autoencoders: $(VENV)/installed  ## every autoencoder of diffusers, converted, against one device
 	$(BIN)/python -m benchmarks.autoencoders
+
+transformers: $(VENV)/installed  ## every diffusion transformer of diffusers, converted, against one device
+	$(BIN)/python -m benchmarks.transformers
 
 displaced: $(VENV)/installed  ## displaced steps: PSNR by policy, time with delayed messages, bytes
 	$(BIN)/python -m benchmarks.displaced.train_denoiser

@@ -105,6 +105,11 @@ def _check(model: nn.Module, warmup_steps: int, policy: str, layers_per_message:
         )
     if conversion.steps is not None:
         raise DistPatchError(f"displaced: the steps of this {type(model).__name__} are displaced already")
+    if conversion.options.attention == "all_to_all":
+        raise DistPatchError(
+            f'displaced: this {type(model).__name__} is converted with attention="all_to_all", which moves queries: '
+            'each rank would answer those of the last step. Convert it with attention="gather" or "ring"'
+        )
     if policy not in POLICIES:
         raise ValueError(f"displaced: policy is one of {', '.join(POLICIES)}; got {policy!r}")
     if warmup_steps < 0 or layers_per_message < 1:

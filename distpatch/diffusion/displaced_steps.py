@@ -12,9 +12,6 @@ from torch import Tensor
 from distpatch.comm.communicator import Communicator
 from distpatch.diffusion.async_exchange import StepSchedule
 from distpatch.diffusion.stale_transport import POLICIES, Stale, Step
-from distpatch.model.arguments import is_image
-from distpatch.tensor.patch_tensor import PatchTensor
-from distpatch.torch_utils.tree import tensors_in
 
 T = TypeVar("T")
 
@@ -74,9 +71,9 @@ class Displaced:
             return f"{what}: a displaced step has no gradients: call the model under torch.no_grad()"
         return None
 
-    def payload(self, given: Any) -> dict[str, object]:
+    def payload(self, replicated: list[Tensor]) -> dict[str, object]:
         """What the ranks tell each other before a step."""
-        self._given = [t for t in tensors_in(given) if _conditions(t)] if self.watch_prompt else []
+        self._given = [t for t in replicated if _conditions(t)] if self.watch_prompt else []
         return {"new": self._prompt is not None and not _alike(self._prompt, self._given)}
 
     def begin(self, signature: str, answers: list[dict[str, object]]) -> None:
@@ -144,8 +141,8 @@ def background_of(comm: Communicator) -> Communicator:
 
 
 def _conditions(tensor: Tensor) -> bool:
-    """Whether it is the same for a whole picture: no image, and no time, which has a number a sample at most."""
-    return tensor.ndim >= 2 and not is_image(tensor) and not isinstance(tensor, PatchTensor)
+    """Whether a replicated argument is the same for a whole picture: no time, which has a number a sample at most."""
+    return tensor.ndim >= 2
 
 
 def _alike(known: list[tuple[Tensor, Tensor, object]], given: list[Tensor]) -> bool:

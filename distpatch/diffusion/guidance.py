@@ -14,7 +14,8 @@ from distpatch.comm.collectives import stack_ranks
 from distpatch.comm.communicator import Communicator, communicator, group_of
 from distpatch.errors import LayoutError
 from distpatch.layout.rows import RowLayout
-from distpatch.model.convert import convert_model, is_image
+from distpatch.model.calls import conversion_of
+from distpatch.model.convert import convert_model
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.region import Region
 from distpatch.torch_utils import private
@@ -48,7 +49,7 @@ def guidance_mesh(group: dist.ProcessGroup | None = None) -> DeviceMesh:
 def split_guidance(model: M, mesh: DeviceMesh, **options: Any) -> M:
     """``convert_model`` over ``mesh["rows"]``, with the batch split over ``mesh["guidance"]``.
 
-    Every argument as long as the batch (that of the first image, along dim 0) is cut into two halves, of which
+    Every argument as long as the batch (that of the first sharded one, along dim 0) is cut into two halves, of which
     this rank's half of the mesh computes its own; the results are joined again, on all ranks, by one all-gather
     between the two. ``options``: those of ``convert_model``. ``restore_model`` undoes it. Raises ``LayoutError``
     for a mesh without these axes, and in a call whose batch is odd.
@@ -56,11 +57,14 @@ def split_guidance(model: M, mesh: DeviceMesh, **options: Any) -> M:
     check_mesh(mesh)
     halves = communicator(mesh[AXES[0]])
     convert_model(model, mesh[AXES[1]], **options)
-    forward = model.forward
+    forward, conversion = model.forward, conversion_of(model)
+    assert conversion is not None
+    entrance = conversion.entrances["forward"]
 
     @functools.wraps(forward)
     def both(*args: Any, **kwargs: Any) -> Any:
-        batch = next((t.shape[0] for t in tensors_in((args, kwargs)) if is_image(t)), 0)
+        dims = entrance.dims(args, kwargs)
+        batch = next((t.shape[0] for t in tensors_in((args, kwargs)) if dims.of(t) is not None), 0)
         if batch % 2:
             raise LayoutError(
                 f"{type(model).__name__}: a batch of {batch} has no two halves; split_guidance is for calls with "

@@ -1,4 +1,4 @@
-"""What a converted model is called with: which tensors are images, what the ranks compare, and what is refused."""
+"""What a converted model is called with: what the ranks compare, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from distpatch.comm.communicator import Communicator
+from distpatch.model.entrance import Entrance, is_image
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.user_classes import is_wrapper
 from distpatch.torch_utils.private import FakeTensor, FunctionalTensor
-from distpatch.torch_utils.tree import streams_in
-
-
-def is_image(tensor: Tensor) -> bool:
-    return isinstance(tensor, PatchTensor) or (tensor.is_floating_point() and tensor.ndim >= 4)
+from distpatch.torch_utils.tree import leaves_in, streams_in, tensors_in
 
 
 def signature_of(given: Sequence[Tensor]) -> str:
@@ -31,37 +28,69 @@ def signature_of(given: Sequence[Tensor]) -> str:
     return "(" + ", ".join(described) + ")" + grads
 
 
-def problem_of(what: str, call: Any, given: Sequence[Tensor], dim: int, comm: Communicator) -> str | None:
+def problem_of(entrance: Entrance, call: tuple[Any, Any], given: Sequence[Tensor], comm: Communicator) -> str | None:
     """Why a call with these arguments (``given``: the tensors among them) cannot be sharded, or None."""
-    for tensor in given:
-        if not isinstance(tensor, PatchTensor) and (problem := _foreign(tensor, comm)):
-            return f"{what}: {problem}"
+    named = entrance.named(*call)
+    problem = next((found for t in given if (found := _foreign(t, comm))), None)
+    problem = problem or (
+        _not_images(entrance.dim, call, given) if named is None else _misnamed(entrance, named, given)
+    )
+    return problem and f"{entrance.what}: {problem}"
+
+
+def _not_images(dim: int, call: Any, given: Sequence[Tensor]) -> str | None:
+    """Why there is no image among the arguments, or one that cannot be sharded along ``dim``."""
     images = [tensor for tensor in given if is_image(tensor)]
     if not images and (torch.compiler.is_dynamo_compiling() or not streams_in(call)):
-        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in given) or "none"
         return (
-            f"{what}: no argument can be sharded: an image is a floating-point tensor of at least 4 dims "
-            f"(B, C, H, W); the tensors given are: {shapes}.{_way_out(call, given)}"
+            f"no argument can be sharded: an image is a floating-point tensor of at least 4 dims "
+            f"(B, C, H, W); the tensors given are: {_shapes(given)}.{_way_out(call, given)}"
         )
     for tensor in images:
-        if isinstance(tensor, PatchTensor):
-            if tensor.region.comm is not comm:
-                shape = tuple(tensor.shape)
-                return (
-                    f"{what}: an argument of shape {shape} is sharded over another group than the model's: "
-                    "gather it first (distpatch.gather)"
-                )
-        elif not -tensor.ndim <= dim < tensor.ndim or dim % tensor.ndim < 2:
+        if not isinstance(tensor, PatchTensor) and (not -tensor.ndim <= dim < tensor.ndim or dim % tensor.ndim < 2):
             return (
-                f"{what}: dim={dim} is out of range for an argument of shape "
+                f"dim={dim} is out of range for an argument of shape "
                 f"{tuple(tensor.shape)}: rows are sharded along one of its spatial dims "
                 f"{2 - tensor.ndim}..-1 (convert_model(..., dim=...))"
             )
     return None
 
 
+def _misnamed(entrance: Entrance, named: dict[str, tuple[Any, int]], given: Sequence[Tensor]) -> str | None:
+    """Why the arguments that are sharded by name cannot be."""
+    for name, (value, dim) in named.items():
+        for tensor in tensors_in(value):
+            if not isinstance(tensor, PatchTensor) and not -tensor.ndim <= dim < tensor.ndim:
+                dims = (
+                    f"one of its dims {-tensor.ndim}..{tensor.ndim - 1}" if tensor.ndim else "it has none: leave it out"
+                )
+                return (
+                    f"argument {name!r} of shape {tuple(tensor.shape)} cannot be sharded along dim {dim}: say {dims} "
+                    f"(convert_model(..., shard={{{name!r}: ...}}))"
+                )
+            if tensor.layout is not torch.strided:
+                return f"argument {name!r} of shape {tuple(tensor.shape)} has layout {tensor.layout}: pass x.to_dense()"
+    if any(isinstance(leaf, (Tensor, Iterator)) for value, _ in named.values() for leaf in leaves_in(value)):
+        return None
+    return (
+        f"no argument can be sharded: none that shard= names ({', '.join(entrance.splits)}) was given a tensor; the "
+        f"tensors given are: {_shapes(given)}"
+    )
+
+
+def _shapes(given: Sequence[Tensor]) -> str:
+    return ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in given) or "none"
+
+
 def _foreign(tensor: Tensor, comm: Communicator) -> str | None:
-    """Why a tensor that is not dense in memory cannot take part, or None."""
+    """Why a tensor that is another group's, or not dense in memory, cannot take part, or None."""
+    if isinstance(tensor, PatchTensor):
+        if tensor.region.comm is comm:
+            return None
+        return (
+            f"an argument of shape {tuple(tensor.shape)} is sharded over another group than the model's: "
+            "gather it first (distpatch.gather)"
+        )
     name = type(tensor).__name__
     if torch.compiler.is_dynamo_compiling():
         if type(tensor) in {Tensor, nn.Parameter}:
@@ -87,6 +116,11 @@ def _foreign(tensor: Tensor, comm: Communicator) -> str | None:
     return None
 
 
+_OF_TOKENS = (
+    ' Tokens (B, N, C): convert_model(..., shard={"hidden_states": 1}) says which argument is sharded, and where.'
+)
+
+
 def _way_out(call: Any, given: Sequence[Tensor]) -> str:
     """What the caller can do who has images of another form."""
     for tensor in given:
@@ -94,7 +128,7 @@ def _way_out(call: Any, given: Sequence[Tensor]) -> str:
             return " Pass a quantised image as x.dequantize()."
         if tensor.ndim == 3 and tensor.is_floating_point():
             many = sum(t.ndim == 3 for t in given) > 1
-            return (
+            return _OF_TOKENS + (
                 " Images without a batch (C, H, W), of several sizes: call the model for each as x.unsqueeze(0), or "
                 "pad them to one size and torch.stack them."
                 if many

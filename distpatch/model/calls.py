@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.lazy.buffer_reuse import deferred_rows
-from distpatch.model.arguments import is_image, problem_of, signature_of
+from distpatch.model.arguments import problem_of, signature_of
+from distpatch.model.entrance import Entrance
 from distpatch.rules.core.operands import in_order
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, handed_back, on_rank0, shard_input
@@ -35,8 +37,8 @@ class Told(Protocol):
     @property
     def sends(self) -> bool: ...
 
-    def payload(self, given: Any) -> dict[str, object]:
-        """What this rank tells the others before the call; ``given``: the arguments."""
+    def payload(self, replicated: list[Tensor]) -> dict[str, object]:
+        """What this rank tells the others before the call; ``replicated``: of its arguments."""
 
     def begin(self, signature: str, answers: list[dict[str, object]]) -> None:
         """Choose what this call is; ``answers``: every rank's payload."""
@@ -67,10 +69,14 @@ class Thread(threading.local):
 
 @dataclass
 class Conversion:
-    """What was done to a model, and what is needed to undo it. ``steps``: of what is open, if each call is a step."""
+    """What was done to a model, and what is needed to undo it.
+
+    ``steps``: of what is open, if each call is a step; ``entrances``: what enters sharded, by entry point.
+    """
 
     region: Region
     steps: Steps | None = None
+    entrances: dict[str, Entrance] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=dict)
     thread: Thread = field(default_factory=Thread)
 
@@ -103,34 +109,42 @@ def conversion_of(model: nn.Module) -> Conversion | None:
 class Call:
     """The arguments of one call, on their way in and out."""
 
-    def __init__(self, what: str, state: Conversion, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.what, self.state, self.model, self.arguments = what, state, model, (args, kwargs)
+    def __init__(self, entrance: Entrance, state: Conversion, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.entrance, self.what, self.state, self.model = entrance, entrance.what, state, model
+        self.arguments = args, kwargs
         self.given = list(tensors_in(self.arguments))
-        self.images = [t for t in self.given if is_image(t)]
-        kinds = (t.region.kind if isinstance(t, PatchTensor) else kind_of(t) for t in self.images)
+        self.dims = entrance.dims(args, kwargs)
+        self.sharded = [t for t in self.given if self.dims.of(t) is not None]
+        kinds = (t.region.kind if isinstance(t, PatchTensor) else kind_of(t) for t in self.sharded)
         self.kind = next((kind for kind in kinds if kind is not None), None)
-        self.versions = [None if t.is_inference() else t._version for t in self.images]
+        self.versions = [None if t.is_inference() else t._version for t in self.sharded]
         self.left: dict[int, tuple[Tensor, Any]] = {}
         self.mine: set[int] = set()  # tensors that leave as they are
         self.made: list[tuple[Any, Any]] = []
 
     @property
     def problem(self) -> str | None:
-        return problem_of(self.what, self.arguments, self.given, self.state.options.dim, self.state.region.comm)
+        return problem_of(self.entrance, self.arguments, self.given, self.state.region.comm)
+
+    @property
+    def replicated(self) -> list[Tensor]:
+        """The tensors that every rank computes with whole."""
+        return [t for t in self.given if self.dims.of(t) is None]
 
     @property
     def signature(self) -> str:
         return signature_of(self.given)
 
     def enter(self, region: Region) -> Any:
-        """The arguments with images sharded. Containers that hold any are copied."""
+        """The arguments, sharded where they are to be. Containers that hold any such are copied."""
         call = CallState(region.call.replicas, frozenset(id(buffer) for *_, buffer in _buffers(self.model)))
         self.region = replace(region, kind=self.kind, call=call)
         self.made = []
         return map_tensors(self._sharded, self.arguments, self._pulled, made=self.made)
 
-    def _sharded(self, tensor: Tensor) -> Tensor:
-        return shard_input(tensor, self.state.options.dim, self.region) if is_image(tensor) else tensor
+    def _sharded(self, tensor: Tensor, source: object = None) -> Tensor:
+        dim = self.dims.of(tensor, source)
+        return tensor if dim is None else shard_input(tensor, dim, self.region)
 
     def _pulled(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """A generator that is an argument: what it yields enters as the model asks for it."""
@@ -141,9 +155,9 @@ class Call:
                 except StopIteration:
                     return
             given = list(tensors_in(value))
-            if any(map(is_image, given)):
+            if any(self.dims.of(t, iterator) is not None for t in given):
                 self.region.comm.begin_call(f"{self.what}, value {number} of an iterator", signature_of(given))
-            yield map_tensors(self._sharded, value)
+            yield map_tensors(partial(self._sharded, source=iterator), value)
 
     def leave(self, result: Any) -> Any:
         """What the caller gets, in the result and in the arguments' containers; buffers are plain again."""
@@ -166,11 +180,11 @@ class Call:
         self.left.clear()
 
     def _give_back(self) -> None:
-        """What the model wrote to images and containers of the caller's is written there."""
+        """What the model wrote to sharded arguments and containers of the caller's is written there."""
         entered = {id(old): new for old, new in self.made}
-        for image, version in zip(self.images, self.versions):
-            if not isinstance(image, PatchTensor) and version is not None and image._version != version:
-                image.data.copy_(gather_replicated(entered[id(image)]))  # of which the model wrote to this rank's rows
+        for given, version in zip(self.sharded, self.versions):
+            if not isinstance(given, PatchTensor) and version is not None and given._version != version:
+                given.data.copy_(gather_replicated(entered[id(given)]))  # of which the model wrote to this rank's rows
         if any(not isinstance(value, Tensor) for value in (*self.arguments[0], *self.arguments[1].values())):
             give_back(self.made)
             map_tensors(self._leave, self.arguments, in_place=True)
@@ -210,7 +224,7 @@ def inside(
     signature: str,
     problem: str | None = None,
     told: Told | None = None,
-    given: Any = None,
+    replicated: list[Tensor] | None = None,
 ) -> Iterator[None]:
     """Meet the other ranks, then mark this thread as inside; an error is noted for ranks that wait for this one."""
     if state.thread.inside:
@@ -218,7 +232,7 @@ def inside(
         return
     comm = state.region.comm
     comm.liveness, comm.late_check = state.options.liveness, state.options.late_check
-    answers = comm.begin_call(what, signature, None if told is None else told.payload(given))
+    answers = comm.begin_call(what, signature, None if told is None else told.payload(replicated or []))
     if problem:
         raise LayoutError(problem)
     with state.thread.as_if(inside=True):

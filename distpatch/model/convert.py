@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,10 +17,11 @@ from distpatch.comm.collectives import in_one_thread, replicated_operands
 from distpatch.comm.communicator import Communicator, Group, communicator
 from distpatch.comm.dtensors import is_dtensor, same_part
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
-from distpatch.model.arguments import is_image, problem_of, signature_of
+from distpatch.model.arguments import problem_of, signature_of
 from distpatch.model.calls import STATE, Call, Conversion, inside, leave, sharded_buffers
 from distpatch.model.compile_ops import begin_call, end_call, enter_compiled
 from distpatch.model.compiled_calls import compiled_calls
+from distpatch.model.entrance import Entrance
 from distpatch.model.known_torch_bugs import warn_of_known_faults
 from distpatch.model.policy import Policy
 from distpatch.model.speeds import weights_for
@@ -30,7 +31,6 @@ from distpatch.tensor.region import CallState, Region
 from distpatch.torch_utils import private
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
-__all__ = ["convert_model", "is_converted", "is_image"]
 assert _exported  # imported for the table of rules
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,6 +59,8 @@ def convert_model(
     overlap: bool = True,
     weights: Sequence[float] | str | None = None,
     policy: str = "shard",
+    shard: Mapping[str, int] | None = None,
+    attention: str = "gather",
 ) -> M:
     """Make a model run on all ranks of a group, each computing its rows of every activation.
 
@@ -88,6 +90,17 @@ def convert_model(
     and computed whole by every rank, and the faster way is kept, unless the whole may take much memory or ranks may
     round differently (docs/speed.md; ``trace()`` says which calls these were).
 
+    ``shard``: for models of tokens (B, N, C), which arguments are sharded along which dim, by name:
+    ``{"hidden_states": 1, "img_ids": 0}``; all others are replicated then, images too. None: as the model's own plan
+    for context parallelism says (``_cp_plan`` of diffusers), where that splits the first argument as it is given;
+    else images are sharded.
+
+    ``attention``: how the keys and values of all ranks meet a rank's queries: "gather" (all at once; of large ones
+    some heads at a time), "ring" (one rank's after the other: in inference no rank ever holds all; with gradients or a
+    mask scores are made in plain products) or "all_to_all" (each rank attends with all queries of some heads: fewer
+    bytes from three ranks on). All are exact; what does not fit them (fewer heads than ranks, replicated keys) is
+    gathered.
+
     ``compile=True``: each entry point is one graph of ``torch.compile``, made at the first call of each shape, in which
     the ranks meet as in a plain call: rules run when it is made, and not again. A dict: what ``torch.compile`` is
     told beside that, such as ``{"mode": "max-autotune"}``. Displaced steps run as without it. From torch 2.13.
@@ -115,6 +128,8 @@ def convert_model(
         overlap,
         weights,  # type: ignore[arg-type]  # it is made a tuple there
         policy,
+        shard,  # type: ignore[arg-type]  # and so is this
+        attention,
     )
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
@@ -123,18 +138,30 @@ def convert_model(
     comm.rendezvous.require_same_call("convert_model", lambda: _identity(model, comm, options))
     options = replace(options, weights=weights_for(options.weights, comm, model))
     comm.liveness, comm.late_check = liveness, late_check
-    state = Conversion(Region(comm, options, conversion=object()))
+    state = Conversion(Region(comm, options, conversion=object()), entrances=_entrances(model, options))
     auto = Policy(comm) if policy == "auto" and comm.has_peers else None
     wrappers = {
-        name: compiled_calls(_entry(getattr(model, name), name, state, model, auto), state)
-        for name in ENTRY_POINTS
-        if callable(getattr(model, name, None))
+        name: compiled_calls(_entry(getattr(model, name), name, state, model, auto), state) for name in state.entrances
     }
     model.__dict__[STATE] = state
     for name, wrapper in wrappers.items():
         state.before[name] = model.__dict__.get(name, _ABSENT)
         model.__dict__[name] = wrapper
     return model
+
+
+def _entrances(model: nn.Module, options: Options) -> dict[str, Entrance]:
+    """What enters each entry point. Raises ``ValueError`` where ``shard`` names what none of them takes."""
+    found = {
+        name: Entrance(f"{type(model).__name__}.{name}", getattr(model, name), model, options)
+        for name in ENTRY_POINTS
+        if callable(getattr(model, name, None))
+    }
+    for name, _ in options.shard or ():
+        if not any(name in entrance.splits for entrance in found.values()):
+            taken = "; ".join(f"{entrance.what} takes {', '.join(entrance.places)}" for entrance in found.values())
+            raise ValueError(f"convert_model: shard= names {name!r}, which is no argument of the model: {taken}")
+    return found
 
 
 def unwrap(model: nn.Module) -> None:
@@ -192,15 +219,16 @@ def _entry(
     function: Callable[..., Any], name: str, state: Conversion, model: nn.Module, policy: Policy | None
 ) -> Callable[..., Any]:
     """The wrapper of one entry point. Calls from inside the sharded computation pass straight through."""
-    what = f"{type(model).__name__}.{name}"
+    entrance = state.entrances[name]
+    what = entrance.what
 
     @functools.wraps(function)
     def entry(*args: Any, **kwargs: Any) -> Any:
         if state.thread.inside:
             return function(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            return _compiled(function, what, state, model, args, kwargs)
-        call = Call(what, state, model, args, kwargs)
+            return _compiled(function, entrance, state, model, args, kwargs)
+        call = Call(entrance, state, model, args, kwargs)
         steps = state.steps if name == "forward" else None
         problem = _tiles(model, state.options.tiled) or call.problem
         if steps is not None:
@@ -214,7 +242,7 @@ def _entry(
         if trial is not None and trial.needs_nobody(state.options.output):
             with state.thread.as_if(inside=True):
                 return trial.run(call, run, function)
-        with inside(state, what, problem or call.signature, problem, steps or trial, (args, kwargs)):
+        with inside(state, what, problem or call.signature, problem, steps or trial, call.replicated):
             if trial is not None:
                 return trial.run(call, run, function)
             return call.leave(run() if steps is None else steps.step(run))
@@ -223,21 +251,19 @@ def _entry(
 
 
 def _compiled(
-    function: Callable[..., Any], what: str, state: Conversion, model: nn.Module, args: Any, kwargs: Any
+    function: Callable[..., Any], entrance: Entrance, state: Conversion, model: nn.Module, args: Any, kwargs: Any
 ) -> Any:
     """As ``entry``, in a form that torch.compile can trace; the ranks meet whenever the graph runs."""
-    region, dim = state.region, state.options.dim
+    region, what = state.region, entrance.what
     given = list(tensors_in((args, kwargs)))
-    problem = _tiles(model, state.options.tiled) or problem_of(what, (args, kwargs), given, dim, region.comm)
+    problem = _tiles(model, state.options.tiled) or problem_of(entrance, (args, kwargs), given, region.comm)
     if state.steps is not None:
         problem = f"{what}: a compiled call is never a displaced step: compile the modules inside the model instead"
     if problem:
         raise LayoutError(problem)
     begin_call(region.comm.name, what, signature_of(given))
     state.thread.inside = True
-    sharded = map_tensors(
-        lambda t: enter_compiled(t, dim, region.comm.name, region.options) if is_image(t) else t, (args, kwargs)
-    )
+    sharded = entrance.mapped(lambda t, dim: enter_compiled(t, dim, region.comm.name, region.options), args, kwargs)
     result = function(*sharded[0], **sharded[1])
     state.thread.inside = False
     for buffers, key, buffer in sharded_buffers(model):

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from distpatch.comm.communicator import Communicator
 from distpatch.layout.rows import BlockLayout, RowLayout
-from distpatch.model.arguments import is_image
 from distpatch.model.calls import Call, leave
 from distpatch.profiling.live_memory import LivePeak
 from distpatch.profiling.op_costs import mark, seconds_between
@@ -44,7 +43,7 @@ class Policy:
 
     def trial_of(self, call: Call) -> Trial | None:
         """None where the call is sharded whatever it costs: given rows, or values that come one by one."""
-        if any(isinstance(image, PatchTensor) for image in call.images) or streams_in(call.arguments):
+        if any(isinstance(tensor, PatchTensor) for tensor in call.sharded) or streams_in(call.arguments):
             return None
         key = f"{call.what} {call.signature}"
         if key not in self.trials and len(self.trials) < MOST_SHAPES:
@@ -76,7 +75,7 @@ class Trial:
     def sends(self) -> bool:
         return self.way != WHOLE
 
-    def payload(self, given: Any) -> dict[str, object]:
+    def payload(self, replicated: list[Tensor]) -> dict[str, object]:
         if self.settled:
             return {"settled": self.settled, "seconds": self.seconds}
         if self._span is not None:
@@ -113,7 +112,7 @@ class Trial:
 
     def run(self, call: Call, sharded: Callable[[], Any], function: Callable[..., Any]) -> Any:
         """The result of the call, as the caller gets it."""
-        self._device = call.images[0].device
+        self._device = call.sharded[0].device
         args, kwargs = call.arguments
         if self.way == WHOLE:
             with self._clock(), nullcontext() if self.settled else trace() as seen:
@@ -170,7 +169,7 @@ def _left_whole(call: Call, result: Any, layouts: Layouts) -> Any:
         if options.output == "rank0":
             return tensor.detach() if region.comm.rank == 0 else None
         if layout.dim >= tensor.ndim or layout.size != tensor.shape[layout.dim]:  # it was another result
-            return shard_input(tensor, options.dim, region) if is_image(tensor) else tensor
+            return shard_input(tensor, layout.dim, region) if layout.dim < tensor.ndim else tensor
         return shard_in(region, tensor, layout)
 
     result = map_tensors(left, result)

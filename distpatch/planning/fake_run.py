@@ -18,6 +18,7 @@ from distpatch.errors import DistPatchError, UnsupportedOpError
 from distpatch.layout.shares import checked, shared_bounds, weights_of
 from distpatch.lazy.row_patches import chosen_by
 from distpatch.model.convert import convert_model, is_converted
+from distpatch.model.entrance import Entrance
 from distpatch.model.restore import restore_model
 from distpatch.model.speeds import MEASURED
 from distpatch.planning.hardware import Device, Link, device_named, link_named
@@ -25,6 +26,7 @@ from distpatch.planning.rank_report import RankPlan
 from distpatch.planning.report import Plan
 from distpatch.profiling.op_costs import Meter, representatives
 from distpatch.profiling.trace import trace
+from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import planned_as
 from distpatch.torch_utils.private import (
@@ -197,10 +199,11 @@ class Subject:
         self.mode = detect_fake_mode([t for t in given if isinstance(t, FakeTensor)]) or Faking()
         self.model = self._copy(model)
         self.args, self.kwargs = map_tensors(self._fake, (args, kwargs))
-        images = [t for t in tensors_in((self.args, self.kwargs)) if t.is_floating_point() and t.ndim >= 4]
-        self.image_shapes = tuple(tuple(t.shape) for t in images)
-        dim = self.options.get("dim", -2)
-        self.rows = images[0].shape[dim] if images else 0
+        function = getattr(self.model, self.method)
+        dims = Entrance(self.name, function, self.model, Options(**self.options)).dims(self.args, self.kwargs)
+        sharded = {t: dim for t in tensors_in((self.args, self.kwargs)) if (dim := dims.of(t)) is not None}
+        self.shapes = tuple(tuple(t.shape) for t in sharded)
+        self.rows = next((t.shape[dim] for t, dim in sharded.items() if -t.ndim <= dim < t.ndim), 0)
 
     def plan(self, world_size: int, *, link: Link | str | None = None, ranks: Sequence[int] | None = None) -> Plan:
         """``ranks``: those that are run; the others are taken to do what one of these of their kind does."""
@@ -219,7 +222,7 @@ class Subject:
             model=self.name,
             method=self.method,
             world_size=world_size,
-            shapes=self.image_shapes,
+            shapes=self.shapes,
             parameter_bytes=_size_bytes(self.model.parameters()),
             buffer_bytes=_size_bytes(self.model.buffers()),
             input_bytes=_size_bytes(tensors_in((self.args, self.kwargs))),

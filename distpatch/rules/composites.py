@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.rules.core.registry import named, nth, rule
-from distpatch.torch_utils.private import inlined, variable_functions
+from distpatch.torch_utils.private import inlined, nn_builtins, variable_functions
 
 _AT_LEAST = ("atleast_1d", "atleast_2d", "atleast_3d")
 _ALONG = {"hstack": 1, "vstack": 0, "row_stack": 0, "dstack": 2, "column_stack": 1}
@@ -198,6 +198,25 @@ def add_product(func: Any, input: Tensor, left: Tensor, right: Tensor, *, beta: 
     if beta == 0:
         return product
     return (product + (input if beta == 1 else input * beta)).to(product.dtype)
+
+
+@composite(nn_builtins.pad_sequence)
+def pad_sequence(
+    func: Any,
+    sequences: Sequence[Tensor],
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: str = "right",
+) -> Any:
+    """Each padded to the longest, and stacked."""
+    longest = max(len(sequence) for sequence in sequences)
+
+    def padded(sequence: Tensor) -> Tensor:
+        missing = longest - len(sequence)
+        sides = [0, missing] if padding_side == "right" else [missing, 0]
+        return F.pad(sequence, [0, 0] * (sequence.ndim - 1) + sides, value=padding_value) if missing else sequence
+
+    return torch.stack([padded(sequence) for sequence in sequences], 0 if batch_first else 1)
 
 
 @composite(F.cosine_similarity)

@@ -11,6 +11,8 @@ from distpatch.layout.shares import Weights, weights_of
 OUTPUTS = ("gather", "shard", "rank0")
 FALLBACKS = ("warn", "allow", "error")
 POLICIES = ("shard", "auto")
+ATTENTIONS = ("gather", "ring", "all_to_all")
+Shard = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Options:
     ``liveness`` (seconds), ``late_check``: how calls of a converted model begin and end; ``compile``: whether they are
     compiled, and what ``torch.compile`` is told; ``weights``: in which proportion ranks get rows, where it is no tuple
     of one positive number a rank refused by ``convert_model`` once all ranks have met; ``policy``: whether calls of
-    small inputs may be computed whole (model/policy.py). By default as for tensors of no model: nothing is cut.
+    small inputs may be computed whole (model/policy.py); ``shard``: the arguments that are sharded, by name,
+    each with its dim (model/entrance.py); ``attention``: how keys and values come (rules/linalg/attention.py). By
+    default as for tensors of no model: nothing is cut.
     """
 
     splits: int | str = 1
@@ -41,13 +45,17 @@ class Options:
     overlap: bool = field(default=True, hash=False)
     weights: Weights | str | None = field(default=None, hash=False)
     policy: str = field(default="shard", hash=False)
+    shard: Shard | None = field(default=None, hash=False)
+    attention: str = field(default="gather", hash=False)
 
     def __post_init__(self) -> None:
         check_splits(self.splits)
         if not isinstance(self.dim, int):
             raise ValueError(f"dim is a number, got {self.dim!r}")
         object.__setattr__(self, "weights", weights_of(self.weights))
-        for name, choices in (("output", OUTPUTS), ("fallback", FALLBACKS), ("policy", POLICIES)):
+        object.__setattr__(self, "shard", _shard_of(self.shard))
+        choices_of = {"output": OUTPUTS, "fallback": FALLBACKS, "policy": POLICIES, "attention": ATTENTIONS}
+        for name, choices in choices_of.items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} is one of {choices}; got {value!r}")
         if self.liveness is not None and self.liveness <= 0:
@@ -73,11 +81,12 @@ class Options:
     def packed(self) -> str:
         """As an operator of a compiled graph carries them: how rows are computed there, where nothing is deferred."""
         weights = ",".join(map(repr, self.shares or ()))
-        return f"{self.splits} {self.sequential} {self.fallback} {self.min_numel} {self.workspace_bytes} {weights}"
+        numbers = f"{self.min_numel} {self.workspace_bytes}"
+        return f"{self.splits} {self.sequential} {self.fallback} {numbers} {self.attention} {weights}"
 
     @staticmethod
     def unpacked(text: str) -> Options:
-        splits, sequential, fallback, min_numel, workspace, weights = text.split(" ")
+        splits, sequential, fallback, min_numel, workspace, attention, weights = text.split(" ")
         return Options(
             splits=int(splits) if splits.isdigit() else splits,
             sequential=sequential == "True",
@@ -85,6 +94,7 @@ class Options:
             min_numel=int(min_numel),
             workspace_bytes=int(workspace) if workspace.isdigit() else None,
             weights=tuple(map(float, weights.split(","))) if weights else None,
+            attention=attention,
         )
 
 
@@ -93,6 +103,16 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_shown(value[key])}" for key in sorted(value)) + "}"
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
+
+
+def _shard_of(given: Any) -> Shard | None:
+    """Dims of arguments by name, in the order of the names: the same on all ranks however they are written."""
+    if given is None:
+        return None
+    pairs = tuple(sorted(dict(given).items())) if given else ()
+    if not pairs or not all(isinstance(name, str) and type(dim) is int for name, dim in pairs):
+        raise ValueError(f'shard names arguments, each with a dim, such as {{"hidden_states": 1}}; got {given!r}')
+    return pairs
 
 
 def check_splits(splits: object) -> None:

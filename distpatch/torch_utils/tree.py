@@ -90,6 +90,11 @@ def tensors_in(tree: Any, *, modules: bool = False) -> Iterator[Tensor]:
     return (leaf for leaf in _Graph(tree, False, modules).leaves if isinstance(leaf, Tensor))
 
 
+def leaves_in(tree: Any) -> list[Any]:
+    """Every tensor, generator and builtin iterator of a structure."""
+    return list(tensors_in(tree)) if torch.compiler.is_dynamo_compiling() else _Graph(tree, False, False).leaves
+
+
 def streams_in(tree: Any) -> bool:
     """Whether a structure holds a generator or a builtin iterator."""
     return any(not isinstance(leaf, Tensor) for leaf in _Graph(tree, False, False).leaves)

@@ -71,6 +71,38 @@ def values(
     return results
 
 
+class Tokens(nn.Module):
+    """Image tokens attend to themselves and to a text's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(4, 8).double(), nn.Linear(6, 8).double()
+
+    def forward(self, hidden_states: Tensor, text: Tensor, ids: Tensor) -> Tensor:
+        query = self.image(hidden_states) * ids
+        key = torch.cat([self.text(text), query], 1)
+        heads = (x.unflatten(-1, (2, 4)).transpose(1, 2) for x in (query, key, key))
+        return nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+def tokens_by_name(rank: int) -> list[Tensor]:
+    """A model of tokens on one device, converted, and compiled."""
+    torch._dynamo.reset()
+    given = random_tensor((2, 7, 4)), random_tensor((2, 3, 6), 1)
+    ids = random_tensor((7, 1), 2)
+    results = [Tokens()(*given, ids=ids)]
+    options = {"shard": {"hidden_states": 1, "ids": 0}, "fallback": "error"}
+    for attention in ("gather", "ring", "all_to_all"):
+        for compiled in (False, {"backend": "aot_eager"}):
+            model = distpatch.convert_model(
+                Tokens(), dist.group.WORLD, attention=attention, compile=compiled, **options
+            )
+            with torch.no_grad():
+                results += [model(*given, ids=ids), model(given[0], text=given[1], ids=ids)]
+    return [result.detach() for result in results]
+
+
 def called_differently(rank: int) -> tuple[str, Tensor]:
     """A compiled call with another shape on one rank, then a proper one."""
     torch._dynamo.reset()

@@ -57,6 +57,12 @@ def test_gradients(pool: Pool) -> None:
     check(pool, 2, "decoder", "converted", "aot_eager", grads=True, sizes=1)
 
 
+def test_a_model_of_tokens(pool: Pool) -> None:
+    for results in pool.run(2, compiling.tokens_by_name, timeout=120):
+        for result in results:
+            assert_same(result, results[0], 1e-12, "tokens")
+
+
 def test_ranks_called_differently(pool: Pool) -> None:
     for message, difference in pool.run(2, compiling.called_differently, timeout=60):
         assert "called differently" in message and "rank 1: Sequential.forward ((1, 3, 7, 4)" in message

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import distpatch
 from tests.support.oracle import H, case, random_tensor
@@ -47,6 +48,8 @@ CASES = {
     "cat of tiles": case(tiled, X, heights=(7, 4, 3)),
     "cat batch": case(lambda x, y: torch.cat([x, y], 0), X, (1, 3, H, 5)),
     "stack rows": case(lambda x, y: torch.stack([x, y], 2), X, X, sharded=2),
+    "pad_sequence": case(lambda x, y: pad_sequence([x, y[:2], x[1:]], batch_first=True, padding_value=0.5), (H, 5), (3, 5)),
+    "pad_sequence, from the left": case(lambda x: pad_sequence([x[1:], x], padding_side="left"), (H, 5)),
     "stack behind rows": case(lambda x, y: torch.stack([x, y], 3).flatten(2, 3), X, X, sharded=2),
     "stack, plain first": case(lambda x, y: torch.stack([y, x]), X, X),
     "hstack": case(lambda x: torch.hstack([x, x * 2]), X),

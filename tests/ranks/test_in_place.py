@@ -64,6 +64,10 @@ BY_RULE = {
     "cumsum, out": lambda x: torch.cumsum(x.detach(), 2, out=x.detach() * 1),
     "sum, out": lambda x: torch.sum(x.detach(), 1, out=x.detach()[:, 0] * 1),
     "cat, out": lambda x: torch.cat([x.detach()] * 2, 1, out=torch.cat([x.detach()] * 2, 1)),
+    "scatter_": written(lambda y: y.scatter_(2, ONES, 3.0)),
+    "scatter_add_": written(lambda y: y.scatter_add_(2, ONES, y[:, :, :2] * 2)),
+    "scatter_reduce_": written(lambda y: y.scatter_reduce_(2, ONES, y[:, :, :2] * 2, "amax")),
+    "into a plain tensor": lambda x: torch.zeros(2, 3, 9, 5).double().index_add_(2, torch.arange(x.shape[2]), x),
 }
 GATHERED = {
     "renorm_": ("renorm_", written(lambda y: y.renorm_(2, 2, 1.0))),
@@ -73,9 +77,6 @@ GATHERED = {
         "index_put_",
         written(lambda y: y.index_put_(3 * (torch.tensor([0, 1]),), torch.tensor(1.0).double(), accumulate=True)),
     ),
-    "scatter_": ("scatter_", written(lambda y: y.scatter_(2, ONES, 3.0))),
-    "scatter_add_": ("scatter_add_", written(lambda y: y.scatter_add_(2, ONES, y[:, :, :2] * 2))),
-    "scatter_reduce_": ("scatter_reduce_", written(lambda y: y.scatter_reduce_(2, ONES, y[:, :, :2] * 2, "amax"))),
     "index_reduce_": (
         "index_reduce_",
         written(lambda y: y.index_reduce_(2, torch.tensor([0, 1]), y[:, :, :2] * 2, "prod")),
@@ -84,10 +85,6 @@ GATHERED = {
     "odd places": (
         "__setitem__",
         lambda x: (y := x * 1, y.__setitem__((torch.tensor([0, 1]), slice(None), torch.tensor([0, 0])), 2.0), y * 2)[2],
-    ),
-    "into a plain tensor": (
-        "index_add_",
-        lambda x: torch.zeros(2, 3, 9, 5).double().index_add_(2, torch.arange(x.shape[2]), x),
     ),
     "renorm, out": ("renorm", lambda x: torch.renorm(x.detach(), 2, 2, 1.0, out=x.detach() * 1)),
     "sum, a plain out": ("sum", lambda x: torch.sum(x.detach(), 1, out=torch.empty(0).double())),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
-from tests.support.makers import MANY, X, mask, numbers
+from tests.support.makers import MANY, X, anywhere, mask, numbers
 from tests.support.oracle import H, case, random_tensor
 from tests.support.threads import run_ranks
 
@@ -110,6 +110,61 @@ def filled(*parts: tuple[Any, Callable[[Tensor], Tensor]], make: Callable[[Tenso
     return run
 
 
+FRAMES = (2, 3, H, 4)
+
+
+def scattered_tokens(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Into rows of frames, which stand one after the other as tokens."""
+    return x.flatten(1, 2).scatter_add(1, index, values)
+
+
+def turned_in_pairs(x: Tensor) -> Tensor:
+    """Rotary embedding as diffusers writes it: into an empty tensor, every second channel."""
+    tokens = x.flatten(1, 2)
+    out = torch.empty_like(tokens)
+    out[..., 0::2] = tokens[..., 0::2] * 2 - tokens[..., 1::2]
+    out[..., 1::2] = tokens[..., 1::2] * 2 + tokens[..., 0::2]
+    return out
+
+
+def chosen_columns(x: Tensor) -> Tensor:
+    tokens = x.flatten(1, 2) * 1
+    tokens[..., [0, 3]] = tokens[..., [1, 2]] * 3
+    tokens[torch.tensor([False, True])] = 1.5
+    return tokens
+
+
+def packed(x: Tensor, text: Tensor) -> Tensor:
+    """One sequence of tokens of two kinds, in places that numbers say."""
+    places = torch.arange(x.shape[1] + text.shape[1]).flip(0)
+    sequence = text.new_zeros(2, len(places), 5).index_copy(1, places[: text.shape[1]], text)
+    return sequence.index_copy(1, places[text.shape[1] :], x) * 2
+
+
+def packed_in_place(x: Tensor, text: Tensor) -> Tensor:
+    places = torch.arange(x.shape[1] + text.shape[1]).flip(0)
+    sequence = torch.zeros(2, len(places), 5, dtype=x.dtype)
+    sequence.index_copy_(1, places[: text.shape[1]], text.detach())
+    sequence.index_add_(1, places[text.shape[1] :], x)
+    return sequence * 2
+
+
+def packed_by_mask(x: Tensor, text: Tensor) -> Tensor:
+    is_image = torch.tensor([False, True, False, *[True] * (x.shape[1] - 1), False])
+    sequence = torch.zeros(2, len(is_image), 5, dtype=x.dtype)
+    sequence[:, is_image] = x
+    sequence[:, ~is_image] = text
+    return sequence * 2
+
+
+def packed_on_text(x: Tensor, text: Tensor) -> Tensor:
+    """Into a sequence that has a gradient already."""
+    sequence = torch.cat([text * 2, text.new_zeros(2, x.shape[1], 5)], 1)
+    sequence[:, torch.arange(sequence.shape[1]) >= 3] = x
+    assert type(sequence) is type(x)
+    return sequence * 2
+
+
 def filled_under_a_view(x: Tensor) -> Tensor:
     out = torch.zeros(x.shape, dtype=x.dtype)
     first = out[0]
@@ -205,7 +260,26 @@ WRITTEN = {
     "scatter_reduce": case(
         lambda x, i, v: x.scatter_reduce(3, i, v, reduce="amax"), X, numbers(2, 3, H, 5, below=5), X, sharded=3
     ),
-    "scatter rows": case(lambda x, i, v: x.scatter_add(2, i, v), X, numbers(2, 3, H, 5, below=1), X, fallback="scatter_add"),
+    "scatter rows": case(lambda x, i, v: x.scatter_add(2, i, v), X, numbers(2, 3, H, 5, below=1), X),
+    "scatter_add rows, all sharded": case(lambda x, i, v: x.scatter_add(2, i, v), X, anywhere(2, 3, H, 5), X, sharded=3),
+    "scatter_reduce_ rows": case(
+        in_place(lambda y, i, v: y.scatter_reduce_(2, i, v, reduce="mean", include_self=False)), X, anywhere(2, 3, 4, 5), (2, 3, 4, 5)
+    ),
+    "scatter a number to rows": case(lambda x, i: x.scatter(2, i, 2.0), X, anywhere(2, 3, 2, 5)),
+    "scatter_add merged rows": case(scattered_tokens, FRAMES, lambda h: numbers(2, 3 * h, 4, below=3 * h)(h), lambda h: random_tensor((2, 3 * h, 4))),
+    "merged rows in pairs": case(turned_in_pairs, FRAMES),
+    "merged rows by mask": case(chosen_columns, FRAMES),
+    "index_add merged rows": case(lambda x, v: x.flatten(1, 2).index_add(1, torch.tensor([2, 0]), v), FRAMES, (2, 2, 4), heights=MANY),
+    "packed": case(packed, (2, H, 5), (2, 3, 5), dim=1),
+    "packed in place": case(packed_in_place, (2, H, 5), (2, 3, 5), dim=1),
+    "packed on text": case(packed_on_text, (2, H, 5), (2, 3, 5), dim=1),
+    "packed by mask": case(packed_by_mask, (2, H, 5), (2, 3, 5), dim=1),
+    "plain frames by number": case(
+        filled(((slice(None), [2, 0, 1]), lambda x: x), make=lambda x: torch.ones(2, 4, *x.shape[2:], dtype=x.dtype)), X
+    ),
+    "rows by mask, values": case(
+        written(lambda x, m: (slice(None), slice(None), m), lambda x, m: random_tensor((2, 3, int(m.sum()), 5))), X, mask(H)
+    ),
     "one hot of the best": case(lambda x: torch.zeros_like(x).scatter_(1, x.argmax(1, keepdim=True), 1.0) * x, X),
     "select_scatter": case(lambda x, v: x.select_scatter(v[:, 0], 1, 2), X, X, sharded=2),
     "select_scatter rows": case(lambda x, v: torch.select_scatter(x, v, dim=2, index=0), X, (2, 3, 5)),
@@ -236,6 +310,18 @@ def test_what_would_be_lost_is_refused(name: str) -> None:
         with pytest.raises((distpatch.UnsupportedOpError, RuntimeError)):
             LOST[name](x)
         assert torch.equal(x.local, before)
+
+    run_ranks(2, body)
+
+
+@pytest.mark.parametrize("name", ["scatter_add", "index_add"])
+def test_a_place_that_does_not_exist(name: str) -> None:
+    def body(rank: int) -> None:
+        x = distpatch.shard(random_tensor((2, 5, 3)), dist.group.WORLD)
+        places = torch.tensor([0, 5])
+        index = places.view(1, 2, 1).expand(2, 2, 3) if name == "scatter_add" else places
+        with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+            getattr(x, name)(1, index, torch.ones(2, 2, 3).double())
 
     run_ranks(2, body)
 

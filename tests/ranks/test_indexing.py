@@ -56,6 +56,10 @@ READ = {
     "rows by long list": case(lambda x: x[:, :, list(range(x.shape[2])) * 3], X),
     "rows by range": case(lambda x: x[:, :, range(x.shape[2] - 1, -1, -1)], X),
     "rows by tensor": case(lambda x, i: x[:, :, i], X, numbers(4, below=1)),
+    "rows by sharded numbers": case(lambda x, i: x[i[:, 0]] * 2, (H, 5), anywhere(H, 2), sharded=2),
+    "merged rows by sharded numbers": case(
+        lambda x, i: x.flatten(0, 1)[i.flatten()], (3, H, 2), lambda h: numbers(3, h, 2, below=3 * h)(h), sharded=2
+    ),
     "rows by many numbers": case(lambda x, i: x[:, :, i], X, numbers(9, below=1)),
     "rows by negative numbers": case(lambda x: x[:, :, torch.tensor([-1, 0, -1])], X),
     "rows of slices by numbers": case(lambda x, i: x[1:, 1, i, ::2], X, numbers(5, below=1)),

@@ -43,7 +43,7 @@ def compare(
     """The largest difference from one device; the same bits on all ranks."""
     pipe = double(run)
     before(pipe)
-    options = {key: more.pop(key) for key in ("displaced", "fallback") if key in more}
+    options = {key: more.pop(key) for key in ("displaced", "fallback", "denoisers") if key in more}
     expected = call(run, copy.deepcopy(pipe), **more)
 
     def body(rank: int) -> Tensor:
@@ -65,6 +65,12 @@ def compare(
 def test_full_sync(name: str, world: int) -> None:
     """Five rows of latents: uneven on all worlds."""
     compare(PIPELINES[name], world, displaced="full_sync")
+
+
+@pytest.mark.parametrize("name", ["FLUX", "Wan, text to video"])
+def test_transformers(name: str) -> None:
+    """Tokens, as the transformer's own plan splits them, and videos; from step to step they stay sharded."""
+    compare(PIPELINES[name], 3, denoisers=("transformer",))
 
 
 def test_latents_stay_sharded() -> None:

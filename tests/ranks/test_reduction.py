@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support.makers import anywhere
 from tests.support.oracle import H, case, random_tensor, since_2_13
 
 X = (2, 3, H, 5)
@@ -142,6 +143,8 @@ CASES = {
     "sum in fp64": case(lambda x: x.float().sum(dim=2, dtype=torch.float64), X, tolerance=1e-6),
     "mean of bool": case(lambda x: torch.mean((x > 0).float(), (2, 3)), X, tolerance=1e-6),
     "sum of bool": case(lambda x: (x > 0).sum(), X),
+    "bincount": case(lambda x: torch.bincount(x[:, 0]), anywhere(H, 2)),
+    "bincount, weights": case(lambda x, w: x[:, 0].bincount(w[:, 1].detach(), 9), anywhere(H, 2), (H, 2), sharded=2),
     "count_nonzero": case(lambda x: torch.count_nonzero(x), ties(*X)),
     "count_nonzero rows": case(lambda x: torch.count_nonzero(x, dim=2), ties(*X)),
     "count_nonzero channels": case(lambda x: torch.count_nonzero(x, dim=(0, 1)), ties(*X)),

@@ -9,6 +9,7 @@ from distpatch.tensor.options import Options
 PACKED = {
     "default": Options(),
     "weights": Options(weights=(1.0, 1 / 3)),
+    "attention": Options(attention="ring"),
     "others": Options("auto", False, fallback="error", min_numel=7, workspace_bytes=1 << 20, weights=(2.5,)),
 }
 

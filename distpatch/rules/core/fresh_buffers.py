@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.comm.collectives import narrow_rows
+from distpatch.comm.collectives import narrow_rows, replicated_operand
 from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.private import storage_uses
@@ -35,14 +35,14 @@ def shard_along(target: Tensor, lead: PatchTensor, layout: RowLayout) -> bool:
     """Whether the plain tensor is now sharded in this layout, in the lead's region."""
     if id(target) in lead.region.call.buffers or not _is_alone(target):
         return False
-    rows = narrow_rows(target, layout, lead.rank).clone()
+    rows = narrow_rows(replicated_operand(target, lead.comm.name), layout, lead.rank).clone()
     torch.utils.swap_tensors(target, PatchTensor(rows, layout, lead.region))
     return True
 
 
 def _is_alone(x: Tensor) -> bool:
-    """Whether the tensor is no view, has none, and shares its memory with nothing else."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad or x._is_view():
+    """Whether the tensor is no view and no leaf, has no views, and shares its memory with nothing else."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and x.is_leaf) or x._is_view():
         return False
     storage = x.untyped_storage()
     uses = storage_uses(storage._cdata)

@@ -1,8 +1,12 @@
-"""Attention over the sharded dim: queries stay, keys and values are fetched from all ranks."""
+"""Attention over the sharded dim: queries stay, keys and values are fetched from all ranks.
+
+``convert_model(attention=)`` says how: all at once, one rank's after the other (ring_attention.py), or turned to heads.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import join_gradients
+from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
 from distpatch.lazy.row_patches import in_patches, none_of, with_dummy_row
 from distpatch.rules.core.operands import (
@@ -30,6 +35,7 @@ from distpatch.rules.core.operands import (
 from distpatch.rules.core.registry import rule
 from distpatch.rules.linalg.kept_scores import keeps_scores, planned
 from distpatch.rules.linalg.matmul import batched, contract
+from distpatch.rules.linalg.ring_attention import ring
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 
 # Without gradients keys and values are gathered for a few heads at a time, and scores, where torch's kernel keeps
@@ -43,8 +49,8 @@ class Call(NamedTuple):
 
     func: Any
     query: Any
-    key: Tensor
-    value: Tensor
+    key: Any
+    value: Any
     mask: Tensor | None
     is_causal: bool
     scale: float | None
@@ -144,6 +150,9 @@ def _by_rows(call: Call) -> PatchTensor:
         query = autocast(query, partial(_one, func))
         key, value = key.to(query.dtype), value.to(query.dtype)
         call = call._replace(query=query, key=key, value=value)
+    way = _ways.get(query.region.options.attention)
+    if way is not None and query.world_size > 1 and (result := way(call)) is not None:
+        return result
     size_bytes = sum(t.numel() * t.element_size() for t in (key, value) if isinstance(t, PatchTensor))
     if size_bytes <= GATHER_BYTES:
         return wrap(_attend(call), query)
@@ -166,6 +175,54 @@ def _by_rows(call: Call) -> PatchTensor:
         some = of_queries(query), key.narrow(dim, lo, count), value.narrow(dim, lo, count), of_queries(mask)
         of_queries(out).copy_(_attend(Call(func, *some, *call[5:])))
     return wrap(out, query)
+
+
+def _by_ring(call: Call) -> PatchTensor | None:
+    """One rank's keys at a time; None where keys and values are not both sharded alike along their rows."""
+    func, query, key, value, mask, is_causal, scale, grouped = call
+    if not _are_tokens(key, value) or (is_causal and isinstance(key.row_layout, BlockLayout)):
+        return None
+    check_group(key, query, func)
+    value = redistribute(value, key.row_layout, func).local
+    mask = None if mask is None else _mask_rows(mask, query, func)
+    if grouped:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = wrap(key.local.repeat_interleave(times, -3), key), value.repeat_interleave(times, -3)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(query.device.type, enabled=False):
+        return wrap(ring(func, query, key, value, mask, is_causal, scale, SCORE_BYTES), query)
+
+
+def _by_turning(call: Call) -> PatchTensor | None:
+    """Each rank gets some heads of all queries, keys and values, and gives back all heads of its own queries.
+
+    None where they are not sharded alike, or ranks would have no head.
+    """
+    func, query, key, value, mask, is_causal, scale, grouped = call
+    alike = _are_tokens(key, value) and query.ndim == key.ndim > 2 and query.shape[:-3] == key.shape[:-3]
+    if not alike or key.shape[-3] < query.world_size or query.shape[-3] % key.shape[-3]:
+        return None
+    dim, times = query.ndim - 3, query.shape[-3] // key.shape[-3]
+    heads = RowLayout(dim, query.region.bounds(key.shape[-3]))
+    own = RowLayout(dim, tuple(b * times for b in heads.bounds))
+    if query.shape == key.shape == value.shape and query.row_layout == key.row_layout == value.row_layout:
+        together: Any = torch.cat([query, key, value], -1)  # one exchange
+        turned = redistribute(together, heads, func).chunk(3, -1)
+    else:
+        turned = (redistribute(query, own, func), *(redistribute(t, heads, func) for t in (key, value)))
+    q, k, v = turned
+    result = attention(func, q, k, v, mask, 0.0, is_causal, scale, grouped)
+    return redistribute(result, query.row_layout, func)
+
+
+def _are_tokens(key: Any, value: Any) -> bool:
+    """Whether keys and values are sharded along their rows, and have as many of them."""
+    if not (isinstance(key, PatchTensor) and isinstance(value, PatchTensor)):
+        return False
+    return key.shape[:-1] == value.shape[:-1] and key.row_layout.dim == key.ndim - 2 == value.row_layout.dim
+
+
+_ways: dict[str, Callable[[Call], PatchTensor | None]] = {"ring": _by_ring, "all_to_all": _by_turning}
 
 
 def _attend(call: Call) -> Tensor:

@@ -19,8 +19,9 @@ from distpatch.layout.rows import BlockLayout
 from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.operands import whole_operand, wrap
 from distpatch.rules.core.registry import rule
-from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils import patches
+from distpatch.torch_utils.tree import map_tensors
 
 
 @functools.wraps(module.flex_attention)
@@ -31,7 +32,15 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwar
     return _PATCH.original(*operands, *args, **kwargs)
 
 
+def _from_kv_blocks(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """A mask of blocks of tokens that were found from sharded ones is replicated: it is asked for the keys of all."""
+    return _BLOCKS.original.__get__(None, cls)(
+        *map_tensors(gather_replicated, args), **map_tensors(gather_replicated, kwargs)
+    )
+
+
 _PATCH = patches.register(module, "flex_attention", flex_attention, by_name=True)
+_BLOCKS = patches.register(module.BlockMask, "from_kv_blocks", classmethod(_from_kv_blocks))
 
 
 @rule(flex_attention, any_order=True)
@@ -64,16 +73,37 @@ def attention(
             return score_mod(s, b, h, number[q], k)
 
     if block_mask is not None:
-        mod = block_mask.mask_mod
+        seen = _seen_by(block_mask)
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return mod(b, h, number[q], k)
+            return seen(b, h, number[q], k)
 
         batch, heads = block_mask.kv_num_blocks.shape[:2]
         sizes = (batch, heads, len(number), keys.shape[2])
         mask = module.create_block_mask(visible, *sizes, query.device, block_mask.BLOCK_SIZE)
     out = func(own, keys, values, score, mask, scale, enable_gqa, **more)
     return wrap(out.narrow(2, 0, 0) if idle else out, query)
+
+
+def _seen_by(mask: module.BlockMask) -> Callable[..., Tensor]:
+    """What a mask lets a query see. Its blocks count where kernels are compiled alone: else torch asks ``mask_mod``."""
+    mod, full_blocks, full_indices = mask.mask_mod, mask.full_kv_num_blocks, mask.full_kv_indices
+    if not torch.compiler.is_compiling():
+        return mod
+
+    def listed(numbers: Tensor, indices: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        b, h = (0 * b if numbers.shape[0] == 1 else b), (0 * h if numbers.shape[1] == 1 else h)
+        row = q // mask.BLOCK_SIZE[0]
+        places = torch.arange(indices.shape[-1], device=indices.device)
+        return ((indices[b, h, row] == k // mask.BLOCK_SIZE[1]) & (places < numbers[b, h, row])).any(-1)
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        some = listed(mask.kv_num_blocks, mask.kv_indices, b, h, q, k) & mod(b, h, q, k)
+        if full_blocks is None or full_indices is None:
+            return some
+        return some | listed(full_blocks, full_indices, b, h, q, k)
+
+    return seen
 
 
 def _numbers(x: PatchTensor) -> Tensor:

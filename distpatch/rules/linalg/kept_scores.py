@@ -62,6 +62,25 @@ def _planned(
     return result
 
 
+def with_sums(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Attention, and the logarithms of the sums of its weights, (..., N, 1), by a kernel that keeps no scores.
+
+    None where torch has none for these. It has no gradients.
+    """
+    if kind_of(query.device) == "cpu":
+        if not _fuses_on_cpu(query, key, value, None, False):
+            return None
+        result, sums = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scale)
+    elif kind_of(query.device) == "cuda" and _is_dense(query, key, value, False) and _is_efficient(query, key, value):
+        result, sums, *_ = aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, False, scale=scale
+        )
+        sums = sums[..., : query.shape[-2]]  # the kernel's are as many as fill its blocks
+    else:
+        return None
+    return result, sums.unsqueeze(-1)
+
+
 def _fuses_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> bool:
     """What aten/src/ATen/native/transformers/sdp_utils_cpp.cpp asks of its flash attention, on the safe side."""
     return (
@@ -83,9 +102,15 @@ def _fuses_on_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     sizes, half = {query.shape[-1], key.shape[-1], value.shape[-1]}, query.dtype in HALF
     if torch.backends.cuda.flash_sdp_enabled() and half and mask is None and len(sizes) == 1 and max(sizes) <= 256:
         return True
+    return _is_efficient(query, key, value)
+
+
+def _is_efficient(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the memory-efficient kernel takes them, on the safe side."""
+    sizes = {query.shape[-1], key.shape[-1], value.shape[-1]}
     return (
         torch.backends.cuda.mem_efficient_sdp_enabled()
-        and (half or query.dtype == torch.float32)
+        and query.dtype in {*HALF, torch.float32}
         and query.shape[-3] == key.shape[-3]
         and all(size * query.element_size() % 16 == 0 for size in sizes)
     )

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from distpatch.comm.collectives import stack_ranks
 from distpatch.lazy.row_patches import with_dummy_row
-from distpatch.rules.core.operands import autocast, kept, needs_grad, normalize_dims, on_some_rows, precise, sum_ranks
+from distpatch.rules.core.operands import (
+    autocast,
+    kept,
+    local_rows_of,
+    needs_grad,
+    normalize_dims,
+    on_some_rows,
+    precise,
+    sum_ranks,
+)
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.reductions.moments import merge_ranks, moments
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -81,6 +90,18 @@ def count_nonzero(func: Any, input: PatchTensor, dim: Dims = None) -> Any:
     dims = normalize_dims(dim, input.ndim)
     local = input.local.count_nonzero(dims)
     return sum_ranks(local, input, func) if input.row_layout.dim in dims else kept(input, local, dims, False)
+
+
+@rule(*named("bincount"), asks_if_empty=True)
+def bincount(func: Any, input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Any:
+    """How many numbers there are says the largest of all ranks, as on one device the host waits for it."""
+    if not isinstance(input, PatchTensor) or input.ndim != 1:
+        return NotImplemented
+    count = max(minlength, int(input.max()) + 1)
+    if weights is None:
+        return sum_ranks(func(input.local, None, count), input, func)
+    own = local_rows_of(weights, input, -1, func)  # torch gives another dtype where there are none
+    return sum_ranks(func(with_dummy_row(input.local, 0), with_dummy_row(own, 0), count), input, func)
 
 
 @rule(*named("prod"), any_order=True)

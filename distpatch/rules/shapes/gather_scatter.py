@@ -10,9 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.layout.rows import EMPTY, Needs, RowLayout
-from distpatch.rules.core.fresh_buffers import shard_like
-from distpatch.rules.core.operands import beside_rows, fetch, local_rows_of, redistribute, replicated_operand, wrap
+from distpatch.comm.collectives import narrow_rows
+from distpatch.layout.rows import EMPTY, BlockLayout, Needs, RowLayout
+from distpatch.rules.core.fresh_buffers import shard_along, shard_like
+from distpatch.rules.core.operands import (
+    beside_rows,
+    fetch,
+    local_rows_of,
+    redistribute,
+    replicated_operand,
+    whole_operand,
+    wrap,
+)
 from distpatch.rules.core.registry import named, nth, rule, written
 from distpatch.rules.reductions.extrema import picked
 from distpatch.rules.shapes.slicing import slice_dim
@@ -56,22 +65,59 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     return wrap(func(local_rows_of(input, lead, back, func), at, local_rows_of(index, lead, back, func)), lead)
 
 
-@rule(*named("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"))
+def _along_rows(input: Any, dim: int, *_: Any, **__: Any) -> bool:
+    """Whether a write is along the rows of a sharded tensor: then each rank takes its own, in whichever order."""
+    return isinstance(input, PatchTensor) and nth(dim, input.ndim) == input.row_layout.dim
+
+
+@rule(
+    *named("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"),
+    any_order=_along_rows,
+)
 def scatter(func: Any, input: Tensor, dim: int, index: Tensor, src: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Rows stay where an index as tall as the input says what goes where in another dim."""
+    """Rows stay where an index as tall as the input says what goes where in another dim.
+
+    Along the rows the index and the values are needed whole.
+    """
     value = kwargs.pop("value", src)
     at = nth(dim, input.ndim)
     if not isinstance(input, PatchTensor):
         input = _sharded_as(func, input, at, index, value)
-    row = input.row_layout.dim if isinstance(input, PatchTensor) else at
-    if at == row or index.shape[row] != input.shape[row]:
+    if not isinstance(input, PatchTensor):
         return NotImplemented
-    assert isinstance(input, PatchTensor)
+    row = input.row_layout.dim
+    if at == row:
+        value = whole_operand(value, input, func) if isinstance(value, Tensor) and value.ndim else value
+        return _written_rows(func, input, gather_replicated(index), value, *args, **kwargs)
+    if index.shape[row] != input.shape[row]:
+        return NotImplemented
     back = row - input.ndim
     if isinstance(value, Tensor) and value.ndim:
         value = local_rows_of(slice_dim(value, row, slice(0, index.shape[row])), input, back, func)
     result = func(input.local, at, local_rows_of(index, input, back, func), value, *args, **kwargs)
     return written(input) if result is input.local else wrap(result, input)
+
+
+def _written_rows(func: Any, x: PatchTensor, index: Tensor, value: Any, *args: Any, **kwargs: Any) -> PatchTensor:
+    """What a function that writes along the rows makes of them; ``index`` and ``value`` are whole.
+
+    A rank writes what belongs to others to one more row, which is dropped: no number is read on the host. A number that
+    is out of range stays so, and is refused as on one device.
+    """
+    at, layout = x.row_layout.dim, x.row_layout
+    blocks, opened = (layout.blocks, layout.opened) if isinstance(layout, BlockLayout) else (1, layout)
+    (lo, hi), size = opened.interval(x.rank), opened.size
+    count = blocks * (hi - lo)
+    block, place = index.div(max(size, 1), rounding_mode="floor"), index % max(size, 1)
+    own = torch.where((place >= lo) & (place < hi), block * (hi - lo) + place - lo, count)
+    own = torch.where(index >= layout.size, index - layout.size + count + 1, torch.where(index < 0, index, own))
+    sink = x.local.new_zeros([1 if d == at else n for d, n in enumerate(x.local.shape)])
+    out_of_place = getattr(torch, op_name(func).rstrip("_"))
+    local = out_of_place(torch.cat([x.local, sink], at), at, own, value, *args, **kwargs).narrow(at, 0, count)
+    if not op_name(func).endswith("_"):
+        return wrap(local, x)
+    x.local.copy_(local)
+    return x
 
 
 def _sharded_as(func: Any, input: Tensor, at: int, *others: Any) -> Tensor:
@@ -90,39 +136,44 @@ def _sharded_as(func: Any, input: Tensor, at: int, *others: Any) -> Tensor:
     return wrap(local_rows_of(input, lead, lead.row_layout.dim - lead.ndim, func), lead)
 
 
-@rule(*named("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_"))
+@rule(
+    *named("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_"),
+    any_order=_along_rows,
+)
 def index_write(
     func: Any, input: Tensor, dim: int, index: Tensor, source: Any = None, *, alpha: Any = 1, **kwargs: Any
 ) -> Any:
-    """``source`` goes to the places of ``index`` along a dim; along the rows each rank takes what is its own.
-
-    A rank sends what belongs to others to one more row, which is dropped: no number is read on the host.
-    """
+    """``source`` goes to the places of ``index`` along a dim; along the rows each rank takes what is its own."""
     source = kwargs.pop("value", source)
     options = {"alpha": alpha} if op_name(func).startswith("index_add") and alpha != 1 else {}
     if not isinstance(input, PatchTensor) and input.ndim:
-        input = _sharded_as(func, input, nth(dim, input.ndim), source)
+        input = _in_rows_of(func, input, nth(dim, input.ndim), source)
     if not isinstance(input, PatchTensor) or isinstance(index, PatchTensor) or kwargs:
         return NotImplemented
-    at, in_place = nth(dim, input.ndim), op_name(func).endswith("_")
-    out_of_place = getattr(torch, op_name(func).rstrip("_"))
-    if at != input.row_layout.dim:
-        if isinstance(source, Tensor):
-            back = input.row_layout.dim - input.ndim
-            source = local_rows_of(source, input, back, func) if source.ndim else replicated_operand(source, input)
-        local = out_of_place(input.local, at, index, source, **options)
-    else:
-        lo, hi = input.own_interval
-        source = replicated_operand(gather_replicated(source), input) if isinstance(source, Tensor) else source
+    at = nth(dim, input.ndim)
+    if at == input.row_layout.dim:
+        source = whole_operand(source, input, func) if isinstance(source, Tensor) else source
         index = torch.where(index < 0, index + input.row_layout.size, index)
-        own = torch.where((index >= lo) & (index < hi), index - lo, hi - lo)
-        sink = input.local.new_zeros([1 if d == at else n for d, n in enumerate(input.local.shape)])
-        local = out_of_place(torch.cat([input.local, sink], at), at, own, source, **options)
-        local = local.narrow(at, 0, hi - lo)
-    if not in_place:
+        return _written_rows(func, input, index, source, **options)
+    if isinstance(source, Tensor):
+        back = input.row_layout.dim - input.ndim
+        source = local_rows_of(source, input, back, func) if source.ndim else replicated_operand(source, input)
+    local = getattr(torch, op_name(func).rstrip("_"))(input.local, at, index, source, **options)
+    if not op_name(func).endswith("_"):
         return wrap(local, input)
     input.local.copy_(local)
     return input
+
+
+def _in_rows_of(func: Any, input: Tensor, at: int, source: Any) -> Tensor:
+    """A plain tensor that sharded rows are written to, sharded too: beside the rows as they are, along them evenly."""
+    if not isinstance(source, PatchTensor) or source.ndim != input.ndim or source.row_layout.dim != at:
+        return _sharded_as(func, input, at, source)
+    layout = RowLayout(at, source.region.bounds(input.shape[at]))
+    if op_name(func).endswith("_"):
+        shard_along(input, source, layout)  # in place, where it can be
+        return input
+    return wrap(narrow_rows(replicated_operand(input, source), layout, source.rank), source, layout)
 
 
 @rule(F.embedding, any_order=True)

@@ -83,6 +83,8 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
     if all(map(is_basic, items)):
         return _basic(input, items)
     plan = _planned(items, input)
+    if isinstance(plan.row_item, PatchTensor) and not _is_mask(plan.row_item):  # which rows, all ranks have to know
+        plan = IndexPlan(tuple(plan.with_row(gather_replicated(plan.row_item))), plan.row)
     if not plan.is_supported:
         return NotImplemented
     row = plan.row_item
@@ -147,6 +149,10 @@ def _is_number(item: Tensor) -> bool:
 
 def _is_mask(item: Any) -> bool:
     return isinstance(item, Tensor) and item.dtype in {torch.bool, torch.uint8}
+
+
+def _is_list_of_rows(item: Any) -> bool:
+    return isinstance(item, list) or (type(item) is Tensor and item.ndim == 1)
 
 
 def _is_whole(item: Any) -> bool:
@@ -260,7 +266,10 @@ def _looked_up(table: Tensor, index: Any) -> Any:
     return wrap(replicated_operand(table, lead)[tuple(items)], lead, lead.row_layout.with_dim(at + lead.row_layout.dim))
 
 
-@rule(torch.Tensor.__setitem__)
+@rule(
+    torch.Tensor.__setitem__,
+    any_order=lambda input, index, value: isinstance(input, PatchTensor) and _takes_all_rows(input, index),
+)
 def setitem(func: Any, input: Tensor, index: Any, value: Any) -> Any:
     """Written to the rows where they are: every rank keeps its own of the value; a replicated tensor takes all."""
     if not isinstance(input, PatchTensor):
@@ -283,15 +292,18 @@ def _shard_in_place(target: Tensor, items: Sequence[Any], value: Any) -> None:
     """Make a plain tensor that rows are written to, or chosen in by a sharded mask, a sharded one."""
     if items and isinstance(items[0], PatchTensor) and _is_mask(items[0]) and all(map(_is_whole, items[1:])):
         shard_like(target, items[0], items[0].row_layout.dim)
-    if not isinstance(value, PatchTensor) or None in items or not all(map(is_basic, items)):
+    chosen = [item for item in items if not is_basic(item)]  # rows by their numbers, or by a mask
+    if not isinstance(value, PatchTensor) or any(item is None for item in items) or len(chosen) > 1:
         return
-    kept = [dim for dim, item in enumerate(items) if isinstance(item, slice)]
+    if chosen and not (_is_list_of_rows(chosen[0]) and all(item is chosen[0] or _is_whole(item) for item in items)):
+        return
+    kept = [dim for dim, item in enumerate(items) if not isinstance(item, int)]
     back = value.row_layout.dim - value.ndim
     if -back > len(kept):
         return
     dim = kept[back]
     rows = target.shape[dim]
-    if len(range(rows)[items[dim]]) == value.row_layout.size:
+    if not isinstance(items[dim], slice) or len(range(rows)[items[dim]]) == value.row_layout.size:
         bounds = value.row_layout.bounds if value.row_layout.size == rows else value.region.bounds(rows)
         shard_along(target, value, RowLayout(dim, bounds))
 
@@ -332,7 +344,8 @@ def _set_chosen(func: Any, x: PatchTensor, plan: IndexPlan, value: Any) -> Any:
             value = local_operand(value, target, dim - ndim, func)
         target.local[tuple(items)] = value
     elif all(map(_is_whole, plan.others)):
-        numbers = torch.as_tensor(plan.row_item, device=x.device)
+        chosen = plan.row_item
+        numbers = _places(chosen, x.shape[row]) if _is_mask(chosen) else torch.as_tensor(chosen, device=x.device)
         shape = (*x.shape[:row], *numbers.shape, *x.shape[row + 1 :])
         value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=x.dtype, device=x.device)
         value = value.to(x.dtype).expand(shape).flatten(row, row + numbers.ndim - 1)

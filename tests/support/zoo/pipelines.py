@@ -152,7 +152,7 @@ PIPELINES = {
             **SIZE,
             "guidance_scale": 1.0,
         },
-        ("vae",),
+        ("vae", "transformer"),
     ),
-    "Wan, text to video": Run(wan, {**PROMPT, "height": 48, "width": 32, "num_frames": 5}, ("vae",)),
+    "Wan, text to video": Run(wan, {**PROMPT, "height": 48, "width": 32, "num_frames": 5}, ("vae", "transformer")),
 }

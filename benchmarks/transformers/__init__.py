@@ -1,0 +1,1 @@
+"""Every diffusion transformer of diffusers, converted, against one device."""

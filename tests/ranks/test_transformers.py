@@ -1,0 +1,49 @@
+"""Every diffusion transformer of diffusers, converted as it is: the results of one device, and of some the gradients.
+
+On 2 and 3 ranks, all with their gradients: ``make transformers``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support import oracle
+from tests.support.zoo.transformers_of_diffusers import TRANSFORMERS, classes, compare
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+WITH_GRADIENTS = (
+    "SD3Transformer2DModel",
+    "HiDreamImageTransformer2DModel",
+    "ZImageTransformer2DModel",
+    "WanTransformer3DModel, image to video",
+    "SkyReelsV2Transformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "QwenImageTransformer2DModel",
+    "QwenImage21Transformer2DModel",
+    "NucleusMoEImageTransformer2DModel, experts",
+    "LTX2VideoTransformer3DModel",
+    "MiniMaxH3Transformer3DModel",
+)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of diffusers
+
+
+def test_no_class_is_forgotten() -> None:
+    assert set(classes()) == {entry.cls for entry in TRANSFORMERS.values()}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_as_on_one_device(name: str) -> None:
+    result = compare(name, world=3)
+    assert result.error <= TOLERANCE[TRANSFORMERS[name].dtype]
+    assert tuple(result.gathered) == TRANSFORMERS[name].gathered
+    oracle.compared += 1
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
+def test_gradients_of_one_device(name: str) -> None:
+    result = compare(name, world=2, backward=True)
+    assert max(result.error, result.gradient) <= TOLERANCE[TRANSFORMERS[name].dtype]
+    oracle.compared += 1
