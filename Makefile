@@ -8,7 +8,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench gpu memory peers displaced coverage clean autoencoders
+.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench gpu memory peers displaced coverage clean autoencoders site drawings release-check
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,16 @@ lint: $(VENV)/installed  ## style, types, import layers
 
 hooks: $(VENV)/installed  ## make lint before every commit
 	$(BIN)/pre-commit install
+
+site: $(VENV)/installed  ## the documentation, in out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "out/site/index.html; to read it: $(BIN)/mkdocs serve"
+
+drawings: $(VENV)/installed  ## docs/figures/*.svg
+	$(BIN)/python docs/figures.py
+
+release-check: $(VENV)/installed  ## wheel and sdist: built, checked, installed with each extra and tried (minutes)
+	.ci/release-check
 
 coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
 	$(BIN)/python docs/coverage.py > docs/coverage.md

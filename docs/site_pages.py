@@ -23,6 +23,8 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml"}
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 
+PARAMETER = re.compile(r"\s(?=<code>\w+</code>:\s)")  # "``group``: a group. ``dim``: ..."
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages from outside ``docs/``, what any page links to there, and the command's page."""
@@ -30,7 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
     linked = {target for page in (*docs, *PAGES) for target in _targets(page)}
     for path in sorted({*PAGES, *linked}):
         if not path.startswith("docs/") and (ROOT / path).is_file():
-            files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+            files.append(File.generated(config, _in_site(path), abs_src_path=str(ROOT / path)))
     files.append(File.generated(config, "command.md", content=_command()))
     return files
 
@@ -40,16 +42,31 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     here = page.file.src_uri
     if here == "command.md":
         return markdown
-    path = here if here in PAGES else f"docs/{here}"
+    path = next((page for page in PAGES if _in_site(page) == here), f"docs/{here}")
 
     def turned(link: re.Match[str]) -> str:
         target = _in_site(_resolved(path, link[1]))
-        if target is None or files.get_file_from_path(target) is None:
+        if files.get_file_from_path(target) is None:
             return link[0]  # mkdocs warns of it
         return posixpath.relpath(target, posixpath.dirname(here) or ".") + (link[2] or "")
 
     text = _outside_code(markdown, lambda part: LINK.sub(turned, part))
-    return text + _sources(path) if here in WITH_SOURCES else text
+    return text + _sources(path) if path in WITH_SOURCES else text
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """In the reference, what a docstring says of one parameter after the other stands in a list."""
+    if page.file.src_uri != "api.md":
+        return html
+
+    def listed(paragraph: re.Match[str]) -> str:
+        first, *others = PARAMETER.split(paragraph[1])
+        if first.startswith("<code>") and PARAMETER.match(f" {first}"):
+            first, others = "", [first, *others]
+        items = "".join(f"<li>{item}</li>" for item in others)
+        return (f"<p>{first}</p>" if first else "") + (f"<ul>{items}</ul>" if items else "")
+
+    return re.sub(r"<p>(.*?)</p>", listed, html, flags=re.DOTALL)
 
 
 def _outside_code(markdown: str, change: Callable[[str], str]) -> str:
@@ -69,8 +86,10 @@ def _resolved(path: str, link: str) -> str:
     return f"{target}/README.md" if (ROOT / target).is_dir() else target
 
 
-def _in_site(path: str) -> str | None:
-    return None if path.startswith("..") else path.removeprefix("docs/")
+def _in_site(path: str) -> str:
+    """Where a file of the repository is in the site: docs/ at its root, pages of the root beside it, folders in one."""
+    inside = path.startswith("docs/") or "/" not in path
+    return path.removeprefix("docs/") if inside else f"repository/{path}"
 
 
 def _sources(path: str) -> str:
@@ -95,4 +114,7 @@ def _command() -> str:
     from distpatch.cli import app
 
     command: Any = typer.main.get_command(app)
-    return get_docs_for_click(obj=command, ctx=typer.Context(command), name="distpatch")
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="distpatch")
+    for name, part in command.commands.items():  # of whose help it takes a few words
+        text = re.sub(rf"^\* `{name}`: .*$", f"* `{name}`: {part.help.partition(chr(10))[0]}", text, flags=re.MULTILINE)
+    return text
