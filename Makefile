@@ -17,8 +17,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps distrifuser==0.0.1b1  # its modules, for a test; its pins are of 2023
 	touch $@
 
-demo: $(VENV)/installed  ## encode and decode a photograph across two processes
-	$(BIN)/torchrun --nproc_per_node=$(RANKS) torchrun_examples/decode_vae.py
+demo: $(VENV)/installed  ## a photograph across two processes, beside tiles, and the plan for eight GPUs
+	PROCESSES=$(RANKS) TORCHRUN=$(BIN)/torchrun launch/one_host.sh torchrun_examples/decode_vae.py
+	$(BIN)/distpatch plan torchrun_examples/demo_vae --shape 1,16,1024,1024 --world-size 8
 
 test: $(VENV)/installed  ## the whole test suite (TORCH=2.11.0: on that release)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
