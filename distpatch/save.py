@@ -186,7 +186,7 @@ def _stream(
     if leads and progress:
         from tqdm import tqdm
 
-        arrays = iter(tqdm(arrays, total=count, desc=str(path), leave=False))
+        arrays = iter(tqdm(arrays, total=count, desc=str(path), leave=False, disable=None))  # None: on terminals alone
 
     def write() -> None:
         try:
