@@ -1,6 +1,6 @@
 """Run under torchrun with two processes, from an empty folder: every Python block of the pages, each on what it needs.
 
-A block gets new names, but for the pages in ``CONTINUED``, which are one program. What is not here is stood in for: GPUs,
+A block gets new names, but for those of the pages in ``CONTINUED``, which are one program each. What is not here is stood in for: GPUs,
 eight ranks, large models.
 """
 
@@ -28,13 +28,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import distpatch
 from distpatch.model.convert import is_converted
 from torchrun_examples.pipeline import prompt_of, tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
-CONTINUED = ("docs/own-functions.md", "docs/training.md")
+CONTINUED = ("docs/own-functions.md",)
 ONE_RANK = ("docs/notebooks.md", "docs/planning.md")  # programs of one process
 FRESH = "docs/torch-changes.md"  # of a process in which nothing was imported before
 BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
@@ -108,7 +109,8 @@ def given(page: str) -> dict[str, Any]:
     if page == "docs/start.md":
         names["AutoencoderKL"] = AutoencoderKL
     if page == "docs/training.md":
-        names |= {"latents": distpatch.shard(x, group), "scan": x}
+        names |= {"latents": distpatch.shard(x, group), "fully_shard": fully_shard}
+        names["init_device_mesh"] = dist.device_mesh.init_device_mesh
     if page == "distpatch/rules/README.md":
         names["rule"] = lambda function: lambda body: body
     if page in {"tests/README.md", "CONTRIBUTING.md"}:  # cases run on ranks that are threads, and in other tests
@@ -163,7 +165,7 @@ def stand_in() -> None:
 
     distpatch.convert_model = convert_model
     distpatch.local_group = functools.partial(LOCAL_GROUP, 2, device="cpu", threads=1)
-    dist.init_process_group = lambda *args, **kwargs: None
+    dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
     dist.device_mesh.init_device_mesh = lambda device, shape, **names: MESH("cpu", (1, 2), **names)
     torch.cuda.set_device = lambda device: None
     nn.Module.cuda = lambda self, device=None: self
@@ -180,6 +182,7 @@ def run(page: str, line: int, code: str, names: dict[str, Any]) -> dict[str, Any
 
 def main() -> None:
     dist.init_process_group("gloo")
+    destroy = dist.destroy_process_group
     torch.set_num_threads(1)
     stand_in()
     warnings.filterwarnings("ignore", message="no sharded rule")
@@ -202,7 +205,7 @@ def main() -> None:
             dist.barrier()
             print(f"{time.perf_counter() - started:5.1f} s {page}:{line}", flush=True)
     print(f"{done} blocks", flush=True)
-    dist.destroy_process_group()
+    destroy()
     raise SystemExit(failed > 0)
 
 

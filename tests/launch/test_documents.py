@@ -133,6 +133,7 @@ def test_site(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_python_blocks(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -141,7 +142,7 @@ def test_python_blocks(tmp_path: Path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
     )
     assert done.returncode == 0, (
         "\n".join(re.findall(r"FAILED.*?(?=^FAILED|\Z)", done.stdout, re.DOTALL | re.M)) or done.stderr
