@@ -8,7 +8,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench gpu memory peers displaced coverage clean autoencoders transformers
+.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench gpu memory peers displaced coverage clean autoencoders transformers site drawings release-check
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,8 +17,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps distrifuser==0.0.1b1  # its modules, for a test; its pins are of 2023
 	touch $@
 
-demo: $(VENV)/installed  ## encode and decode a photograph across two processes
-	$(BIN)/torchrun --nproc_per_node=$(RANKS) torchrun_examples/decode_vae.py
+demo: $(VENV)/installed  ## a photograph across two processes, beside tiles, and the plan for eight GPUs
+	PROCESSES=$(RANKS) TORCHRUN=$(BIN)/torchrun launch/one_host.sh torchrun_examples/decode_vae.py
+	$(BIN)/distpatch plan torchrun_examples/demo_vae --shape 1,16,1024,1024 --world-size 8
 
 test: $(VENV)/installed  ## the whole test suite (TORCH=2.11.0: on that release)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -46,6 +47,16 @@ lint: $(VENV)/installed  ## style, types, import layers
 
 hooks: $(VENV)/installed  ## make lint before every commit
 	$(BIN)/pre-commit install
+
+site: $(VENV)/installed  ## the documentation, in out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "out/site/index.html; to read it: $(BIN)/mkdocs serve"
+
+drawings: $(VENV)/installed  ## docs/figures/*.svg
+	$(BIN)/python docs/figures.py
+
+release-check: $(VENV)/installed  ## wheel and sdist: built, checked, installed with each extra and tried (minutes)
+	.ci/release-check
 
 coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
 	$(BIN)/python docs/coverage.py > docs/coverage.md

@@ -186,7 +186,7 @@ def _open_file(path: Path) -> Any:
     if suffix == ".npy":
         import numpy as np
 
-        return np.load(path, mmap_mode="r")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     if suffix in {".tif", ".tiff"}:
         import tifffile
 

@@ -40,8 +40,8 @@ def to_memmap(x: Tensor, path: str | Path) -> Any:
         dtype = torch.empty(0, dtype=x.dtype).numpy().dtype
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(x.shape)).flush()
 
-    _write_mapped(x, path, create, lambda: np.load(path, mmap_mode="r+"))
-    return np.load(path, mmap_mode="r")
+    _write_mapped(x, path, create, lambda: np.load(path, mmap_mode="r+", allow_pickle=False))
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def save_image(x: Tensor, path: str | Path, *, value_range: Range = (0.0, 1.0), progress: bool = False) -> None:
@@ -186,7 +186,7 @@ def _stream(
     if leads and progress:
         from tqdm import tqdm
 
-        arrays = iter(tqdm(arrays, total=count, desc=str(path), leave=False))
+        arrays = iter(tqdm(arrays, total=count, desc=str(path), leave=False, disable=None))  # None: on terminals alone
 
     def write() -> None:
         try:

@@ -44,7 +44,7 @@ def main(
         console = launch.console(group)
         make = tiny_pipeline if model is None else lambda: DiffusionPipeline.from_pretrained(model)
         pipe = launch.rank0_first(group, make).to(device)
-        pipe.set_progress_bar_config(disable=console.quiet)
+        pipe.set_progress_bar_config(disable=not console.is_terminal or console.quiet)
         call = {**prompt_of(model, prompt), "height": size, "width": size, "num_inference_steps": steps}
 
         options = {"policy": policy, "warmup_steps": warmup, "once_per_prompt": ("attn2.to_k", "attn2.to_v")}

@@ -40,7 +40,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(block_out_channels=channels, latent_channels=4, **levels)
     nothing: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     return StableDiffusionPipeline(
         unet=unet.eval(), vae=vae.eval(), scheduler=scheduler, requires_safety_checker=False, **nothing
     )
@@ -74,7 +74,7 @@ def main(
         console = launch.console(group)
         make = tiny_pipeline if model is None else lambda: DiffusionPipeline.from_pretrained(model)
         pipe = launch.rank0_first(group, make).to(device)
-        pipe.set_progress_bar_config(disable=console.quiet)
+        pipe.set_progress_bar_config(disable=not console.is_terminal or console.quiet)
         call = {**prompt_of(model, prompt), "height": size, "width": size, "num_inference_steps": steps}
 
         distpatch.convert_model(pipe.unet, group)

@@ -34,8 +34,8 @@ def model_class(folder: Path) -> tuple[type[Any], Path]:
         raise typer.BadParameter(f"{config}: not JSON: {error}") from error
     diffusers = _needed("diffusers")
     found = getattr(diffusers, str(name), None)
-    if found is None:
-        raise typer.BadParameter(f"{config}: diffusers {diffusers.__version__} has no class {name!r} (_class_name)")
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise typer.BadParameter(f"{config}: diffusers {diffusers.__version__} has no model {name!r} (_class_name)")
     return found, where
 
 

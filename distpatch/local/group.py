@@ -109,7 +109,7 @@ class LocalGroup:
             raise DistPatchError("local_group: it is closed")
         if self._processes:
             return
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = _store()
         try:
             for rank in range(self.size):
                 self._start_one(rank, self._store.port)
@@ -179,6 +179,13 @@ class LocalGroup:
             process.wait()
         self._pipes, self._processes, self._store = [], [], None
         self._known.clear()
+
+
+def _store() -> TCPStore:
+    """Where the ranks meet, on a free port of 127.0.0.1; a store that opens its port itself listens to all networks."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def local_group(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -58,6 +60,9 @@ def serve(handle: int) -> None:
 
 def _join(rank: int, size: int, port: int, place: torch.device, threads: int, timeout: timedelta) -> None:
     torch.set_num_threads(threads)
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # else gloo listens where the host's name leads
     if place.type == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group(

@@ -198,7 +198,7 @@ def wrong(folder: Path, tmp_path: Path, case: str) -> list[Any]:
     [
         ("no folder", "there is no such folder"),
         ("no config", "no config.json in it or in its vae folder"),
-        ("no class", "has no class 'NoSuchModel'"),
+        ("no class", "has no model 'NoSuchModel'"),
         ("no file", "none.npy: there is no such file"),
         ("no tensor", "cannot be read"),
         ("other suffix", "the output is one of .png"),

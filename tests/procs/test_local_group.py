@@ -182,6 +182,20 @@ def test_a_process_that_dies(ranks: distpatch.LocalGroup, rank: int) -> None:
     check(ranks, model)
 
 
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux: /proc/net lists what listens")
+def test_what_listens(ranks: distpatch.LocalGroup) -> None:
+    """The store of the caller and gloo of the ranks: on 127.0.0.1 and nowhere else."""
+    check(ranks, net())
+    held: dict[str, int] = {}
+    for process in (os.getpid(), *(process.pid for process in ranks._processes)):
+        links = [os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir() if link.is_symlink()]
+        held |= {link[8:-1]: process for link in links if link.startswith("socket:[")}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    listening = [(held[line[9]], line[1].partition(":")[0]) for line in lines if line[3] == "0A" and line[9] in held]
+    assert {process for process, _ in listening} >= {process.pid for process in ranks._processes}
+    assert {address for _, address in listening} == {"0100007F"}, listening
+
+
 def test_sizes() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         distpatch.local_group(0, device="cpu")
