@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.private import ScriptMethod
 from distpatch.torch_utils.tree import leaves_in, map_tensors
 
 PLAN = "_cp_plan"  # where a model of diffusers says how its tokens may be split among ranks
@@ -53,7 +54,7 @@ class Entrance:
 
     def __init__(self, what: str, function: Callable[..., Any], model: nn.Module, options: Options) -> None:
         self.what, self.dim = what, options.dim
-        parameters = list(inspect.signature(function).parameters.values())
+        parameters = _parameters_of(function)
         self.places = tuple(p.name for p in parameters if p.kind in _PLACED)
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         names = {p.name for p in parameters if p.kind in {*_PLACED, p.KEYWORD_ONLY}}
@@ -99,6 +100,14 @@ class Entrance:
         names = (*self.places, *("" for _ in args[len(self.places) :]))
         placed = tuple(mapped(name, value) for name, value in zip(names, args))
         return placed, {name: mapped(name, value) for name, value in kwargs.items()}
+
+
+def _parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """What it takes; of TorchScript, whose methods have no signature, by their schema."""
+    if isinstance(function, ScriptMethod):
+        names = [argument.name for argument in function.schema.arguments[1:]]  # the first is the module
+        return [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    return list(inspect.signature(function).parameters.values())
 
 
 def _plan_of(model: nn.Module, places: tuple[str, ...], names: set[str]) -> dict[str, Split]:

@@ -264,6 +264,27 @@ def test_ranks_must_name_the_same() -> None:
     run_ranks(2, body)
 
 
+def test_torchscript() -> None:
+    class Mixed(nn.Module):
+        def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+            return torch.softmax(hidden_states @ text.transpose(1, 2), 1)
+
+    given = random_tensor((2, 7, 4)), random_tensor((2, 3, 4), 1)
+    for script in (torch.jit.script(Mixed()), torch.jit.trace(Mixed(), given)):
+
+        def body(rank: int, script: Any = script) -> Tensor:
+            model = distpatch.convert_model(
+                copy.deepcopy(script), dist.group.WORLD, shard={"text": 1, "hidden_states": 1}
+            )
+            with distpatch.trace() as t:
+                result = model(given[0], text=given[1])
+            assert sum(record.kind == "p2p" for record in t.records) > 0
+            return result
+
+        for result in run_ranks(2, body):
+            torch.testing.assert_close(result, Mixed()(*given))
+
+
 def test_what_is_written_to_an_argument_is_seen() -> None:
     class Written(nn.Module):
         def forward(self, hidden_states: Tensor) -> Tensor:
