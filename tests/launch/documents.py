@@ -32,9 +32,9 @@ from torch.distributed.fsdp import fully_shard
 
 import distpatch
 from distpatch.model.convert import is_converted
+from tests.launch.pages import ROOT, pages
 from torchrun_examples.pipeline import prompt_of, tiny_pipeline
 
-ROOT = Path(__file__).parents[2]
 CONTINUED = ("docs/own-functions.md",)
 ONE_RANK = ("docs/notebooks.md", "docs/planning.md")  # programs of one process
 FRESH = "docs/torch-changes.md"  # of a process in which nothing was imported before
@@ -49,10 +49,9 @@ def blocks(path: str) -> Iterator[tuple[int, str]]:
         yield text.count("\n", 0, found.start()) + 1, textwrap.dedent(found[2])
 
 
-def pages() -> list[str]:
+def with_blocks() -> list[str]:
     """Every page of the repository that has a block."""
-    found = (str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("*/**/*.md")))
-    return sorted(path for path in found if not path.startswith(".") and any(blocks(path)))
+    return [page for page in (str(path.relative_to(ROOT)) for path in pages()) if any(blocks(page))]
 
 
 class Net(nn.Module):
@@ -187,7 +186,7 @@ def main() -> None:
     stand_in()
     warnings.filterwarnings("ignore", message="no sharded rule")
     done, failed = 0, 0
-    for page in sys.argv[1:] or pages():
+    for page in sys.argv[1:] or with_blocks():
         names = given(page)
         for line, code in blocks(page):
             before = names if page in CONTINUED else given(page)

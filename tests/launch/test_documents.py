@@ -17,14 +17,9 @@ import typer
 
 import distpatch
 from distpatch.cli import app
+from tests.launch.pages import ROOT, pages
 
-ROOT = Path(__file__).parents[2]
-SKIPPED = {".venv", "out", "build", "dist", "node_modules"}
-PAGES = sorted(
-    path
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("*/**/*.md"), *ROOT.glob(".github/**/*.md"))
-    if not SKIPPED & {part.partition("-")[0] for part in path.relative_to(ROOT).parts}
-)
+PAGES = pages()
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
