@@ -22,6 +22,7 @@ from distpatch.comm.transport import Batch, Finish
 from distpatch.comm.watched import UnderWay
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.transfers import TransferPlan, flat_needs, grouped_needs, plan_fetch, plan_transfer, wire_order
+from distpatch.torch_utils.overridable import overridable
 from distpatch.torch_utils.private import NEVER_REPLAYED, count_dispatch_modes, in_functorch, keep_in_order
 
 # Rows of these are never those of an earlier step: what leaves the sharded computation, or is gathered for an
@@ -30,6 +31,7 @@ AT_ONCE = frozenset({"gather", "output"})
 NAME = 3  # place of the communicator's name among the arguments behind the rows
 
 
+@overridable
 def fetch_rows(
     local: Tensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
 ) -> list[Tensor]:

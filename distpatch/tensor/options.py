@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from distpatch.layout.shares import Weights, weights_of
@@ -74,6 +74,10 @@ class Options:
         """As an operator of a compiled graph carries them: how rows are computed there, where nothing is deferred."""
         weights = ",".join(map(repr, self.shares or ()))
         return f"{self.splits} {self.sequential} {self.fallback} {self.min_numel} {self.workspace_bytes} {weights}"
+
+    def of_outer_axis(self, dim: int) -> Options:
+        """Of an axis whose rows are sharded themselves: these are computed in patches, or later, by the inner one."""
+        return replace(self, dim=dim, splits=1, lazy=False, overlap=False)
 
     @staticmethod
     def unpacked(text: str) -> Options:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from distpatch.comm import collectives
 from distpatch.comm.communicator import Communicator, Group, communicator
+from distpatch.comm.meshes import Dims, Mesh, axes_of, dims_of
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.layout.rows import EMPTY, BlockLayout, RowLayout, even_bounds
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.recipe import Recipe
+from distpatch.tensor.options import Options, default
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES
 from distpatch.tensor.user_classes import kind_of, plain
@@ -263,12 +265,19 @@ class RowCopy(torch.Tensor):
         return RULES.dispatcher.on_copies(func, args, kwargs or {})
 
 
-def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None) -> PatchTensor:
+def shard(tensor: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] | None = None) -> PatchTensor:
     """Shard a replicated tensor: a slice, no communication.
 
-    ``tensor``: the same full value on every rank, for example (B, C, H, W). Returns a PatchTensor of
-    the same (global) shape. Raises ``LayoutError`` for a dim or bounds that do not fit it.
+    ``tensor``: the same full value on every rank, for example (B, C, H, W). ``dim``: one, or one for each axis of a
+    mesh; then ``bounds`` are one for each, too. Returns a PatchTensor of the same (global) shape. Raises
+    ``LayoutError`` for dims or bounds that do not fit it.
     """
+    dim = dims_of(dim)
+    if not isinstance(dim, int):
+        comms = axes_of(group, dim, tensor.device)
+        return shard_over(nested(comms, dim, default()), tensor, dim, bounds)
+    if isinstance(group, (tuple, list)):
+        (group,) = axes_of(group, (dim,), tensor.device)
     comm = communicator(group, tensor.device)
     dim = check_dim(tensor, dim)
     layout = _layout(comm, dim, bounds, tensor.shape[dim])
@@ -287,10 +296,43 @@ def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     return result
 
 
-def shard_input(tensor: Tensor, dim: int, region: Region) -> PatchTensor:
+def nested(comms: Sequence[Communicator], dims: Sequence[int], options: Options) -> Region:
+    """The region of tensors that are sharded along several dims, each over an axis; the last one is the outermost.
+
+    So what is computed in patches, or later, are rows of the first dim, which stand closest together in memory.
+    """
+    region = None
+    for at, (comm, dim) in enumerate(zip(comms, dims, strict=True)):
+        own = replace(options, dim=dim) if at == 0 else options.of_outer_axis(dim)
+        region = Region(comm, own, inner=region, level=len(dims) - 1 - at)
+    assert region is not None
+    return region
+
+
+def shard_over(region: Region, tensor: Tensor, dims: Sequence[int], bounds: Sequence[Any] | None = None) -> PatchTensor:
+    """A replicated tensor sharded along several dims, of which the last one is the region's."""
+    places = [check_dim(tensor, dim) for dim in dims]
+    if len(set(places)) < len(places) or (bounds is not None and len(bounds) != len(places)):
+        raise LayoutError(
+            f"a tensor of shape {tuple(tensor.shape)} cannot be sharded along dims {tuple(dims)} with bounds {bounds}: "
+            "each axis of the mesh has a dim of its own, and bounds of its own"
+        )
+    *others, last = places
+    known = None if bounds is None else bounds[-1]
+    layout = _layout(region.comm, last, known or region.bounds(tensor.shape[last]), tensor.shape[last])
+    result = shard_in(region, tensor, layout)
+    if region.inner is not None:
+        result.local = shard_over(region.inner, result.local, others, None if bounds is None else bounds[:-1])
+    return result
+
+
+def shard_input(tensor: Tensor, dim: Dims, region: Region) -> PatchTensor:
     """An argument sharded along ``dim``, or one that is sharded already, in this region."""
     if isinstance(tensor, PatchTensor):
-        return PatchTensor(tensor.local, tensor.row_layout, region)
+        local = tensor.local if region.inner is None else shard_input(tensor.local, dim, region.inner)
+        return PatchTensor(local, tensor.row_layout, region)
+    if not isinstance(dim, int):
+        return shard_over(region, tensor, dim)
     dim = check_dim(tensor, dim)
     return shard_in(region, tensor, RowLayout(dim, region.bounds(tensor.shape[dim])))
 
@@ -306,7 +348,14 @@ def gather(tree: Any) -> Any:
 def handed_back(tensor: Tensor) -> Tensor:
     """``gather_replicated``, of the class that it is on one device."""
     kind = tensor.region.kind if isinstance(tensor, PatchTensor) else None
-    return gather_replicated(tensor) if kind is None else kind.of(gather_replicated(tensor))
+    return whole(tensor) if kind is None else kind.of(whole(tensor))
+
+
+def whole(tensor: Tensor, op: str = "gather") -> Tensor:
+    """The full plain tensor, whichever axes it is sharded over."""
+    while isinstance(tensor, PatchTensor):
+        tensor = gather_replicated(tensor, op)
+    return gather_replicated(tensor)
 
 
 def on_rank0(x: PatchTensor, op: str) -> Tensor | None:

@@ -11,7 +11,9 @@ test has put a transport in place (``using``), all of them run on it.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import distpatch
 from distpatch.layout.rows import Bounds, even_bounds
@@ -71,6 +74,8 @@ def check(
     channels_last: bool = False,
     tolerance: float = TOLERANCE,
     order: int = 1,
+    meshes: Sequence[tuple[int, ...]] = (),
+    dims: tuple[int, ...] = (-2, -1),
 ) -> None:
     """Compare ``fn`` on sharded tensors with ``fn`` on plain ones.
 
@@ -78,18 +83,19 @@ def check(
     ``sharded``: how many of them, from the first, are sharded along ``dim``. ``fallback``: the operation
     that is expected to be gathered (None: none may be). ``p2p``: the most point-to-point batches that
     one forward pass may take where all inputs have the same bounds. ``order``: of the highest derivatives
-    compared.
+    compared. ``meshes``: of ranks, in place of ``worlds``: each input is sharded along all ``dims``.
     """
     global compared
     runs = [(rows, _make(inputs, rows, channels_last)) for rows in heights]
     expected = [run(fn, tensors, list, rows, order=order) for rows, tensors in runs]
-    for world in worlds:
-        layouts = [_layouts(rows, world, sharded, first=rows == heights[0]) for rows in heights]
+    for mesh in meshes or [(world,) for world in worlds]:
+        world, along = math.prod(mesh), dims if meshes else (dim,)
+        layouts = [_layouts(tensors[:sharded], mesh, along, first=rows == heights[0]) for rows, tensors in runs]
 
         def body(rank: int) -> list[list[Result]]:
-            group = dist.group.WORLD
+            group = mesh_of(mesh) if meshes else dist.group.WORLD
             return [
-                [_sharded(fn, tensors, rows, group, dim, bounds, fallback, p2p, order) for bounds in layouts[i]]
+                [_sharded(fn, tensors, rows, group, along, bounds, fallback, p2p, order) for bounds in layouts[i]]
                 for i, (rows, tensors) in enumerate(runs)
             ]
 
@@ -98,7 +104,7 @@ def check(
             ranks = run_ranks(world, body, keep=True)
         for i, (rows, _) in enumerate(runs):
             for j, bounds in enumerate(layouts[i]):
-                where = f"{rows} rows on {world} ranks, bounds {bounds}"
+                where = f"{rows} rows on {mesh} ranks, bounds {bounds}"
                 compare([results[i][j] for results in ranks], expected[i], where, tolerance)
                 compared += 1
 
@@ -121,11 +127,25 @@ def _make(inputs: Sequence[Input], rows: int, channels_last: bool) -> list[Tenso
     return tensors
 
 
-def _layouts(rows: int, world: int, count: int, first: bool) -> list[list[Bounds]]:
-    """Bounds of each sharded input, random and different ones; for the first height even ones too."""
-    layouts = [[even_bounds(rows, world)] * count] if first else []
-    if world > 1:
-        layouts.append([_random_bounds(rows, world, seed) for seed in range(count)])
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    """A mesh of all ranks, made once a thread."""
+    known: dict[tuple[int, ...], DeviceMesh] = _thread.__dict__.setdefault("meshes", {})
+    if shape not in known:
+        known[shape] = init_device_mesh("cpu", shape)
+    return known[shape]
+
+
+_thread = threading.local()
+
+
+def _layouts(
+    tensors: Sequence[Tensor], mesh: tuple[int, ...], dims: tuple[int, ...], first: bool
+) -> list[list[tuple[Bounds, ...]]]:
+    """Bounds of each sharded input along each dim, random and different ones; for the first height even ones too."""
+    every = [[(t.shape[dim], ranks) for dim, ranks in zip(dims, mesh)] for t in tensors]
+    layouts = [[tuple(even_bounds(*axis) for axis in axes) for axes in every]] if first else []
+    if math.prod(mesh) > 1:
+        layouts.append([tuple(_random_bounds(*axis, seed) for axis in axes) for seed, axes in enumerate(every)])
     return layouts
 
 
@@ -140,14 +160,15 @@ def _sharded(
     tensors: list[Tensor],
     rows: int,
     group: Any,
-    dim: int,
-    bounds: list[Bounds],
+    dims: tuple[int, ...],
+    bounds: list[tuple[Bounds, ...]],
     fallback: str | None,
     p2p: int | None,
     order: int,
 ) -> Result:
     def distribute(leaves: list[Tensor]) -> list[Tensor]:
-        cut = [distpatch.shard(t, group, dim=dim, bounds=b) for t, b in zip(leaves, bounds, strict=False)]
+        pairs = zip(leaves, bounds, strict=False)
+        cut = [distpatch.shard(t, group, dim=dims, bounds=b if len(dims) > 1 else b[0]) for t, b in pairs]
         return cut + leaves[len(bounds) :]
 
     with distpatch.trace() as t:

@@ -23,6 +23,7 @@ from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.operands import local_rows_of, redistribute, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.rules.tensor_api.metadata import COMPILED
+from distpatch.tensor.axes import InnerTensor, bare
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy, gather_replicated
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES
@@ -38,7 +39,7 @@ def _local(tensor: Any) -> Any:
 
 
 def _bare(tensor: Any) -> Any:
-    return tensor.plain if isinstance(tensor, (PatchCopy, RowCopy)) else tensor
+    return bare(tensor.plain if isinstance(tensor, (PatchCopy, RowCopy)) else tensor)
 
 
 def _cotangent(grad: Tensor | None, of: Any) -> Tensor | None:
@@ -244,7 +245,7 @@ _own_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
 
 @functools.wraps(getattr(_own_apply, "__func__", _own_apply))
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if not any(isinstance(arg, (PatchTensor, RowCopy)) for arg in (*args, *kwargs.values())):
+    if not any(isinstance(arg, (PatchTensor, RowCopy, InnerTensor)) for arg in (*args, *kwargs.values())):
         return _plain_apply(cls, *args, **kwargs)
     args, kwargs = tuple(map(_bare, args)), {key: _bare(value) for key, value in kwargs.items()}
     if not any(isinstance(arg, PatchTensor) for arg in (*args, *kwargs.values())):

@@ -1,0 +1,73 @@
+"""What moves between the ranks of an axis whose rows are sharded themselves, over an inner one.
+
+Each rank of the inner axis sends and receives its part of these rows: the same function, called on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from distpatch.comm import collectives
+from distpatch.comm.row_exchange import fetch_rows
+from distpatch.layout.rows import Bounds, Needs, RowLayout
+from distpatch.rules.core.gather_records import record
+from distpatch.rules.core.operands import dim_order, wrap
+from distpatch.rules.core.registry import rule
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.torch_utils.memory_format import dense_strides
+
+
+def _part(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
+    """What came of the rows of ``x``: in memory as these are on one device."""
+    result = wrap(local, x, layout)
+    if result.row_layout.is_tiny and result.ndim == x.ndim:
+        result.strides = dense_strides(result.shape, dim_order(x))
+    return result
+
+
+@rule(fetch_rows, any_order=True)
+def fetched(
+    func: Any, local: PatchTensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
+) -> list[Tensor]:
+    if local.row_layout.dim == dim:  # both axes share it out: this rank's part of an interval is no interval
+        return func(_whole(local, op), dim, bounds, needs, name, op, channels_last)
+    return [_part(piece, local) for piece in func(local.local, dim, bounds, needs, name, op, channels_last)]
+
+
+@rule(collectives.gather_in_order, any_order=True)
+def gathered(
+    func: Any, local: PatchTensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None = None
+) -> Tensor:
+    if local.row_layout.dim == layout.dim:
+        return func(_whole(local, op), layout, name, op, order)
+    return _part(func(local.local, layout, name, op, order), local)
+
+
+@rule(collectives.shard_rows, any_order=True)
+def sharded(func: Any, full: PatchTensor, layout: RowLayout, rank: int, name: str) -> Tensor:
+    if full.row_layout.dim == layout.dim:
+        return func(_whole(full, "shard"), layout, rank, name)
+    return _part(func(full.local, layout, rank, name), full)
+
+
+def _whole(x: PatchTensor, op: str) -> Tensor:
+    record(op, [x])
+    return gather_replicated(x)
+
+
+@rule(collectives.replicated_operand, collectives.sum_partials, any_order=True)
+def of_rows(func: Any, x: PatchTensor, *args: Any) -> PatchTensor:
+    return _part(func(x.local, *args), x)
+
+
+@rule(collectives.anchor_in_graph, any_order=True)
+def anchored(func: Any, rows: PatchTensor, *pieces: Tensor) -> PatchTensor:
+    return wrap(func(rows.local, *(p.local if isinstance(p, PatchTensor) else p for p in pieces)), rows)
+
+
+@rule(collectives.stack_ranks, any_order=True)
+def stacked(func: Any, x: PatchTensor, name: str, op: str) -> PatchTensor:
+    return wrap(func(x.local, name, op), x, x.row_layout.with_dim(x.row_layout.dim + 1))
