@@ -55,9 +55,7 @@ def gather_rows(
 
 
 @overridable
-def gather_in_order(
-    local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None = None
-) -> Tensor:
+def gather_in_order(local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None = None) -> Tensor:
     """``gather_rows`` of a layout without blocks."""
     return _Gather.apply(local, layout, name, op, order)
 

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from distpatch.comm import devices, process_groups, processes
 from distpatch.comm.choose_transport import tell
 from distpatch.comm.connection import Connection
+from distpatch.comm.failures import Note
 from distpatch.comm.rendezvous import NoPeers, Payload, Rendezvous
 from distpatch.comm.transport import AddLayer, Batch, Finish, Transport
 from distpatch.comm.watched import UnderWay
@@ -261,6 +262,11 @@ class Communicator:
         except BaseException as error:
             self.abort_call(f"raised {type(error).__name__}: {error} (in {what})")
             raise
+
+    @property
+    def failure(self) -> Note | None:
+        """What is known of a failure that was noticed just now: of the rank that failed first, if it or others say."""
+        return None if self._connection is None else self._connection.failures.find()
 
     @property
     def in_call(self) -> bool:

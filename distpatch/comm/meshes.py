@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from distpatch.comm.communicator import Communicator, Group, communicator
+from distpatch.comm.communicator import Communicator, Group, communicator, group_of
+from distpatch.comm.rendezvous import Payload
 from distpatch.errors import LayoutError, RankError
 
 Mesh: TypeAlias = "Group | Sequence[Group]"  # a DeviceMesh of several axes, or a group an axis
 Dims: TypeAlias = "int | tuple[int, ...]"
-
-
-def has_axes(dim: Dims) -> bool:
-    """Whether several dims are sharded, each over an axis of its own."""
-    return not isinstance(dim, int)
 
 
 def dims_of(dim: object) -> Dims:
@@ -51,3 +49,81 @@ def axes_of(mesh: Mesh, dims: Sequence[int], device: torch.device | None = None)
             f"{'axis' if len(groups) == 1 else 'axes'}: {mesh}"
         )
     return [communicator(group, device) for group in groups]
+
+
+class Ranks:
+    """All ranks that take part in the calls of a model; in a mesh, those of every axis.
+
+    ``whole``: the communicator of all, where they compare calls; of one axis it is that axis's own. ``axes``: over
+    which rows move.
+    """
+
+    def __init__(self, axes: Sequence[Communicator]) -> None:
+        self.axes = tuple(axes)
+        self.whole = axes[0] if len(axes) == 1 else _whole(axes)
+        self._others = () if len(axes) == 1 else self.axes
+
+    @property
+    def closed(self) -> bool:
+        return any(comm.closed for comm in (self.whole, *self._others))
+
+    def wait_at_most(self, liveness: float | None, late_check: bool) -> None:
+        """See ``Communicator.liveness``, ``Communicator.late_check``; in a mesh each call is known to be whole."""
+        for comm in (self.whole, *self._others):
+            comm.liveness, comm.late_check = liveness, late_check and not self._others
+
+    def begin_call(
+        self, what: str, signature: str | Callable[[], str], payload: Payload | None = None
+    ) -> list[Payload]:
+        """Meet all ranks (``Communicator.begin_call``); where an axis has failed, all of them are connected anew."""
+        if not self._others:
+            return self.whole.begin_call(what, signature, payload)
+        if any(comm.closed and comm.name for comm in self._others):
+            raise RankError(f"{what}: a process group of the mesh is closed (this is rank {self.whole.rank})")
+        broken = any(comm.broken for comm in self._others)
+        answers = self.whole.begin_call(what, signature, {"axis broken": broken, **(payload or {})})
+        if any(answer["axis broken"] for answer in answers):
+            for comm in self._others:
+                comm.give_up()
+                comm.connect()
+        return answers
+
+    @contextmanager
+    def open_call(self, what: str) -> Iterator[None]:
+        """As ``Communicator.open_call``, on every axis; an error of an axis names the rank among all of them."""
+        with ExitStack() as opened:
+            for comm in (*self._others, self.whole):  # the last one tells first who has failed
+                opened.enter_context(comm.open_call(what))
+            try:
+                yield
+            except RankError as error:
+                note = self.whole.failure if self._others else None
+                if note is None:
+                    raise
+                raise RankError(
+                    f"{what}: {note} (of the {self.whole.size} ranks of the mesh; this is rank {self.whole.rank})"
+                ) from error
+
+
+# Of all ranks, by the names of the axes' connections, as long as a model is converted with them.
+_meshes: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+
+
+def _whole(axes: Sequence[Communicator]) -> Communicator:
+    """The communicator of all ranks of a mesh, in its order; every rank calls it."""
+    key = " | ".join(comm.name for comm in axes)
+    known = _meshes.get(key)
+    if known is not None and not known.closed:
+        return known
+    ranks = _ranks_of(axes[-1])
+    for comm in reversed(axes[:-1]):
+        answers = comm.rendezvous.require_same_call("the axes of a mesh", "", {"ranks": ranks})
+        ranks = [int(rank) for answer in answers for rank in answer["ranks"]]  # type: ignore[attr-defined]
+    if len(set(ranks)) < len(ranks):
+        raise LayoutError(f"the groups of the axes are no mesh: together they have the ranks {ranks}")
+    _meshes[key] = whole = communicator(group_of(ranks) if len(ranks) > 1 else None, axes[0].device)
+    return whole
+
+
+def _ranks_of(comm: Communicator) -> list[int]:
+    return [0] if comm.group is None else dist.get_process_group_ranks(comm.group)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distpatch.comm.communicator import Communicator
-from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.comm.meshes import Dims
+from distpatch.tensor.patch_tensor import PatchTensor, axes_in
+from distpatch.tensor.region import Region
 from distpatch.tensor.user_classes import is_wrapper
 from distpatch.torch_utils.private import FakeTensor, FunctionalTensor
 from distpatch.torch_utils.tree import streams_in
@@ -24,15 +26,16 @@ def signature_of(given: Sequence[Tensor]) -> str:
     """What must be the same on all ranks of a call: shapes, dtypes, layouts, and whether gradients are wanted."""
     described = []
     for tensor in given:
-        layout = f" {tensor.row_layout}" if isinstance(tensor, PatchTensor) else ""
+        layout = "".join(f" {part.row_layout}" for part in axes_in(tensor))
         shape = tuple(operator.index(n) for n in tensor.shape)  # a compiled graph is made for this shape alone
         described.append(f"{shape} {tensor.dtype}{layout}")
     grads = " with gradients" if torch.is_grad_enabled() else ""
     return "(" + ", ".join(described) + ")" + grads
 
 
-def problem_of(what: str, call: Any, given: Sequence[Tensor], dim: int, comm: Communicator) -> str | None:
+def problem_of(what: str, call: Any, given: Sequence[Tensor], dim: Dims, region: Region) -> str | None:
     """Why a call with these arguments (``given``: the tensors among them) cannot be sharded, or None."""
+    comm, dims = region.comm, (dim,) if isinstance(dim, int) else dim
     for tensor in given:
         if not isinstance(tensor, PatchTensor) and (problem := _foreign(tensor, comm)):
             return f"{what}: {problem}"
@@ -45,19 +48,25 @@ def problem_of(what: str, call: Any, given: Sequence[Tensor], dim: int, comm: Co
         )
     for tensor in images:
         if isinstance(tensor, PatchTensor):
-            if tensor.region.comm is not comm:
+            if [axis.comm for axis in tensor.region.axes] != [axis.comm for axis in region.axes]:
                 shape = tuple(tensor.shape)
                 return (
                     f"{what}: an argument of shape {shape} is sharded over another group than the model's: "
                     "gather it first (distpatch.gather)"
                 )
-        elif not -tensor.ndim <= dim < tensor.ndim or dim % tensor.ndim < 2:
+        elif not _are_spatial(dims, tensor.ndim):
             return (
                 f"{what}: dim={dim} is out of range for an argument of shape "
                 f"{tuple(tensor.shape)}: rows are sharded along one of its spatial dims "
                 f"{2 - tensor.ndim}..-1 (convert_model(..., dim=...))"
             )
     return None
+
+
+def _are_spatial(dims: Sequence[int], ndim: int) -> bool:
+    """Whether these are different dims behind the batch and the channels."""
+    places = {dim % ndim for dim in dims if -ndim <= dim < ndim}
+    return len(places) == len(dims) and min(places) >= 2
 
 
 def _foreign(tensor: Tensor, comm: Communicator) -> str | None:

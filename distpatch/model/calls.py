@@ -12,12 +12,21 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distpatch.comm.meshes import Ranks
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.lazy.buffer_reuse import deferred_rows
 from distpatch.model.arguments import is_image, problem_of, signature_of
 from distpatch.rules.core.operands import in_order
 from distpatch.tensor.options import Options
-from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, handed_back, on_rank0, shard_input
+from distpatch.tensor.patch_tensor import (
+    PatchTensor,
+    axes_in,
+    gather_replicated,
+    handed_back,
+    on_rank0,
+    shard_input,
+    whole,
+)
 from distpatch.tensor.region import CallState, Region
 from distpatch.tensor.user_classes import kind_of
 from distpatch.torch_utils.tree import give_back, map_tensors, tensors_in
@@ -70,13 +79,11 @@ class Conversion:
     """What was done to a model, and what is needed to undo it. ``steps``: of what is open, if each call is a step."""
 
     region: Region
+    ranks: Ranks
+    options: Options
     steps: Steps | None = None
     before: dict[str, Any] = field(default_factory=dict)
     thread: Thread = field(default_factory=Thread)
-
-    @property
-    def options(self) -> Options:
-        return self.region.options
 
     @contextmanager
     def each_call_is_a_step(self, steps: Steps) -> Iterator[None]:
@@ -116,7 +123,7 @@ class Call:
 
     @property
     def problem(self) -> str | None:
-        return problem_of(self.what, self.arguments, self.given, self.state.options.dim, self.state.region.comm)
+        return problem_of(self.what, self.arguments, self.given, self.state.options.dim, self.state.region)
 
     @property
     def signature(self) -> str:
@@ -124,8 +131,8 @@ class Call:
 
     def enter(self, region: Region) -> Any:
         """The arguments with images sharded. Containers that hold any are copied."""
-        call = CallState(region.call.replicas, frozenset(id(buffer) for *_, buffer in _buffers(self.model)))
-        self.region = replace(region, kind=self.kind, call=call)
+        buffers = frozenset(id(buffer) for *_, buffer in _buffers(self.model))
+        self.region = replace(_with_buffers(region, buffers), kind=self.kind)
         self.made = []
         return map_tensors(self._sharded, self.arguments, self._pulled, made=self.made)
 
@@ -142,7 +149,7 @@ class Call:
                     return
             given = list(tensors_in(value))
             if any(map(is_image, given)):
-                self.region.comm.begin_call(f"{self.what}, value {number} of an iterator", signature_of(given))
+                self.state.ranks.begin_call(f"{self.what}, value {number} of an iterator", signature_of(given))
             yield map_tensors(self._sharded, value)
 
     def leave(self, result: Any) -> Any:
@@ -170,7 +177,7 @@ class Call:
         entered = {id(old): new for old, new in self.made}
         for image, version in zip(self.images, self.versions):
             if not isinstance(image, PatchTensor) and version is not None and image._version != version:
-                image.data.copy_(gather_replicated(entered[id(image)]))  # of which the model wrote to this rank's rows
+                image.data.copy_(whole(entered[id(image)]))  # of which the model wrote to this rank's rows
         if any(not isinstance(value, Tensor) for value in (*self.arguments[0], *self.arguments[1].values())):
             give_back(self.made)
             map_tensors(self._leave, self.arguments, in_place=True)
@@ -216,13 +223,13 @@ def inside(
     if state.thread.inside:
         yield
         return
-    comm = state.region.comm
-    comm.liveness, comm.late_check = state.options.liveness, state.options.late_check
-    answers = comm.begin_call(what, signature, None if told is None else told.payload(given))
+    ranks = state.ranks
+    ranks.wait_at_most(state.options.liveness, state.options.late_check)
+    answers = ranks.begin_call(what, signature, None if told is None else told.payload(given))
     if problem:
         raise LayoutError(problem)
     with state.thread.as_if(inside=True):
-        with comm.open_call(what):
+        with ranks.open_call(what):
             if told is not None:
                 told.begin(signature, answers)
             if told is None or told.sends:
@@ -240,17 +247,29 @@ def leave(tensor: Tensor, state: Conversion) -> Any:
         return whole_output if state.options.output == "gather" or state.region.comm.rank == 0 else None
     comm, kind = tensor.region.comm, tensor.region.kind
     if state.options.output == "gather":
-        one = comm.size == 1  # then the rows are the whole tensor: no copy
-        gathered = tensor.local if one else gather_replicated(tensor, "output")
+        one = comm.size == 1 and tensor.region.inner is None  # then the rows are the whole tensor: no copy
+        gathered = tensor.local if one else whole(tensor, "output")
         return gathered if kind is None else kind.of(gathered)
-    ordered = in_order(tensor)
-    assert isinstance(ordered, PatchTensor)
-    ordered.materialize()  # nothing is deferred beyond the call
+    ordered = _in_order(tensor)
     if state.options.output == "shard":
-        ordered.region = ordered.region.handed_out
+        for part in axes_in(ordered):  # and nothing is deferred beyond the call
+            part.region = part.region.handed_out
         return ordered
     first = on_rank0(ordered, "output")
     return first if first is None or kind is None else kind.of(first)
+
+
+def _in_order(tensor: PatchTensor) -> PatchTensor:
+    """With its rows in order, along every axis."""
+    ordered: PatchTensor = in_order(tensor)
+    if isinstance(ordered.local, PatchTensor):
+        ordered.local = _in_order(ordered.local)
+    return ordered
+
+
+def _with_buffers(region: Region, buffers: frozenset[int]) -> Region:
+    inner = None if region.inner is None else _with_buffers(region.inner, buffers)
+    return replace(region, call=CallState(region.call.replicas, buffers), inner=inner)
 
 
 def sharded_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, PatchTensor]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from distpatch.comm.meshes import Dims, dims_of
 from distpatch.layout.shares import Weights, weights_of
 
 OUTPUTS = ("gather", "shard", "rank0")
@@ -28,7 +29,7 @@ class Options:
 
     splits: int | str = 1
     sequential: bool = field(default=True, hash=False)  # plans are looked up at every call, by what differs most
-    dim: int = field(default=-2, hash=False)
+    dim: Dims = field(default=-2, hash=False)
     output: str = field(default="gather", hash=False)
     fallback: str = field(default="warn", hash=False)
     tiled: bool = field(default=False, hash=False)
@@ -44,8 +45,11 @@ class Options:
 
     def __post_init__(self) -> None:
         check_splits(self.splits)
+        object.__setattr__(self, "dim", dims_of(self.dim))
         if not isinstance(self.dim, int):
-            raise ValueError(f"dim is a number, got {self.dim!r}")
+            given = {"compile": self.compile is not False, "policy": self.policy != "shard", "weights": self.weights}
+            for name in (name for name, value in given.items() if value):
+                raise ValueError(f"{name}= is for one dim; got dim={self.dim}. Leave one of them out")
         object.__setattr__(self, "weights", weights_of(self.weights))
         for name, choices in (("output", OUTPUTS), ("fallback", FALLBACKS), ("policy", POLICIES)):
             if (value := getattr(self, name)) not in choices:

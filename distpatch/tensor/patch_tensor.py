@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -278,7 +278,7 @@ def shard(tensor: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] 
         return shard_over(nested(comms, dim, default()), tensor, dim, bounds)
     if isinstance(group, (tuple, list)):
         (group,) = axes_of(group, (dim,), tensor.device)
-    comm = communicator(group, tensor.device)
+    comm = communicator(group, tensor.device)  # type: ignore[arg-type]  # no sequence
     dim = check_dim(tensor, dim)
     layout = _layout(comm, dim, bounds, tensor.shape[dim])
     return shard_in(Region(comm), tensor, layout)
@@ -296,7 +296,7 @@ def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     return result
 
 
-def nested(comms: Sequence[Communicator], dims: Sequence[int], options: Options) -> Region:
+def nested(comms: Sequence[Communicator], dims: Sequence[int], options: Options, conversion: object = None) -> Region:
     """The region of tensors that are sharded along several dims, each over an axis; the last one is the outermost.
 
     So what is computed in patches, or later, are rows of the first dim, which stand closest together in memory.
@@ -304,7 +304,7 @@ def nested(comms: Sequence[Communicator], dims: Sequence[int], options: Options)
     region = None
     for at, (comm, dim) in enumerate(zip(comms, dims, strict=True)):
         own = replace(options, dim=dim) if at == 0 else options.of_outer_axis(dim)
-        region = Region(comm, own, inner=region, level=len(dims) - 1 - at)
+        region = Region(comm, own, conversion=conversion, inner=region, level=len(dims) - 1 - at)
     assert region is not None
     return region
 
@@ -358,12 +358,24 @@ def whole(tensor: Tensor, op: str = "gather") -> Tensor:
     return gather_replicated(tensor)
 
 
+def axes_in(tensor: Any) -> Iterator[PatchTensor]:
+    """A sharded tensor, its rows where these are sharded, and so on; of a plain one nothing."""
+    while isinstance(tensor, PatchTensor):
+        yield tensor
+        tensor = tensor.local
+
+
 def on_rank0(x: PatchTensor, op: str) -> Tensor | None:
-    """The full plain tensor on rank 0 alone, outside the autograd graph: no other rank could join its backward."""
+    """The full plain tensor on rank 0 (of each axis) alone, outside the autograd graph.
+
+    No other rank could join its backward.
+    """
     rows, comm = x.row_layout, x.region.comm
     needs = tuple(((0, rows.size) if rank == 0 else EMPTY,) for rank in range(comm.size))
     (full,) = fetch_rows(x.local.detach(), rows.dim, rows.bounds, needs, comm.name, op, False)
-    return full.contiguous() if comm.rank == 0 else None
+    if comm.rank > 0:
+        return None
+    return on_rank0(full, op) if isinstance(full, PatchTensor) else full.contiguous()
 
 
 def gather_replicated(tensor: Tensor, op: str = "gather") -> Tensor:

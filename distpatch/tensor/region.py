@@ -78,6 +78,10 @@ class Region:
         """The region of what a caller is given: no longer the model's own."""
         return replace(self, call=CallState(), conversion=None)
 
+    def each(self, **changes: Any) -> Region:
+        """The same with changes, and so the regions inside it."""
+        return replace(self, **changes, inner=None if self.inner is None else self.inner.each(**changes))
+
     @property
     def axes(self) -> tuple[Region, ...]:
         """The region and those inside it, from the outermost on."""

@@ -6,11 +6,11 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.oracle import check
+
 
 def _cases() -> dict[str, partial[None]]:
     """Those whose rows are the dim before the last, which is sharded, too."""
