@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from distpatch.comm.collectives import stack_ranks
 from distpatch.comm.communicator import communicator_of
@@ -57,8 +58,11 @@ def gather_moments(
             given = strips.rows, strips.dim, list(strips.bounds), flat_needs(strips.needs), name, op, dtype
             ranks, rows = _gather_moments(list(own), *given)
         return counts, ranks, rows
-    both = own[0].new_empty((2, *own[0].shape), dtype=dtype)
-    foreach_copy(list(both.unbind(0)), list(own))
+    if has_torch_function(own):  # sharded over an inner axis
+        both = torch.stack([t.to(dtype) for t in own])
+    else:
+        both = own[0].new_empty((2, *own[0].shape), dtype=dtype)
+        foreach_copy(list(both.unbind(0)), list(own))
     known = communicator_of(name).transport(both.device).known_moments(counts, both, op)
     return *((counts, stack_ranks(both, name, op)) if known is None else known), None
 

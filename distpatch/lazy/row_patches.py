@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distpatch.layout.stencil import Interval, ceil_div
+from distpatch.lazy.buffer_reuse import memory_of
 from distpatch.lazy.patch_plan import Cut, fewest_calls
 from distpatch.torch_utils.constants import blank
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
@@ -299,7 +300,7 @@ def _put(
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
-    return one is other or one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return one is other or memory_of(one) == memory_of(other)
 
 
 def joined(parts: Sequence[Any], dim: int) -> Any:

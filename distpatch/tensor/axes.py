@@ -41,6 +41,12 @@ class InnerTensor(torch.Tensor):
             return lead.__torch_function__(func, types, args, kwargs)
         return func(*map_tensors(bare, args), **map_tensors(bare, kwargs))
 
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return PatchTensor.__torch_dispatch__(func, types, args, kwargs)
+
 
 def bare(tensor: Any) -> Any:
     """The sharded tensor that an ``InnerTensor`` stands for; anything else as it is."""

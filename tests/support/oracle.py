@@ -175,8 +175,19 @@ def _sharded(
         same_bounds = len(set(bounds)) == 1
         result = run(fn, tensors, distribute, rows, p2p if same_bounds else None, order)
     gathered = {record.op for record in t.fallbacks}
+    if len(dims) > 1 and not _is_regular(tensors, dims, bounds):
+        return result
     assert gathered == ({fallback} if fallback else set()), f"operations gathered: {gathered}"
     return result
+
+
+def _is_regular(tensors: list[Tensor], dims: tuple[int, ...], bounds: list[tuple[Bounds, ...]]) -> bool:
+    """Whether all are shared out evenly along several dims, two rows or more a rank: else some may be gathered."""
+    return all(
+        axis == even_bounds(t.shape[dim], len(axis) - 1) and t.shape[dim] >= 2 * (len(axis) - 1)
+        for t, axes in zip(tensors, bounds, strict=False)
+        for dim, axis in zip(dims, axes)
+    )
 
 
 def run(

@@ -20,6 +20,7 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import none_of, same_memory, with_dummy_row
 from distpatch.rules.core.gather_records import record
 from distpatch.rules.core.registry import nth
+from distpatch.tensor.axes import InnerTensor, bare
 from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils import memory_format
 from distpatch.torch_utils.memory_format import Order
@@ -169,6 +170,24 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
         return in_memory_of(_in_blocks(x, layout, func), x, layout)
     needs = tuple((layout.interval(rank),) for rank in range(layout.world_size))
     return in_memory_of(fetch(x, needs, func)[0], x, layout)
+
+
+def alike_inside(tensors: Sequence[Tensor], func: Any) -> list[Tensor]:
+    """Tensors of which each rank will have other rows: where these are sharded over inner axes, all in one way."""
+    inside = [t.local if isinstance(t, PatchTensor) else bare(t) for t in tensors]
+    lead = next((rows for rows in inside if isinstance(rows, PatchTensor)), None)
+    if lead is None:
+        return list(tensors)
+    rows = lead.row_layout
+    moved = [
+        redistribute(t, rows, func) if isinstance(t, PatchTensor) and t.shape[rows.dim] == rows.size else t
+        for t in inside
+    ]
+    moved = alike_inside(moved, func)
+    return [
+        t if new is old else wrap(new, t) if isinstance(t, PatchTensor) else InnerTensor(new)  # type: ignore[arg-type]
+        for t, old, new in zip(tensors, inside, moved)
+    ]
 
 
 def _in_blocks(x: PatchTensor, layout: BlockLayout, func: Any) -> Tensor:

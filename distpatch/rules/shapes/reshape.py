@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from distpatch.layout.rows import BlockLayout, RowLayout, aligned_bounds
 from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
 from distpatch.rules.core.fallback import fallback
+from distpatch.rules.core.gather_records import record
 from distpatch.rules.core.operands import redistribute, reshard, shares_memory, sizes_of, unmerge_blocks, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
@@ -44,6 +46,8 @@ def _placed(func: Any, input: PatchTensor, x: PatchTensor, shape: tuple[int, ...
     unit = math.lcm(old, new) // old  # whole new rows are made of multiples of this many old rows
     moved = redistribute(x, x.row_layout.with_bounds(aligned_bounds(x.row_layout.bounds, unit)), func)
     bounds = tuple(b * old // new for b in moved.row_layout.bounds)
+    if isinstance(moved.local, PatchTensor):
+        moved = _shared_out_alike(moved, shape, dim, blocks, bounds)
     lo, hi = bounds[x.rank : x.rank + 2]
     sizes = [blocks * (hi - lo) if d == dim else n for d, n in enumerate(shape)]
     layout = RowLayout(dim, bounds) if blocks == 1 else BlockLayout(dim, bounds, blocks)
@@ -53,6 +57,51 @@ def _placed(func: Any, input: PatchTensor, x: PatchTensor, shape: tuple[int, ...
         local = local.clone()
     result = wrap(local, x, layout)
     return result if is_view else _of_view(result, input, func)
+
+
+def _shared_out_alike(
+    x: PatchTensor, shape: Sequence[int], dim: int, blocks: int, bounds: Sequence[int]
+) -> PatchTensor:
+    """The tensor, whose rows are gathered over an inner axis where that would share them out by how many there are.
+
+    Ranks of this axis that have not as many rows of ``x`` would have the parts of other rows, and could no longer
+    exchange theirs. All of them know whether that is so for any.
+    """
+    part: Any = x.local
+    while isinstance(part, PatchTensor):
+        whole_blocks = unmerge_blocks(part)
+        layout, row = whole_blocks.row_layout, x.row_layout.dim + (part is not whole_blocks)
+        places = set()
+        for own, new in zip(x.row_layout.heights, _heights(bounds)):
+            old = [own if d == row else n for d, n in enumerate(whole_blocks.shape)]
+            sizes = [blocks * new if d == dim else n for d, n in enumerate(shape)]
+            places.add(_place_of_rows(old, sizes, layout))
+        if layout.dim != row and len(places) == 1 and None not in places:
+            part = part.local
+            continue
+        record("reshape", [part])
+        x = wrap(_gathered_inside(x.local, part), x)
+        part = x.local
+    return x
+
+
+def _place_of_rows(old: Sequence[int], new: Sequence[int], layout: RowLayout) -> Any:
+    """Where the rows of an inner axis stand in the new shape, and who has which; None where nobody can tell."""
+    place = _place(old, new, layout.dim) if 0 not in old else None
+    if place is None:
+        return None
+    before, after = math.prod(old[layout.dim + 1 :]), math.prod(new[place[0] + 1 :])
+    unit = math.lcm(before, after) // before
+    return place, aligned_bounds(layout.bounds, unit)
+
+
+def _heights(bounds: Sequence[int]) -> list[int]:
+    return [hi - lo for lo, hi in pairwise(bounds)]
+
+
+def _gathered_inside(rows: PatchTensor, part: PatchTensor) -> Tensor:
+    """The rows, of which ``part``, themselves or what they are made of, is gathered."""
+    return gather_replicated(rows) if rows is part else wrap(_gathered_inside(rows.local, part), rows)  # type: ignore[arg-type]
 
 
 def _infer(shape: tuple[int, ...], numel: int) -> tuple[int, ...]:

@@ -202,7 +202,7 @@ def _on_rows(cls: Any) -> Any:
         return result
 
     def forward(node: Any, call: _Call, *args: Any) -> tuple[Any, ...]:
-        node.inner, node.call = _Context(node.needs_input_grad[1:]), call
+        node.inner, node.passed = _Context(node.needs_input_grad[1:]), call
         result = node.inner.call(node, run, *map(_sharded, args, call.given))
         call.single = not isinstance(result, tuple)
         results = (result,) if call.single else result
@@ -210,9 +210,9 @@ def _on_rows(cls: Any) -> Any:
         return tuple(map(_local, results))
 
     def backward(node: Any, *grads: Any) -> tuple[Any, ...]:
-        result = node.inner.call(node, cls.backward, *map(_sharded, grads, node.call.made))
+        result = node.inner.call(node, cls.backward, *map(_sharded, grads, node.passed.made))
         results = result if isinstance(result, tuple) else (result,)
-        return None, *map(_grad_of, results, node.call.given)
+        return None, *map(_grad_of, results, node.passed.given)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(cls.__name__, (torch.autograd.Function,), methods)
