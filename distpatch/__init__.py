@@ -14,6 +14,7 @@ from distpatch.diffusion.guidance import guidance_mesh, split_guidance
 from distpatch.diffusion.pipeline import parallelize_pipeline
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.layout.rows import RowLayout
+from distpatch.local.group import LocalGroup, local_group
 from distpatch.model.convert import convert_model
 from distpatch.model.patch_conv_layers import (
     PatchConv2d,
@@ -32,6 +33,7 @@ from distpatch.planning.report import Plan
 from distpatch.planning.scaling import Scaling, scaling
 from distpatch.profiling.live_memory import LivePeak
 from distpatch.profiling.trace import Trace, trace
+from distpatch.read import LocalRows, ShardedDataset, read_shard
 from distpatch.rules.core.registry import register_rule
 from distpatch.rules.elementwise.register_pointwise import register_pointwise
 from distpatch.save import save_image, save_video, to_memmap
@@ -46,6 +48,8 @@ __all__ = [
     "LayoutError",
     "Link",
     "LivePeak",
+    "LocalGroup",
+    "LocalRows",
     "PatchConv2d",
     "PatchTensor",
     "Plan",
@@ -53,6 +57,7 @@ __all__ = [
     "RowLayout",
     "Scaling",
     "SelfTest",
+    "ShardedDataset",
     "Trace",
     "UnsupportedOpError",
     "calibrate",
@@ -60,6 +65,7 @@ __all__ = [
     "displaced",
     "gather",
     "guidance_mesh",
+    "local_group",
     "parallelize_pipeline",
     "patch_conv1d",
     "patch_conv2d",
@@ -68,6 +74,7 @@ __all__ = [
     "patch_conv_transpose2d",
     "patch_conv_transpose3d",
     "plan",
+    "read_shard",
     "register_pointwise",
     "register_rule",
     "restore_model",

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distpatch.comm.communicator import ALONE, Communicator
-from distpatch.errors import DistPatchError, LayoutError
+from distpatch.comm.together import together
+from distpatch.errors import LayoutError
 from distpatch.rules.core.operands import in_order
 from distpatch.tensor.patch_tensor import PatchTensor, on_rank0
 
@@ -221,14 +222,10 @@ def _at_rank0(piece: Tensor) -> Any:
 
 def _together(comm: Communicator, action: Callable[[], None] | None, x: Tensor, path: Any) -> None:
     """Run this rank's part, then synchronise: an error of one rank is raised on all."""
-    failure: Exception | None = None
-    try:
+
+    def part() -> tuple[None, str]:
         if action is not None:
             action()
-    except Exception as error:
-        failure = error
-    note = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    answers = comm.rendezvous.require_same_call("save", f"{tuple(x.shape)} {x.dtype} {path}", {"failure": note})
-    failed = [f"rank {rank}: {a['failure']}" for rank, a in enumerate(answers) if a.get("failure")]
-    if failed:
-        raise DistPatchError(f"{path} could not be written; {'; '.join(failed)}") from failure
+        return None, f"{tuple(x.shape)} {x.dtype} {path}"
+
+    together(comm, "save", part, f"{path} could not be written")

@@ -51,8 +51,13 @@ def cut_rows(
     pads: bool = False,
     view: bool = False,
     together: bool = False,
+    weights: int = 0,
 ) -> Cut:
-    """How rows are best computed, at most ``patch_rows`` at a time. ``view``: the result is one."""
+    """How rows are best computed, at most ``patch_rows`` at a time. ``view``: the result is one.
+
+    Rows that are fewer than the ``weights``, in elements, are put beside their halo rather than mended: a call for each
+    seam would read, and on a CPU pack, all weights again.
+    """
     (lo, hi), (first, last), (start, stop) = plan.rows, plan.read, plan.own
     if lo == hi:
         return Cut(plan.rows, 1, {0: plan.read})
@@ -61,7 +66,8 @@ def cut_rows(
         starts[-1] = hi - patch_rows
         return Cut(plan.rows, patch_rows, {a: stencil.need(a, a + patch_rows) for a in starts}, together=True)
     sizes, own_bytes = sizes_for(share.kind), share.numel * share.itemsize
-    if len(starts) == 1 and pads and plan.seams is not None and (own_bytes > sizes.joined_bytes or not plan.seams):
+    joined_bytes = max(sizes.joined_bytes, weights * share.itemsize)
+    if len(starts) == 1 and pads and plan.seams is not None and (own_bytes > joined_bytes or not plan.seams):
         return Cut(plan.rows, patch_rows, {lo: plan.read}, plan.seams)
     if len(starts) == 1 and not ((start <= first and last <= stop) or view or share.recorded):
         # with its halo they are copied: a part at a time, where there are many

@@ -259,7 +259,7 @@ def collect(
 
 
 class _Thread(threading.local):
-    choose: Callable[[Sequence[Any], bool], Iterable[Any]] | None = None
+    choose: Callable[[Sequence[Any], bool, Collection[Any]], Iterable[Any]] | None = None
 
 
 _thread = _Thread()
@@ -271,12 +271,12 @@ def patches_to_run(patches: Sequence[T], last_too: bool = False, late: Collectio
     ``last_too``: all are alike but for the first; else also but for the last.
     """
     if _thread.choose is not None:
-        return _thread.choose(patches, last_too)
+        return _thread.choose(patches, last_too, late)
     return sorted(patches, key=late.__contains__) if late else patches
 
 
 @contextmanager
-def chosen_by(choose: Callable[[Sequence[Any], bool], Iterable[Any]]) -> Iterator[None]:
+def chosen_by(choose: Callable[[Sequence[Any], bool, Collection[Any]], Iterable[Any]]) -> Iterator[None]:
     """In this thread, patches are run that a planner chooses."""
     before, _thread.choose = _thread.choose, choose
     try:

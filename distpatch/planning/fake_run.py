@@ -121,21 +121,34 @@ def smallest_plan(
     return None
 
 
-SHORT_WAY = {torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
+VIEWS = {torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
+OF_TWO = {getattr(torch.ops.aten, name).Tensor for name in ("add", "sub", "mul", "div")}
 
 
 class Faking(FakeTensorMode):
-    """Fake tensors with a short path for views: a third of a plan's operations are views, and torch's own path is slow.
+    """Fake tensors with a short path for views, a third of a plan's operations, and for sums and products.
 
-    They keep the strides of real views in dims of size 1, which torch's fake tensors do not.
+    torch's own path is slow, and gives results of these other strides than real ones have in dims of size 1. By those
+    its kernels tell memory formats apart, so that all that follows could stand in another order.
     """
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in SHORT_WAY and type(args[0]) is FakeTensor and args[0].fake_mode is self:
+        known = 1 if func in VIEWS else 2 if func in OF_TWO else 0
+        if known and all(self._is_own(operand) for operand in args[:known]):
             with in_kernel_invocation_manager(self):
+                if known == 2:
+                    args = tuple(map(_of_no_dims, args))
                 rows = func(*args, **(kwargs or {}))
-            return FakeTensor(self, rows, args[0].fake_device)
+            return FakeTensor(self, rows, torch.device(FAKES_ARE_ON))
         return super().dispatch(func, types, args, kwargs)
+
+    def _is_own(self, operand: Any) -> bool:
+        return isinstance(operand, (int, float)) or (type(operand) is FakeTensor and operand.fake_mode is self)
+
+
+def _of_no_dims(operand: Any) -> Any:
+    """A number as the tensor that kernels make of it: with plain numbers torch's meta functions give other strides."""
+    return operand if isinstance(operand, Tensor) else torch.tensor(operand, device="meta")
 
 
 class Subject:

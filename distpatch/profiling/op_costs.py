@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -99,19 +99,18 @@ class _Running(threading.local):
 running = _Running()
 
 
-def representatives(items: Sequence[T], last_too: bool = False) -> Iterator[T]:
+def representatives(items: Sequence[T], last_too: bool = False, late: Collection[T] = ()) -> Iterator[T]:
     """One item of each kind, weighted by how many it stands for; all are alike but the first and, unless ``last_too``,
 
     the last. So a plan runs patches (row_patches.py): fake tensors are asked for nothing but their sizes, and one patch
-    tells what the others of its kind would cost.
+    tells what the others of its kind would cost. Those that are ``late`` come after the others.
     """
-    chosen = (0, -1) if last_too else (0, 1, -1)
+    chosen: tuple[int, ...] = (0, len(items) - 1) if last_too else (0, 1, len(items) - 1)
     if len(items) <= len(chosen):
-        yield from items
-        return
-    outside = running.times
-    for index in chosen:
-        running.times = outside * (len(items) - len(chosen) + 1 if index == chosen[1] else 1)
+        chosen = tuple(range(len(items)))
+    outside, rest = running.times, len(items) - len(chosen)
+    for index in sorted(chosen, key=lambda index: items[index] in late):
+        running.times = outside * (rest + 1 if rest and index == chosen[1] else 1)
         try:
             yield items[index]
         finally:

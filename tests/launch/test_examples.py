@@ -46,6 +46,18 @@ def test_every_example_is_listed() -> None:
         assert f"({example.name})" in page, f"{example.name} is not in torchrun_examples/README.md"
 
 
+@pytest.mark.parametrize("example", ["train_fabric.py", "train_accelerate.py"])
+def test_frameworks(example: str, tmp_path: Path) -> None:
+    """Four processes on a mesh of data × rows learn what one does."""
+    errors = []
+    for processes in (1, 4):
+        done = torchrun(tmp_path, example, processes=processes)
+        assert done.returncode == 0, done.stderr
+        errors.append(re.findall(r"epoch \d: mean squared error ([\d.]+)", done.stdout))
+    assert errors[0] == errors[1] and len(errors[0]) == 5, errors
+    assert float(errors[0][-1]) < float(errors[0][0]) / 2
+
+
 def test_decode_vae(tmp_path: Path) -> None:
     """Encodes and decodes the photograph on two ranks; differs from one process by rounding only."""
     done = torchrun(tmp_path, "decode_vae.py", "--size", "128")

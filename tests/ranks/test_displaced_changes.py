@@ -245,7 +245,7 @@ def test_an_exception_in_the_middle_of_a_step(failing: tuple[int, ...]) -> None:
             exact(net, steps, image(6))
             stale(net, steps, image(7))
 
-    run_ranks(3, body, timeout=2)
+    run_ranks(3, body, timeout=20)
 
 
 def test_a_rank_that_ends() -> None:

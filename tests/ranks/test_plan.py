@@ -81,12 +81,11 @@ def test_plan_and_trace_agree(name: str) -> None:
             where = f"{name}, rank {planned.rank} of {world}"
             assert planned.trace.records == real.records, where
             assert (planned.sent_bytes, planned.messages) == (real.sent_bytes, real.messages), where
-            # torch gives results of fake tensors other strides in dims of size 1, and a few of them are copied or not
-            # (more of them in the patches of few rows that --forced makes).
-            few = 0.08 if forced.IS_ON else 0.005
+            # One patch of three, which --forced makes of few rows, stands for another one that copies a little more.
+            few, some = (0.08, 0.05) if forced.IS_ON else (0, 0)
             assert planned.rounds == real.rounds and planned.launches == pytest.approx(real.launches, rel=few), where
-            assert planned.flops == pytest.approx(real.flops, rel=0.01), where
-            assert planned.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05), where
+            assert planned.flops == pytest.approx(real.flops, rel=0), where
+            assert planned.peak_bytes == pytest.approx(real.peak_bytes, rel=some), where
             assert real.peak_bytes and real.flops and real.wait_seconds > 0 and real.launches and real.rounds
             assert f"{real.launches:,} kernels launched, {real.rounds:,} rounds" in real.table(), where
             assert real.to_dict()["launches"] == sum(cost.launches for cost in real.ops().values())

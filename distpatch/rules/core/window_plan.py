@@ -81,7 +81,8 @@ def plan_windows(
     shape[given.layout.dim] = rows = plan.rows[1] - plan.rows[0]
     share = _share(given, plan, math.prod(shape))
     patch_rows = choose_patch_rows(options, share, given.weight.numel())
-    cut = cut_rows(stencils[axis], plan, patch_rows, share, pads=pads, together=pads and not options.sequential)
+    together, weights = pads and not options.sequential, given.weight.numel()
+    cut = cut_rows(stencils[axis], plan, patch_rows, share, pads=pads, together=together, weights=weights)
     may_defer = patch_rows < rows and pads and fit and options.sequential and options.lazy
     size_bytes, aligned = share.out_numel * share.itemsize, may_defer and _is_row_aligned(stencils[axis], plan)
     return WindowPlan(axis, sizes[0], stencils[axis], plan, cut, tuple(shape), size_bytes, may_defer, aligned)

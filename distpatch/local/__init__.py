@@ -1,0 +1,1 @@
+"""Ranks on this host for a program of one process, without torchrun."""

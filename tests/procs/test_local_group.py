@@ -1,0 +1,221 @@
+"""Ranks that a program of one process calls: exact, told of what changes, and started anew after one has died."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distpatch
+from distpatch import DistPatchError, RankError
+from tests.procs.served import Deadly, Net
+from tests.support.oracle import random_tensor
+from tests.support.zoo.models import tiny_kl
+
+ROOT = Path(__file__).parents[2]
+X = random_tensor((1, 3, 21, 16))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[distpatch.LocalGroup]:
+    with distpatch.local_group(2, device="cpu", threads=1) as group:
+        yield group
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().double().eval()
+
+
+def check(ranks: distpatch.LocalGroup, model: nn.Module, x: Tensor = X, **kwargs: Any) -> None:
+    with torch.no_grad():
+        expected = model(x, **kwargs)
+    found = ranks(model, x, **kwargs)
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert value.dtype == expected[key].dtype
+        torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-10)
+
+
+def test_values(ranks: distpatch.LocalGroup) -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    check(ranks, model)
+    check(ranks, model, random_tensor((2, 3, 8, 5)), gain=2.0)
+    assert not distpatch.model.convert.is_converted(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    vae = tiny_kl()
+    latents = random_tensor((1, 4, 6, 5))
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+    picture = ranks.decode(vae, latents).sample
+    assert type(ranks.decode(vae, latents)) is type(vae.decode(latents))
+    torch.testing.assert_close(picture, expected, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        mean = vae.encode(picture).latent_dist.mean
+    torch.testing.assert_close(ranks.encode(vae, picture).latent_dist.mean, mean, rtol=1e-10, atol=1e-10)
+
+
+def test_what_changes_is_sent(ranks: distpatch.LocalGroup) -> None:
+    """And nothing else: a call of the same model sends its arguments only."""
+    model = net()
+    check(ranks, model)
+    sent = ranks._sent
+    check(ranks, model)
+    assert ranks._sent == sent
+    with torch.no_grad():
+        model.last.weight.mul_(3)
+    check(ranks, model)
+    model.offset += 1
+    check(ranks, model)
+    model.scale = 0.5
+    check(ranks, model)
+    model.last = nn.Conv2d(8, 2, 1).double().eval()
+    model.offset = torch.ones(2, 1, 1).double()
+    check(ranks, model)
+    model.load_state_dict({key: torch.ones_like(value) for key, value in model.state_dict().items()})
+    check(ranks, model)
+    assert ranks._sent == sent + 5
+    other = copy.deepcopy(model)
+    check(ranks, other)
+    del model
+    gc.collect()
+    check(ranks, other)
+    assert len(ranks._known) <= 2
+
+
+def test_random_numbers_are_the_callers(ranks: distpatch.LocalGroup) -> None:
+    model = net()
+    model.noisy = True
+    torch.manual_seed(7)
+    with torch.no_grad():
+        expected = [model(X)["y"], model(X)["y"]]
+    torch.manual_seed(7)
+    for value in expected:
+        torch.testing.assert_close(ranks(model, X)["y"], value, rtol=1e-10, atol=1e-10)
+
+
+def test_what_a_model_raises(ranks: distpatch.LocalGroup) -> None:
+    """Its own error, with where it was raised; and the ranks go on."""
+    model = net()
+    with pytest.raises(RuntimeError, match="expected input.*to have 3 channels") as raised:
+        ranks(model, random_tensor((1, 4, 8, 8)))
+    assert "on rank " in str(raised.value.__cause__) and "conv2d" in str(raised.value.__cause__)
+    with pytest.raises(AttributeError, match="upscale"):
+        ranks.call(model, "upscale", X)
+    check(ranks, model)
+
+
+BAD = [
+    (lambda: net().train(), "is in training mode"),
+    (lambda: SimpleNamespace(), "not a SimpleNamespace"),
+    (lambda: distpatch.convert_model(net()), "is converted"),
+    (lambda: locked(net()), "cannot be sent"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD, ids=[message for _, message in BAD])
+def test_what_is_refused(ranks: distpatch.LocalGroup, make: Any, message: str) -> None:
+    with pytest.raises(DistPatchError, match=message):
+        ranks(make(), X)
+    check(ranks, net())
+
+
+def locked(model: Any) -> Any:
+    model.lock = threading.Lock()
+    return model
+
+
+def test_too_little_shared_memory(ranks: distpatch.LocalGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=512))
+    with pytest.raises(DistPatchError, match="of shared memory.*--shm-size"):
+        ranks(net(), X)
+    monkeypatch.undo()
+    check(ranks, net())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies(ranks: distpatch.LocalGroup, rank: int) -> None:
+    """Between calls or in one: a named error, and the next call starts new ones."""
+    model = net()
+    check(ranks, model)
+    ranks._processes[rank].kill()
+    with pytest.raises(RankError, match=rf"process of rank {rank} of 2 .*SIGKILL in Net.forward"):
+        ranks(model, X)
+    check(ranks, model)
+    slow = Deadly().eval()
+    with pytest.raises(RankError, match=r"process of rank 1 of 2 .*SIGKILL in Deadly.forward"):
+        ranks(slow, X)
+    check(ranks, model)
+
+
+def test_sizes() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        distpatch.local_group(0, device="cpu")
+    with pytest.raises(ValueError, match="got None; say how many"):
+        distpatch.local_group(device="cpu")
+    with pytest.raises(ValueError, match="no choice of output"):
+        distpatch.local_group(2, device="cpu", output="shard")
+    group = distpatch.local_group(2, device="cpu")
+    group.close()
+    with pytest.raises(DistPatchError, match="it is closed"):
+        group(net(), X)
+
+
+PROGRAM = """
+import os, torch, distpatch
+class Twice(torch.nn.Module):  # defined here, where no other process can import it
+    def forward(self, x):
+        return torch.nn.functional.max_pool2d(x, 3, 1, 1) * 2
+net, x = Twice().eval(), torch.rand(1, 1, 9, 5)
+ranks = distpatch.local_group(2, device="cpu")
+assert torch.equal(ranks(net, x), net(x))
+print("equal", [process.pid for process in ranks._processes])
+"""
+
+
+def gone(pids: list[int]) -> bool:
+    for pid in pids:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+                return False
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return True
+
+
+@pytest.mark.slow
+def test_plain_program(tmp_path: Path) -> None:
+    """Without a guard around its main part; and its ranks end with it."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0 and done.stdout.startswith("equal"), done.stderr
+    assert gone(eval(done.stdout.removeprefix("equal")))
+
+
+@pytest.mark.slow
+def test_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbclient
+    import nbformat
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cells = [nbformat.v4.new_code_cell(part) for part in PROGRAM.split("net, x", 1)]
+    cells[1].source = "net, x" + cells[1].source
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    assert notebook.cells[1].outputs[0].text.startswith("equal")
