@@ -99,9 +99,9 @@ def _heights(bounds: Sequence[int]) -> list[int]:
     return [hi - lo for lo, hi in pairwise(bounds)]
 
 
-def _gathered_inside(rows: PatchTensor, part: PatchTensor) -> Tensor:
+def _gathered_inside(rows: Any, part: PatchTensor) -> Tensor:
     """The rows, of which ``part``, themselves or what they are made of, is gathered."""
-    return gather_replicated(rows) if rows is part else wrap(_gathered_inside(rows.local, part), rows)  # type: ignore[arg-type]
+    return gather_replicated(rows) if rows is part else wrap(_gathered_inside(rows.local, part), rows)
 
 
 def _infer(shape: tuple[int, ...], numel: int) -> tuple[int, ...]:
