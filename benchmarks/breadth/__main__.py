@@ -1,6 +1,6 @@
 """Nets of every kind on two ranks of one thread, against one process of two threads.
 
-    python -m benchmarks.breadth --rounds 3 --only 3-D --json breadth.json
+    python -m benchmarks.breadth --rounds 3 --only 3-D --json breadth.json --plot breadth.png
 
 Both are started once a net and take turns, one at a time: read the ratios of the rounds. Random weights, float32,
 on CPUs. Memory is measured in passes of its own: live activations by counting tensors, the resident peak
@@ -100,12 +100,18 @@ def main(
     ranks: Annotated[int, typer.Option(min=2, help="Ranks, and threads of the one process.")] = 2,
     resident: Annotated[bool, typer.Option(help="Also the resident peak, in fresh processes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them here.")] = None,
+    from_file: Annotated[Path | None, typer.Option("--from", help="Show what --json wrote; measure nothing.")] = None,
 ) -> None:
     """How much faster are ranks than threads, for nets of every kind?"""
-    console, about, results = wide_console(), machine(), []
+    known = json.loads(from_file.read_text()) if from_file else {"machine": machine(), "ranks": ranks, "results": []}
+    console, about, ranks = wide_console(), known["machine"], known["ranks"]
+    results = [Result(**numbers) for numbers in known["results"]]
     console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {ranks} ranks, {rounds} rounds")
     console.print("net, x (range), time, live, resident, fallbacks, error")
-    for net in NETS:
+    for result in results:
+        show(result, console)
+    for net in NETS if from_file is None else ():
         if only is None or any(part in net for part in only):
             results.append(measure(net, ranks, rounds, resident))
             show(results[-1], console)
@@ -113,6 +119,26 @@ def main(
     if json_file is not None:
         numbers = [asdict(result) for result in results]
         json_file.write_text(json.dumps({"machine": about, "ranks": ranks, "results": numbers}, indent=1) + "\n")
+    if plot_file is not None:
+        plot(results, f"{ranks} ranks of one thread, one process of {ranks} ({about['cpu']})", plot_file)
+
+
+def plot(results: list[Result], title: str, path: Path) -> None:
+    """A bar a net: how many times faster the ranks are."""
+    from matplotlib.figure import Figure
+
+    ordered = sorted(results, key=lambda result: median(result.ratios))
+    middle = [median(result.ratios) for result in ordered]
+    below = [value - min(result.ratios) for value, result in zip(middle, ordered)]
+    above = [max(result.ratios) - value for value, result in zip(middle, ordered)]
+    figure = Figure(figsize=(8, 0.28 * len(ordered) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colors = ["tab:blue" if value >= 1 else "tab:gray" for value in middle]
+    axes.barh([result.net for result in ordered], middle, xerr=(below, above), color=colors, ecolor="lightgray")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("times as fast as one process; the thin line is the range of the rounds")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

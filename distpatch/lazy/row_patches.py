@@ -22,7 +22,7 @@ from distpatch.lazy.buffer_reuse import memory_of
 from distpatch.lazy.patch_plan import Cut, fewest_calls
 from distpatch.torch_utils.constants import blank
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
-from distpatch.torch_utils.private import FakeTensor
+from distpatch.torch_utils.private import FakeTensor, count_dispatch_modes
 from distpatch.torch_utils.tree import map_tensors
 
 T = TypeVar("T")
@@ -134,6 +134,8 @@ def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
         return none_of(kernel(with_dummy_row(own.narrow(dim, 0, 0), dim, slab.fill, last - first), first, 0, 1), dim)
     if cut.seams is not None:
         result = kernel(own, start, lo, hi)
+        if torch.is_grad_enabled() and count_dispatch_modes():  # selective checkpointing may keep it, as it is now
+            result = result.clone()
         for a, b, read in cut.seams:
             result.narrow(dim, a - lo, b - a).copy_(kernel(slab.rows(*read), read[0], a, b))
         return result

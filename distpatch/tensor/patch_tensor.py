@@ -19,6 +19,7 @@ from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.layout.rows import EMPTY, BlockLayout, RowLayout, even_bounds
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.recipe import Recipe
+from distpatch.tensor import sharded_checkpoint
 from distpatch.tensor.options import Options, default
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES
@@ -173,6 +174,15 @@ class PatchTensor(torch.Tensor):
             f"PatchTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"dim={rows.dim}, {where}, rank={self.region.comm.rank})"
         )
+
+    def __create_write_items__(self, name: str, _: Any) -> list[Any]:
+        return sharded_checkpoint.write_items(name, self)
+
+    def __create_chunk_list__(self) -> list[Any]:
+        return sharded_checkpoint.chunks_of(self)
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        return sharded_checkpoint.rows_at(self, index.offset)
 
     def __copy__(self) -> PatchTensor:
         """The same rows outside the autograd graph, as ``copy.copy`` makes of a plain tensor."""

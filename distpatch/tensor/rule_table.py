@@ -28,7 +28,8 @@ class RuleEntry:
     ``asks_if_empty``: of a tensor without elements torch itself says what becomes of it. ``of_many_kernels``: which one
     computes the result, and so how it stands in memory, depends on its size. ``keeps_format``: the result is
     channels-last where the input is, and else contiguous; or what tells so of a call. ``promotes_numbers``: to torch a
-    number beside a tensor is a tensor of no dims.
+    number beside a tensor is a tensor of no dims. ``asks_when_plain``: of an ``autograd.Function`` in which
+    ranks talk to each other, that the rule is asked too where no argument is sharded.
     """
 
     rule: Rule = no_rule
@@ -41,6 +42,7 @@ class RuleEntry:
     of_many_kernels: bool = False
     keeps_format: bool | Callable[..., bool] = False
     promotes_numbers: bool = False
+    asks_when_plain: bool = False
 
 
 class Dispatcher(Protocol):

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed import distributed_c10d as c10d
-from torch.nn.modules._functions import BackwardHookFunction
+from torch.nn.modules._functions import BackwardHookFunction, SyncBatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
@@ -45,6 +45,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "ScriptMethod",
+    "SyncBatchNorm",
     "TorchDispatchMode",
     "detect_fake_mode",
     "in_kernel_invocation_manager",

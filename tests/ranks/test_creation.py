@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import distpatch
+from distpatch.rules.elementwise import random_rows
 from tests.support.oracle import H, case, random_tensor
 from tests.support.threads import run_ranks
 
@@ -141,6 +142,51 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_creation(case: Callable[[], None]) -> None:
     case()
+
+
+IN_PARTS = [name for name in CASES if any(part in name for part in ("_like", "_, ", "dropout")) or name.endswith("_")]
+
+
+@pytest.mark.parametrize("name", [*IN_PARTS, "bernoulli of a number"])
+def test_drawn_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, whichever rank's rows a part begins and ends in."""
+    monkeypatch.setattr(random_rows, "PART", 2 * random_rows.TOGETHER)
+    CASES[name](worlds=(1, 3))
+
+
+def test_what_comes_in_parts() -> None:
+    """On a CPU all that is drawn for an element by itself; what does not, is drawn whole."""
+    draws = {
+        "normal_": (), "uniform_": (), "exponential_": (), "random_": (3, 9), "cauchy_": (), "log_normal_": (),
+        "geometric_": (0.3,), "bernoulli_": (0.3,),
+    }  # fmt: skip
+    for name, args in draws.items():
+        for dtype in (torch.float32, torch.float64):
+            for ndim in (1, 2, 4, 5):
+                order = tuple(reversed(range(ndim)))
+
+                def draw(t: Tensor, name: str = name, args: tuple[Any, ...] = args, **kwargs: Any) -> Tensor:
+                    return getattr(t, name)(*args, **kwargs)
+
+                assert random_rows._same_in_parts(draw, dtype, order), (name, dtype, ndim)
+    assert not random_rows._same_in_parts(
+        lambda t, generator: t.normal_(generator=generator).cumsum(0), torch.float32, (1, 0)
+    )
+    last = (1, 3, 2, 0)
+    assert not random_rows._same_in_parts(lambda t, generator: t.normal_(generator=generator), torch.float32, last)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_memory_of_dropout(world: int) -> None:
+    """A rank never has the mask of the whole, forward; backward it has some rows more (gradients of seams)."""
+    net = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(64, 64, 3, padding=1))
+    x = torch.empty(1, 64, 512, 512, device="meta")
+    for backward, most in ((False, 1.01), (True, 1.7)):
+        alone, shared = (
+            distpatch.plan(net, x, world_size=n, device="cpu", backward=backward, options={"output": "shard"})
+            for n in (1, world)
+        )
+        assert max(rank.peak_bytes for rank in shared.ranks) <= most / world * alone.ranks[0].peak_bytes
 
 
 def test_dropout_sends_nothing_and_keeps_its_rows() -> None:

@@ -7,6 +7,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import einops
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import distpatch
 from tests.support.oracle import H, case, random_tensor
@@ -280,3 +281,31 @@ def test_a_hook_keeps_no_tensor() -> None:
         assert kept() is None
 
     run_ranks(2, body)
+
+
+def convolutions_kept(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op is torch.ops.aten.convolution.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_selective_checkpoint() -> None:
+    """What is kept of a convolution may not be written to, though seams are mended."""
+    x, weight = random_tensor((1, 8, 128, 64)), random_tensor((8, 8, 3, 3))
+
+    def twice(x: Tensor, weight: Tensor) -> Tensor:
+        return F.silu(F.conv2d(F.silu(F.conv2d(x, weight, padding=1)), weight, padding=1))
+
+    def gradients(x: Tensor, run: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.requires_grad_(), weight.clone().requires_grad_()]
+        run(*leaves).square().sum().backward()
+        return [distpatch.gather(leaf.grad) for leaf in leaves]
+
+    def body(rank: int) -> list[Tensor]:
+        contexts = partial(create_selective_checkpoint_contexts, convolutions_kept)
+        run = partial(checkpoint, twice, use_reentrant=False, context_fn=contexts)
+        return gradients(distpatch.shard(x, dist.group.WORLD), run)
+
+    expected = gradients(x.clone(), twice)
+    for found in run_ranks(2, body):
+        for value, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, right, rtol=1e-10, atol=1e-10)

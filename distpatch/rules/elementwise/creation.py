@@ -1,12 +1,11 @@
 """Tensors made like a sharded one, and random ones with the values of one device.
 
 Every rank draws the random numbers of the whole tensor, from generators that stand alike on all ranks, and
-keeps its own rows of them. Activations are not gathered for that.
+keeps its own rows of them (random_rows.py). Activations are not gathered for that.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,9 @@ from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.operands import dim_order, local_rows_of, local_slice, sizes_of, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.elementwise.pointwise import pointwise
+from distpatch.rules.elementwise.random_rows import Draw, drawn_rows, own_rows
 from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.chunk_sizes import kind_of
 from distpatch.torch_utils.op_names import op_name
 
 
@@ -51,27 +52,32 @@ def _whole_like(x: PatchTensor) -> Tensor:
     return torch.empty_permuted(x.shape, dim_order(x)[::-1], dtype=x.dtype, device=x.device)
 
 
-def _own(full: Tensor, x: PatchTensor) -> Tensor:
-    """This rank's rows, in memory of their own: the whole tensor goes as soon as nobody holds it."""
-    return local_slice(full, x, x.row_layout.dim).clone()
+def _drawing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Draw, Any]:
+    """What draws by a function of torch, and by what it is known."""
+    known = tuple(sorted((name, value) for name, value in kwargs.items() if name != "generator"))
+    return lambda t, **generator: func(t, *args, **{**kwargs, **generator}), (op_name(func), args, known)
 
 
 @rule(*named("rand_like", "randn_like", "randint_like"))
 def random_like(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
-    drawn = func(_whole_like(input), *args, **{**kwargs, "requires_grad": False})
-    local = _own(drawn, input).requires_grad_(kwargs.get("requires_grad", False))
-    return wrap(local, input)
+    requires_grad = kwargs.pop("requires_grad", False)
+    draw, key = _drawing(func, args, kwargs)
+    return wrap(drawn_rows(draw, input, key=key).requires_grad_(requires_grad), input)
 
 
-@rule(
-    *named("normal_", "uniform_", "exponential_", "random_", "cauchy_", "log_normal_", "geometric_"),
-    *(getattr(torch.nn.init, name) for name in ("normal_", "uniform_", "constant_", "kaiming_uniform_")),
-)
-def draw_(func: Any, *args: Any, **kwargs: Any) -> PatchTensor:
+@rule(*named("normal_", "uniform_", "exponential_", "random_", "cauchy_", "log_normal_", "geometric_"))
+def draw_(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> PatchTensor:
+    draw, key = _drawing(func, args, kwargs)
+    input.local.copy_(drawn_rows(draw, input, key=key))
+    return input
+
+
+@rule(*(getattr(torch.nn.init, name) for name in ("normal_", "uniform_", "constant_", "kaiming_uniform_")))
+def initialize(func: Any, *args: Any, **kwargs: Any) -> PatchTensor:
+    """By the shape of the whole."""
     x, args = (args[0], args[1:]) if args else (kwargs.pop("tensor"), ())
     full = func(_whole_like(x), *args, **kwargs)
-    without_grad = torch.no_grad() if getattr(func, "__module__", "") == "torch.nn.init" else nullcontext()
-    with without_grad:
+    with torch.no_grad():
         x.local.copy_(local_slice(full, x, x.row_layout.dim))
     return x
 
@@ -81,13 +87,21 @@ def bernoulli(func: Any, input: PatchTensor, p: Any = None, **kwargs: Any) -> An
     """One draw for an element, whatever its probability."""
     if not isinstance(input, PatchTensor):
         return NotImplemented
+    if isinstance(p, (int, float)):
+        draw, key = _drawing(torch.Tensor.bernoulli_, (p,), kwargs)
+        rows = drawn_rows(draw, input, key=key)
+        return wrap(rows, input) if not op_name(func).endswith("_") else _written(input, rows)
     if isinstance(p, Tensor):
         p = _placed(local_rows_of(p.expand(input.shape), input, input.row_layout.dim - input.ndim, func), input)
     drawn = func(_placed(input.local, input), *(() if p is None else (p,)), **kwargs)
     if not op_name(func).endswith("_"):
-        return wrap(_own(drawn, input), input)
-    input.local.copy_(local_slice(drawn, input, input.row_layout.dim))
-    return input
+        return wrap(own_rows(drawn, input), input)
+    return _written(input, local_slice(drawn, input, input.row_layout.dim))
+
+
+def _written(x: PatchTensor, rows: Tensor) -> PatchTensor:
+    x.local.copy_(rows)
+    return x
 
 
 @rule(torch.normal)
@@ -99,7 +113,7 @@ def normal(func: Any, mean: Any, std: Any = 1.0, *, generator: Any = None, out: 
         return NotImplemented
     drawn = torch.empty(shape, dtype=lead.dtype, device=lead.device).normal_(generator=generator)
     with torch.no_grad():
-        return wrap(_own(drawn, lead), lead) * std + mean
+        return wrap(own_rows(drawn, lead), lead) * std + mean
 
 
 def _placed(local: Tensor, x: PatchTensor) -> Tensor:
@@ -126,24 +140,26 @@ def dropout(
     if not kwargs.get("train", not alpha if training is None else training) or p == 0:
         return input if input.is_deferred else pointwise(func, input, p, False, *([inplace] if inplace else []))
     if alpha:
-        result = _own(func(_placed(input.local, input), p, True), input)
+        result = own_rows(func(_placed(input.local, input), p, True), input)
     else:
         result = input.local * _kept(func, input, p) * (1 / (1 - p) if p < 1 else 0.0)
     if not (inplace or name.endswith("_")):
         return wrap(result, input)
-    input.local.copy_(result)
-    return input
+    return _written(input, result)
 
 
 @torch.no_grad()
 def _kept(func: Any, x: PatchTensor, p: float) -> Tensor:
     """Which elements stay, or which channels of a sample, as a whole. A sample alone has no batch dim."""
     if op_name(func) not in _OF_CHANNELS:
-        return _own(func(_whole_like(x).fill_(1), p, True) != 0, x)
+        if p < 1 and kind_of(x.device) == "cpu" and not torch.compiler.is_compiling():  # as torch's own does there
+            draw, key = _drawing(torch.Tensor.bernoulli_, (1 - p,), {})
+            return drawn_rows(draw, x, key=key) != 0
+        return own_rows(func(_whole_like(x).fill_(1), p, True) != 0, x)
     alone = (op_name(func), x.ndim) in {("dropout1d", 2), ("dropout3d", 4)}
     shape = [n if d < 2 - alone else 1 for d, n in enumerate(x.shape)]
     keep = func(torch.ones(shape, dtype=x.dtype, device=x.device), p, True) != 0
-    return _own(keep, x) if x.row_layout.dim < 2 - alone else keep
+    return own_rows(keep, x) if x.row_layout.dim < 2 - alone else keep
 
 
 @rule(*named("rrelu", "rrelu_"))

@@ -35,7 +35,7 @@ def norm_rule(*funcs: Any, **properties: Any) -> Callable[[R], R]:
             if _any_sharded(args) or (kwargs and _any_sharded(kwargs.values())):
                 running = 2 if op_name(func) in {"batch_norm", "instance_norm"} else 0
                 if not sharded and running and _writes(func, args, kwargs):
-                    _refuse_sharded(func, [*args[:2], *(kwargs.get(name) for name in _RUNNING)])
+                    refuse_sharded(func, [*args[:2], *(kwargs.get(name) for name in _RUNNING)])
                 kept, names = (running, _RUNNING) if sharded else (0, ())
                 args = (*args[:kept], *map_tensors(gather_replicated, args[kept:]))
                 kwargs = {key: t if key in names else map_tensors(gather_replicated, t) for key, t in kwargs.items()}
@@ -66,7 +66,7 @@ def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(args[4] if len(args) > 4 else kwargs.get("training", kwargs.get("use_input_stats", default)))
 
 
-def _refuse_sharded(func: Any, running: Sequence[Tensor | None]) -> None:
+def refuse_sharded(func: Any, running: Sequence[Tensor | None]) -> None:
     if any(isinstance(t, PatchTensor) for t in running):
         raise UnsupportedOpError(
             f"{op_name(func)} would write to gathered copies of the running statistics {running}: gather them first"
@@ -135,7 +135,7 @@ def batch_norm(
     input = along_rows(input, func)
     if input.row_layout.dim == 1:
         if training:
-            _refuse_sharded(func, (running_mean, running_var))
+            refuse_sharded(func, (running_mean, running_var))
         return NotImplemented
     if not training:
         return _fixed(func, input, running_mean, running_var, weight, bias, False, momentum, eps)
@@ -143,7 +143,7 @@ def batch_norm(
     rows = input.local.unsqueeze(-1) if input.ndim == 2 else input.local
     norm = _norm(func, input, 0, eps)
     out, mean, spread = normalize(rows, weight, bias, norm)
-    _keep_running(running_mean, running_var, mean, norm.variance(spread), norm.count(rows), momentum)
+    keep_running(running_mean, running_var, mean, norm.variance(spread), norm.count(rows), momentum)
     return wrap(out.squeeze(-1) if input.ndim == 2 else out, input)
 
 
@@ -163,7 +163,7 @@ def instance_norm(
     stats = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if input.row_layout.dim == 1 or (input.row_layout.dim == 0 and running_mean is not None and use_input_stats):
         if use_input_stats:
-            _refuse_sharded(func, (running_mean, running_var))
+            refuse_sharded(func, (running_mean, running_var))
         return NotImplemented
     if not use_input_stats or input.row_layout.dim == 0:
         return _fixed(func, input, *stats)
@@ -171,15 +171,18 @@ def instance_norm(
     norm = _norm(func, input, input.shape[1], eps)
     out, mean, spread = normalize_rows(input, weight, bias, norm)
     count = norm.count(input.local_or_recipe)
-    _keep_running(running_mean, running_var, mean, norm.variance(spread), count, momentum)
+    keep_running(running_mean, running_var, mean, norm.variance(spread), count, momentum)
     return out
 
 
 @torch.no_grad()
-def _keep_running(
-    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
+def keep_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: Any, momentum: float
 ) -> None:
-    """Move the running statistics, the same on all ranks, towards these; the variance is the unbiased one."""
+    """Move the running statistics, the same on all ranks, towards these; the variance is the unbiased one.
+
+    ``count``: of samples, a number or a tensor of no dims.
+    """
     for running, now in ((running_mean, mean.mean(0)), (running_var, var.mean(0) * (count / (count - 1)))):
         if running is not None:
             running.copy_(running.to(now.dtype).lerp(now, momentum))

@@ -36,10 +36,10 @@ def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: N
     if needs_grad(local, weight, bias):
         return _Normalize.apply(local, weight, bias, norm)
     mean, spread, _ = norm.statistics(local)
-    return _scaled(local, scaling(local, mean, spread, weight, bias), norm), mean, spread
+    return apply_scaling(local, scaling(local, mean, spread, weight, bias), norm), mean, spread
 
 
-def _scaled(local: Tensor, step: Step, norm: Norm) -> Tensor:
+def apply_scaling(local: Tensor, step: Step, norm: Norm) -> Tensor:
     if sizes_of(local.device).reads_twice:
         local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
     if local.numel() == 0:
@@ -63,7 +63,7 @@ def normalize_rows(
     needs = _halo_of(x)  # which waits for what is under way: not before the rows that need none of it are computed
     mean, spread, halo = norm.statistics(rows, strips_of(x, needs) if needs else None)
     step = scaling(rows, mean, spread, weight, bias)
-    result = run_rows(norm.op, [x], step, shape=rows.shape) if deferred else wrap(_scaled(x.local, step, norm), x)
+    result = run_rows(norm.op, [x], step, shape=rows.shape) if deferred else wrap(apply_scaling(x.local, step, norm), x)
     if needs and halo is not None:
         bring(result, needs, step([halo], [], 0, halo.shape[x.row_layout.dim]))
     return result, mean, spread

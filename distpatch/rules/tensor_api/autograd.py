@@ -240,13 +240,20 @@ def _plain_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return _PATCH.original.__get__(None, cls)(*args, **kwargs)  # a classmethod; since torch 2.14 one of C
 
 
+def _when_plain(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """A Function that is in the table, of plain tensors."""
+    entry = RULES[cls]
+    result = entry.rule(cls, *args, **kwargs) if entry.asks_when_plain else NotImplemented
+    return _plain_apply(cls, *args, **kwargs) if result is NotImplemented else result
+
+
 _own_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
 
 
 @functools.wraps(getattr(_own_apply, "__func__", _own_apply))
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if not any(isinstance(arg, (PatchTensor, RowCopy, InnerTensor)) for arg in (*args, *kwargs.values())):
-        return _plain_apply(cls, *args, **kwargs)
+        return _plain_apply(cls, *args, **kwargs) if cls not in RULES else _when_plain(cls, *args, **kwargs)
     args, kwargs = tuple(map(_bare, args)), {key: _bare(value) for key, value in kwargs.items()}
     if not any(isinstance(arg, PatchTensor) for arg in (*args, *kwargs.values())):
         return _plain_apply(cls, *args, **kwargs)
