@@ -49,7 +49,8 @@ def gather_rows(
     """
     if isinstance(layout, BlockLayout):
         rows = layout.opened
-        local = local.unflatten(layout.dim, (layout.blocks, local.shape[layout.dim] // layout.blocks))
+        height = rows.heights[communicator_of(name).rank if name else 0]
+        local = local.unflatten(layout.dim, (layout.blocks, height))
         return gather_rows(local, rows, name, op).flatten(layout.dim, rows.dim)
     return gather_in_order(local, layout, name, op, order)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate, product
 from typing import TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distpatch.comm.communicator import Communicator, Group, communicator, group_of
 from distpatch.comm.rendezvous import Payload
 from distpatch.errors import LayoutError, RankError
+from distpatch.layout.rows import Bounds
 
 Mesh: TypeAlias = "Group | Sequence[Group]"  # a DeviceMesh of several axes, or a group an axis
 Dims: TypeAlias = "int | tuple[int, ...]"
@@ -105,14 +107,39 @@ class Ranks:
                 ) from error
 
 
-# Of all ranks, by the names of the axes' connections, as long as a model is converted with them.
-_meshes: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+def bounds_held(ranks: Ranks, rows: Sequence[int], signature: str) -> list[Bounds]:
+    """Bounds along each axis, of how many rows each rank holds along each; every rank calls it.
+
+    Raises ``RankError`` where the signatures differ, ``LayoutError`` on all ranks where those at one place of an axis
+    hold different numbers of rows.
+    """
+    answers = ranks.whole.rendezvous.require_same_call("from_local", signature, {"rows": list(rows)})
+    held: list[list[int]] = [answer["rows"] for answer in answers]  # type: ignore[misc]
+    found = []
+    places = list(product(*(range(comm.size) for comm in ranks.axes)))
+    for axis, comm in enumerate(ranks.axes):
+        heights: list[int] = []
+        for place in range(comm.size):
+            seen = {counts[axis] for counts, at in zip(held, places, strict=True) if at[axis] == place}
+            if len(seen) > 1:
+                raise LayoutError(
+                    f"from_local: the ranks at place {place} of axis {axis} of the mesh hold {sorted(seen)} rows along "
+                    "its dim: each must hold as many as the others"
+                )
+            heights += seen
+        found.append((0, *accumulate(heights)))
+    return found
+
+
+# Of all ranks, by the names of the axes' connections, as long as the first axis is known: on all ranks alike.
+_meshes: weakref.WeakKeyDictionary[Communicator, dict[str, Communicator]] = weakref.WeakKeyDictionary()
 
 
 def _whole(axes: Sequence[Communicator]) -> Communicator:
     """The communicator of all ranks of a mesh, in its order; every rank calls it."""
     key = " | ".join(comm.name for comm in axes)
-    known = _meshes.get(key)
+    of_axis = _meshes.setdefault(axes[0], {})
+    known = of_axis.get(key)
     if known is not None and not known.closed:
         return known
     ranks = _ranks_of(axes[-1])
@@ -121,7 +148,7 @@ def _whole(axes: Sequence[Communicator]) -> Communicator:
         ranks = [int(rank) for answer in answers for rank in answer["ranks"]]  # type: ignore[attr-defined]
     if len(set(ranks)) < len(ranks):
         raise LayoutError(f"the groups of the axes are no mesh: together they have the ranks {ranks}")
-    _meshes[key] = whole = communicator(group_of(ranks) if len(ranks) > 1 else None, axes[0].device)
+    of_axis[key] = whole = communicator(group_of(ranks) if len(ranks) > 1 else None, axes[0].device)
     return whole
 
 

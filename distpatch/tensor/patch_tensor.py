@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from distpatch.comm import collectives
-from distpatch.comm.communicator import Communicator, Group, communicator
-from distpatch.comm.meshes import Dims, Mesh, axes_of, dims_of
+from distpatch.comm.communicator import Communicator, communicator
+from distpatch.comm.meshes import Dims, Mesh, Ranks, axes_of, bounds_held, dims_of
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.layout.rows import EMPTY, BlockLayout, RowLayout, even_bounds
@@ -176,13 +176,13 @@ class PatchTensor(torch.Tensor):
         )
 
     def __create_write_items__(self, name: str, _: Any) -> list[Any]:
-        return sharded_checkpoint.write_items(name, self)
+        return sharded_checkpoint.write_items(name, list(axes_in(self)))
 
     def __create_chunk_list__(self) -> list[Any]:
-        return sharded_checkpoint.chunks_of(self)
+        return sharded_checkpoint.chunks_of(list(axes_in(self)))
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        return sharded_checkpoint.rows_at(self, index.offset)
+        return sharded_checkpoint.rows_at(list(axes_in(self)), index.offset)
 
     def __copy__(self) -> PatchTensor:
         """The same rows outside the autograd graph, as ``copy.copy`` makes of a plain tensor."""
@@ -190,32 +190,40 @@ class PatchTensor(torch.Tensor):
 
     @classmethod
     def from_local(
-        cls, local: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None
+        cls, local: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] | None = None
     ) -> PatchTensor:
         """Adopt rows that are already distributed, without a copy.
 
         ``local``: this rank's rows, for example (B, C, h, W); ``bounds``: rank r owns global rows
-        ``bounds[r]:bounds[r + 1]``. Without bounds the ranks tell each other their row counts. Raises
-        ``LayoutError`` where the rows do not fit the bounds, ``RankError`` where the other dims differ.
+        ``bounds[r]:bounds[r + 1]``. Without bounds the ranks tell each other their row counts. ``dim``: one, or one for
+        each axis of a mesh; then ``bounds`` are one for each, too. Raises ``LayoutError`` where the rows do not fit the
+        bounds, ``RankError`` where the other dims differ.
         """
-        comm = communicator(group, local.device)
-        dim = check_dim(local, dim)
+        dim = dims_of(dim)
+        one = isinstance(dim, int)
+        dims = (dim,) if isinstance(dim, int) else dim
+        bounds = [bounds] if one and bounds is not None else bounds
+        comms = axes_of(group, dims, local.device)
+        places = _places(local, dims, bounds)
         if bounds is None:
-            others = [size for d, size in enumerate(local.shape) if d != dim]
-            signature = f"{dim} {others} {local.dtype}"
-            answers = comm.rendezvous.require_same_call("from_local", signature, {"rows": local.shape[dim]})
-            total = [0]
-            for answer in answers:
-                total.append(total[-1] + int(str(answer["rows"])))
-            bounds = total
-        layout = _layout(comm, dim, bounds, None)
-        lo, hi = layout.interval(comm.rank)
-        if local.shape[dim] != hi - lo:
-            raise LayoutError(
-                f"from_local: rank {comm.rank} owns rows {lo}:{hi} by its bounds {layout.bounds}, but "
-                f"its tensor of shape {tuple(local.shape)} has {local.shape[dim]} rows along dim {dim}"
-            )
-        return PatchTensor(local, layout, Region(comm))
+            others = [size for d, size in enumerate(local.shape) if d not in places]
+            bounds = bounds_held(Ranks(comms), [local.shape[d] for d in places], f"{places} {others} {local.dtype}")
+        layouts = [_layout(comm, d, b, None) for comm, d, b in zip(comms, places, bounds, strict=True)]
+        for comm, layout in zip(comms, layouts):
+            lo, hi = layout.interval(comm.rank)
+            if local.shape[layout.dim] != hi - lo:
+                raise LayoutError(
+                    f"from_local: rank {comm.rank} owns rows {lo}:{hi} by its bounds {layout.bounds}, but its tensor "
+                    f"of shape {tuple(local.shape)} has {local.shape[layout.dim]} rows along dim {layout.dim}"
+                )
+        return _adopted(local, layouts, Region(comms[0]) if one else nested(comms, dims, default()))
+
+
+def _adopted(local: Tensor, layouts: Sequence[RowLayout], region: Region | None) -> PatchTensor:
+    """Rows that are sharded along several dims: the last one is the region's."""
+    assert region is not None
+    *others, last = layouts
+    return PatchTensor(_adopted(local, others, region.inner) if others else local, last, region)
 
 
 class BlockTensor(PatchTensor):
@@ -321,12 +329,7 @@ def nested(comms: Sequence[Communicator], dims: Sequence[int], options: Options,
 
 def shard_over(region: Region, tensor: Tensor, dims: Sequence[int], bounds: Sequence[Any] | None = None) -> PatchTensor:
     """A replicated tensor sharded along several dims, of which the last one is the region's."""
-    places = [check_dim(tensor, dim) for dim in dims]
-    if len(set(places)) < len(places) or (bounds is not None and len(bounds) != len(places)):
-        raise LayoutError(
-            f"a tensor of shape {tuple(tensor.shape)} cannot be sharded along dims {tuple(dims)} with bounds {bounds}: "
-            "each axis of the mesh has a dim of its own, and bounds of its own"
-        )
+    places = _places(tensor, dims, bounds)
     *others, last = places
     known = None if bounds is None else bounds[-1]
     layout = _layout(region.comm, last, known or region.bounds(tensor.shape[last]), tensor.shape[last])
@@ -334,6 +337,17 @@ def shard_over(region: Region, tensor: Tensor, dims: Sequence[int], bounds: Sequ
     if region.inner is not None:
         result.local = shard_over(region.inner, result.local, others, None if bounds is None else bounds[:-1])
     return result
+
+
+def _places(tensor: Tensor, dims: Sequence[int], bounds: Sequence[Any] | None) -> list[int]:
+    """The dims from the front, one for each axis of a mesh."""
+    places = [check_dim(tensor, dim) for dim in dims]
+    if len(set(places)) < len(places) or (bounds is not None and len(bounds) != len(places)):
+        raise LayoutError(
+            f"a tensor of shape {tuple(tensor.shape)} cannot be sharded along dims {tuple(dims)} with bounds {bounds}: "
+            "each axis of the mesh has a dim of its own, and bounds of its own"
+        )
+    return places
 
 
 def shard_input(tensor: Tensor, dim: Dims, region: Region) -> PatchTensor:

@@ -1,4 +1,3 @@
 """What all rules share: registration, operands, halos, the fallback, aliasing."""
 
 from distpatch.rules.core import dispatch as dispatch
-from distpatch.rules.core import inner_axes as inner_axes

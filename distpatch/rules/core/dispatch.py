@@ -20,6 +20,7 @@ from distpatch.errors import UnsupportedOpError
 from distpatch.lazy.buffer_reuse import pending
 from distpatch.rules.core.aliasing import before_writing, may_write, mutates, protect, through
 from distpatch.rules.core.fallback import computed_on_all, fallback
+from distpatch.rules.core.inner_axes import beside_no_rows
 from distpatch.rules.core.memory_order import as_on_one_device
 from distpatch.rules.core.operands import PLAIN, in_order
 from distpatch.rules.core.out_argument import into
@@ -145,7 +146,7 @@ def _applied(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[st
         if named["out"] is None:
             named = {key: value for key, value in named.items() if key != "out"}
     if entry.asks_if_empty and places and isinstance(places[0], PatchTensor) and 0 in places[0].shape:
-        return computed_on_all(func, places, named)
+        return (beside_no_rows if places[0].region.level else computed_on_all)(func, places, named)
     result = entry.rule(func, *places, **named)
     return fallback(func, *args, **kwargs) if result is NotImplemented and not entry.elementwise else result
 

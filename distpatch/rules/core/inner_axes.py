@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distpatch.comm import collectives
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.layout.rows import Bounds, Needs, RowLayout
+from distpatch.lazy.row_patches import with_dummy_row
+from distpatch.rules.core.fallback import computed_on_all
 from distpatch.rules.core.gather_records import record
 from distpatch.rules.core.operands import dim_order, wrap
 from distpatch.rules.core.registry import rule
-from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils.memory_format import dense_strides
+from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 
 def _part(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
@@ -71,3 +75,26 @@ def anchored(func: Any, rows: PatchTensor, *pieces: Tensor) -> PatchTensor:
 @rule(collectives.stack_ranks, any_order=True)
 def stacked(func: Any, x: PatchTensor, name: str, op: str) -> PatchTensor:
     return wrap(func(x.local, name, op), x, x.row_layout.with_dim(x.row_layout.dim + 1))
+
+
+def beside_no_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function on a rank of an outer axis that has no rows: torch's own result of none.
+
+    Sharded over this axis as it is on the others: as a result of a dummy row says.
+    """
+    result = computed_on_all(func, args, kwargs)
+    with torch.no_grad():
+        like = func(*map_tensors(_not_empty, args), **map_tensors(_not_empty, kwargs))
+    layouts = iter([t.row_layout if isinstance(t, PatchTensor) else None for t in tensors_in(like)])
+
+    def sharded(tensor: Tensor) -> Tensor:
+        layout = next(layouts)
+        return tensor if layout is None else shard_in(args[0].region, gather_replicated(tensor), layout)
+
+    return map_tensors(sharded, result)
+
+
+def _not_empty(tensor: Tensor) -> Tensor:
+    for dim in range(tensor.ndim):
+        tensor = with_dummy_row(tensor, dim)
+    return tensor

@@ -99,17 +99,25 @@ def unmerge_blocks(x: PatchTensor) -> PatchTensor:
     layout = x.row_layout
     if not isinstance(layout, BlockLayout):
         return x
-    sizes = (layout.blocks, x.local.shape[layout.dim] // layout.blocks)
+    lo, hi = layout.inner[x.rank : x.rank + 2]
+    sizes = (layout.blocks, hi - lo)
     return wrap(x.local.unflatten(layout.dim, sizes), x, layout.opened)
 
 
 def in_order(tensor: Any) -> Any:
-    """A ``BlockTensor`` with its rows in order; any other tensor as it is."""
+    """A ``BlockTensor`` with its rows in order; any other tensor as it is.
+
+    Those of an inner axis are gathered: what is merged with them may be the rows of the axis outside it, so that its
+    ranks, which have other numbers of these, would share them out in other ways.
+    """
     if isinstance(tensor, PatchCopy):
         tensor = tensor.plain
     if not isinstance(tensor, BlockTensor):
         return tensor
     layout, comm = tensor.row_layout, tensor.comm
+    if tensor.region.level:
+        record("reshape", [tensor])
+        return gather_replicated(tensor)
     bounds = tensor.region.bounds(layout.size)
     needs = needs_in_order(layout.inner, layout.blocks, bounds)
     if len(needs[0]) > MOST_PIECES:

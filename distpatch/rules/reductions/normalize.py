@@ -42,8 +42,6 @@ def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: N
 def apply_scaling(local: Tensor, step: Step, norm: Norm) -> Tensor:
     if sizes_of(local.device).reads_twice:
         local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
-    if local.numel() == 0:
-        return torch.empty_like(local)
     along = max(norm.row_layout.dim, 2)
     return rows_now(step, [local], along, shape=local.shape, chunk_rows=_chunk_rows(local, along))
 
