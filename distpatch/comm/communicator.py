@@ -118,6 +118,16 @@ class Communicator:
         other._duplicates = self._duplicates
         return other
 
+    def of_mesh(self, others: Sequence[Communicator]) -> Communicator:
+        """That of all ranks of a mesh, whose first axis is this one; every rank of the mesh calls it."""
+        ranks = _ranks_of(others[-1] if others else self)
+        for comm in reversed([self, *others][:-1]):
+            answers: list[Any] = comm.rendezvous.require_same_call("the axes of a mesh", "", {"ranks": ranks})
+            ranks = [int(rank) for answer in answers for rank in answer["ranks"]]
+        if len(set(ranks)) < len(ranks):
+            raise LayoutError(f"the groups of the axes are no mesh: together they have the ranks {ranks}")
+        return communicator(group_of(ranks) if len(ranks) > 1 else None, self.device)
+
     def connect(self, given: torch.device | None = None) -> None:
         """Create the group's duplicate and open its channels; every rank of the group calls it.
 
@@ -345,6 +355,10 @@ def communicator(group: Group, device: torch.device | None = None, *, connect: b
     if connect:
         known.connect(device)
     return known
+
+
+def _ranks_of(comm: Communicator) -> list[int]:
+    return [0] if comm.group is None else dist.get_process_group_ranks(comm.group)
 
 
 def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from distpatch.comm.communicator import Communicator, Group, communicator, group_of
+from distpatch.comm.communicator import Communicator, Group, communicator
 from distpatch.comm.rendezvous import Payload
 from distpatch.errors import LayoutError, RankError
 from distpatch.layout.rows import Bounds
@@ -142,15 +142,5 @@ def _whole(axes: Sequence[Communicator]) -> Communicator:
     known = of_axis.get(key)
     if known is not None and not known.closed:
         return known
-    ranks = _ranks_of(axes[-1])
-    for comm in reversed(axes[:-1]):
-        answers = comm.rendezvous.require_same_call("the axes of a mesh", "", {"ranks": ranks})
-        ranks = [int(rank) for answer in answers for rank in answer["ranks"]]  # type: ignore[attr-defined]
-    if len(set(ranks)) < len(ranks):
-        raise LayoutError(f"the groups of the axes are no mesh: together they have the ranks {ranks}")
-    of_axis[key] = whole = communicator(group_of(ranks) if len(ranks) > 1 else None, axes[0].device)
+    of_axis[key] = whole = axes[0].of_mesh(axes[1:])
     return whole
-
-
-def _ranks_of(comm: Communicator) -> list[int]:
-    return [0] if comm.group is None else dist.get_process_group_ranks(comm.group)

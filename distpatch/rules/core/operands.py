@@ -88,6 +88,8 @@ def sum_ranks(partial: Tensor, like: PatchTensor, func: Any) -> Tensor:
 
 def fetch(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
     """The intervals of global rows that each rank needs; gradients return and are added."""
+    if isinstance(x.row_layout, BlockLayout) and x.region.level:
+        return [_inner_whole(x, func).narrow(x.row_layout.dim, lo, hi - lo) for lo, hi in needs[x.rank]]
     if type(x) is not PatchTensor:
         x = in_order(x)
     rows, name = x.row_layout, x.comm.name
@@ -126,6 +128,12 @@ def in_order(tensor: Any) -> Any:
     held = tuple(b * layout.blocks for b in layout.inner)
     pieces = fetch_rows(tensor.local, layout.dim, held, needs, comm.name, "reshape", False)
     return PatchTensor(torch.cat(pieces, layout.dim), RowLayout(layout.dim, bounds), tensor.region)
+
+
+def _inner_whole(x: PatchTensor, func: Any) -> Tensor:
+    """Blocks of an inner axis, which are gathered where they must be in order (``in_order``)."""
+    record("reshape", [x])
+    return gather_partial(x, func)
 
 
 def gather_partial(x: PatchTensor, func: Any) -> Tensor:
@@ -168,6 +176,8 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     """The same tensor in other rows, or sharded along another dim; one exchange either way."""
     if layout == x.row_layout:
         return x
+    if isinstance(x.row_layout, BlockLayout) and x.region.level:
+        return in_memory_of(collectives.narrow_rows(_inner_whole(x, func), layout, x.rank), x, layout)
     x = in_order(x)
     if layout.dim != x.row_layout.dim:
         opened = RowLayout(layout.dim, x.region.bounds(layout.size))
