@@ -88,8 +88,8 @@ def beside_no_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     layouts = iter([t.row_layout if isinstance(t, PatchTensor) else None for t in tensors_in(like)])
 
     def sharded(tensor: Tensor) -> Tensor:
-        layout = next(layouts)
-        return tensor if layout is None else shard_in(args[0].region, gather_replicated(tensor), layout)
+        layout, full = next(layouts), gather_replicated(tensor)
+        return full if layout is None else shard_in(args[0].region, full, layout)
 
     return map_tensors(sharded, result)
 
