@@ -154,7 +154,12 @@ def _to_bytes(x: Tensor, value_range: Range) -> Tensor:
 def _writers(x: Tensor) -> tuple[Ranks, bool]:
     """The ranks that write, and whether this one leads them."""
     if isinstance(x, PatchTensor):
-        axes = [part.region.comm for part in axes_in(x)]
+        if x.region.level:
+            raise LayoutError(
+                f"a tensor of shape {tuple(x.shape)} is sharded over one axis of a mesh, and all ranks of the others "
+                "have the same of it, which would write to one file: gather it first (distpatch.gather)"
+            )
+        axes = [region.comm for region in x.region.axes]  # also those over which it is the same
         return Ranks(axes[::-1]), all(comm.rank == 0 for comm in axes)
     return Ranks([ALONE]), not dist.is_initialized() or dist.get_rank() == 0
 

@@ -38,6 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 
 ENTRY_POINTS = ("forward", "encode", "decode")
 _ABSENT = object()
+NOT_COMPILED = "a model that is sharded along several dims runs as it is: shard it along one to compile it"
 SAMPLED = 1 << 16  # elements of each parameter that the ranks compare when a model is converted
 
 
@@ -140,7 +141,7 @@ def convert_model(
     model.__dict__[STATE] = state
     for name, wrapper in wrappers.items():
         state.before[name] = model.__dict__.get(name, _ABSENT)
-        model.__dict__[name] = wrapper
+        model.__dict__[name] = wrapper if len(dims) == 1 else torch.compiler.disable(wrapper, reason=NOT_COMPILED)
     return model
 
 
@@ -234,8 +235,7 @@ def _compiled(
 ) -> Any:
     """As ``entry``, in a form that torch.compile can trace; the ranks meet whenever the graph runs."""
     region, dim = state.region, state.options.dim
-    if not isinstance(dim, int):
-        raise UnsupportedOpError(f"{what} is sharded along several dims, {dim}, and cannot be compiled: use one dim")
+    assert isinstance(dim, int), "of several dims nothing is traced"
     given = list(tensors_in((args, kwargs)))
     problem = _tiles(model, state.options.tiled) or problem_of(what, (args, kwargs), given, dim, region)
     if state.steps is not None:

@@ -152,6 +152,11 @@ class PatchTensor(torch.Tensor):
         )
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        if self.region.inner is not None or self.region.level:
+            raise UnsupportedOpError(
+                f"a tensor of shape {tuple(self.shape)} is sharded along several dims, and cannot enter what "
+                "torch.compile compiles: shard along one dim, or leave this module as it is (torch.compiler.disable)"
+            )
         return ["local"], (self.row_layout, self.region.lasting)
 
     @classmethod
