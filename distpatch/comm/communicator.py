@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, TypeAlias
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,7 @@ class Communicator:
         self._connection: Connection | None = None
         self._liveness: float | None = LIVENESS_S
         self.late_check = False
+        self.parts = 0  # a checksum of which parts were sent that are sharded over an inner axis (``sends_parts``)
         self._layers: tuple[AddLayer, ...] = ()
         self._transports: dict[torch.device, Transport] = {}  # with the layers on top
         self._under_way: UnderWay | None = None  # what was begun last
@@ -309,6 +311,10 @@ class Communicator:
                 if other is not connection and not other.broken:
                     other.failures.report(self.rank, note)
         self.give_up()
+
+    def sends_parts(self, op: str, layout: object) -> None:
+        """Note how rows are sharded over an inner axis that are sent now: on all ranks of this axis alike."""
+        self.parts = crc32(f"{op} {layout}".encode(), self.parts)
 
     def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
         """Where tensors are fake, what this rank would send: of a group that exists, a real run records it."""

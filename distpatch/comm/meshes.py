@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, product
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -82,13 +82,35 @@ class Ranks:
             return self.whole.begin_call(what, signature, payload)
         if any(comm.closed and comm.name for comm in self._others):
             raise RankError(f"{what}: a process group of the mesh is closed (this is rank {self.whole.rank})")
-        broken = any(comm.broken for comm in self._others)
-        answers = self.whole.begin_call(what, signature, {"axis broken": broken, **(payload or {})})
+        mine = {
+            "axis broken": any(comm.broken for comm in self._others),
+            "parts": [comm.parts for comm in self._others],
+        }
+        answers = self.whole.begin_call(what, signature, {**mine, **(payload or {})})
+        failed = any(answer["axis broken"] or answer["broken"] for answer in answers)
+        for comm in self._others:
+            comm.parts = 0
         if any(answer["axis broken"] for answer in answers):
             for comm in self._others:
                 comm.give_up()
                 comm.connect()
+        elif not failed:
+            self._compare_parts(what, [answer["parts"] for answer in answers])
         return answers
+
+    def _compare_parts(self, what: str, seen: Sequence[Any]) -> None:
+        """Raise on all ranks where those of one axis sent parts in the last call that do not fit each other."""
+        places = list(product(*(range(comm.size) for comm in self.axes)))
+        for axis in range(len(self.axes)):
+            lines: dict[tuple[int, ...], set[int]] = {}
+            for place, parts in zip(places, seen, strict=True):
+                lines.setdefault((*place[:axis], *place[axis + 1 :]), set()).add(parts[axis])
+            if any(len(found) > 1 for found in lines.values()):
+                raise RankError(
+                    f"{what}: in the call before it the ranks of axis {axis} of the mesh had different parts of one "
+                    f"tensor, and sent what does not fit: its result is wrong (this is rank {self.whole.rank}). It is a "
+                    "fault of distpatch, please report it; along one dim the model runs as ever."
+                )
 
     @contextmanager
     def open_call(self, what: str) -> Iterator[None]:

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distpatch.layout.stencil import Interval, ceil_div
-from distpatch.lazy.buffer_reuse import memory_of
+from distpatch.lazy.buffer_reuse import memory_of, own_part
 from distpatch.lazy.patch_plan import Cut, fewest_calls
 from distpatch.torch_utils.constants import blank
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
@@ -296,7 +296,7 @@ def _put(
         format = format or format_of_rows(rows)
         whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
     place = whole.narrow(dim, at - lo, rows.shape[dim])
-    if rows.storage_offset() != place.storage_offset() or not same_memory(rows, place):
+    if own_part(rows).storage_offset() != own_part(place).storage_offset() or not same_memory(rows, place):
         place.copy_(rows)
     return whole
 

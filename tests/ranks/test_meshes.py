@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import distpatch
 from distpatch import DistPatchError, LayoutError, RankError
 from distpatch.tensor.patch_tensor import axes_in
-from tests.support.mesh_cases import Case, Shape, chosen, everything
+from tests.support.mesh_cases import GATHERS, Case, Shape, chosen, everything
 from tests.support.oracle import H, case, mesh_of, random_tensor
 from tests.support.threads import rank_outcomes, run_ranks
 from tests.support.zoo.models import tiny_kl, tiny_unet
@@ -38,13 +38,12 @@ ALWAYS = frozenset(
         "unfold: fold 3x3",
     }
 )
-GATHERS: dict[str, set[str]] = {}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("mesh", "name", "one"), chosen(ALWAYS))
 def test_case_on_mesh(mesh: Shape, name: str, one: Case) -> None:
-    one(meshes=[mesh], p2p=None, gathers=GATHERS.get(name, ()))
+    one(meshes=[mesh], p2p=None, gathers=GATHERS.get(name.partition(":")[0], "").split())
 
 
 def volume(dim: int, *sizes: int) -> tuple[int, ...]:
@@ -258,6 +257,28 @@ def test_a_rank_that_raises_is_named_on_all() -> None:
     assert outcomes[3] == "on purpose"
     for message in outcomes[:3]:
         assert "rank 3" in message and "on purpose" in message and "4 ranks of the mesh" in message
+
+
+def test_parts_that_do_not_fit_are_found_out() -> None:
+    """A rule that shards rows over the inner axis by how many the outer rank has: the next call says so on all ranks."""
+
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor, wrong: bool = True) -> Tensor:
+            bounds = (0, 2, 4) if wrong and x.rank else (0, 3, 4)  # type: ignore[attr-defined]
+            other = distpatch.RowLayout(2, bounds)
+            x.comm.sends_parts("test", other)  # type: ignore[attr-defined]
+            return x * 2
+
+    def body(rank: int) -> None:
+        model = distpatch.convert_model(Wrong(), init_device_mesh("cpu", (2, 2)), dim=(-2, -1))
+        x = random_tensor((1, 2, 4, 6))
+        model(x)
+        with pytest.raises(RankError, match="axis 1 of the mesh had different parts of one tensor"):
+            model(x)
+        assert torch.equal(model(x, False), 2 * x)
+        model(x, False)
+
+    run_ranks(4, body)
 
 
 def test_what_is_refused() -> None:

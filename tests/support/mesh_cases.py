@@ -20,6 +20,27 @@ UNDER_A_LOCK = frozenset(  # whose draw is under a lock, and which ask other ran
     {"gumbel_softmax", "gumbel_softmax, hard", "rrelu in training", "dropout of tokens"}
 )
 
+# What some cases of a file gather there and not on a group: mostly what works along the width, which is sharded, too.
+GATHERS = {
+    "argument_forms": "reshape",
+    "attention": "reshape scaled_dot_product_attention",
+    "concatenation": "add cat unbind",
+    "every_function": "reshape",
+    "fft": "fft_fft",
+    "flex_attention": "flex_attention",
+    "gpu_choices": "reshape",
+    "index_writes": "__setitem__ reshape scatter_ scatter_reduce",
+    "indexing": "__getitem__ gather masked_select nonzero",
+    "matmul": "cdist",
+    "normalization": "reshape",
+    "operators": "reshape",
+    "pooling": "reshape scatter",
+    "reduction": "cummax nanmedian reshape sort topk",
+    "second_order": "cummax scatter_add",
+    "shape": "conv1d group_norm reshape shard sort sub unbind",
+    "unfold": "reshape",
+}
+
 
 class _All:
     """``on``: whether all cases are run, and the nets of other libraries."""

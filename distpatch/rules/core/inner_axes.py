@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distpatch.comm import collectives
+from distpatch.comm.communicator import communicator_of
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.layout.rows import Bounds, Needs, RowLayout
 from distpatch.lazy.row_patches import with_dummy_row
@@ -32,12 +33,19 @@ def _part(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> Pat
     return result
 
 
+def _note(name: str, op: str, x: PatchTensor) -> None:
+    """All ranks of the outer axis must have the same rows over the inner one: else they are found out."""
+    if name:
+        communicator_of(name).sends_parts(op, x.row_layout)
+
+
 @rule(fetch_rows, any_order=True)
 def fetched(
     func: Any, local: PatchTensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
 ) -> list[Tensor]:
     if local.row_layout.dim == dim:  # both axes share it out: this rank's part of an interval is no interval
         return func(_whole(local, op), dim, bounds, needs, name, op, channels_last)
+    _note(name, op, local)
     return [_part(piece, local) for piece in func(local.local, dim, bounds, needs, name, op, channels_last)]
 
 
@@ -47,6 +55,7 @@ def gathered(
 ) -> Tensor:
     if local.row_layout.dim == layout.dim:
         return func(_whole(local, op), layout, name, op, order)
+    _note(name, op, local)
     return _part(func(local.local, layout, name, op, order), local)
 
 
@@ -63,8 +72,9 @@ def _whole(x: PatchTensor, op: str) -> Tensor:
 
 
 @rule(collectives.replicated_operand, collectives.sum_partials, any_order=True)
-def of_rows(func: Any, x: PatchTensor, *args: Any) -> PatchTensor:
-    return _part(func(x.local, *args), x)
+def of_rows(func: Any, x: PatchTensor, name: str, *args: Any) -> PatchTensor:
+    _note(name, func.__name__, x)
+    return _part(func(x.local, name, *args), x)
 
 
 @rule(collectives.anchor_in_graph, any_order=True)
@@ -74,6 +84,7 @@ def anchored(func: Any, rows: PatchTensor, *pieces: Tensor) -> PatchTensor:
 
 @rule(collectives.stack_ranks, any_order=True)
 def stacked(func: Any, x: PatchTensor, name: str, op: str) -> PatchTensor:
+    _note(name, op, x)
     return wrap(func(x.local, name, op), x, x.row_layout.with_dim(x.row_layout.dim + 1))
 
 
