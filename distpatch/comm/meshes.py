@@ -108,8 +108,8 @@ class Ranks:
             if any(len(found) > 1 for found in lines.values()):
                 raise RankError(
                     f"{what}: in the call before it the ranks of axis {axis} of the mesh had different parts of one "
-                    f"tensor, and sent what does not fit: its result is wrong (this is rank {self.whole.rank}). It is a "
-                    "fault of distpatch, please report it; along one dim the model runs as ever."
+                    f"tensor, and sent what does not fit: its result is wrong (this is rank {self.whole.rank}). It is "
+                    "a fault of distpatch, please report it; along one dim the model runs as ever."
                 )
 
     @contextmanager
