@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from distpatch.layout.stencil import Interval, ceil_div
 from distpatch.lazy.buffer_reuse import memory_of, own_part
@@ -294,11 +295,21 @@ def _put(
     if whole is None:
         shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
         format = format or format_of_rows(rows)
-        whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
+        whole = empty_beside(rows, shape, format)
     place = whole.narrow(dim, at - lo, rows.shape[dim])
     if own_part(rows).storage_offset() != own_part(place).storage_offset() or not same_memory(rows, place):
         place.copy_(rows)
     return whole
+
+
+def empty_beside(rows: Tensor, shape: Sequence[int], format: torch.memory_format) -> Tensor:
+    """A tensor of another shape to be filled, sharded over an inner axis where the rows are."""
+    if not has_torch_function_unary(rows):
+        return torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
+    for dim, size in enumerate(shape):
+        if size != rows.shape[dim]:
+            rows = rows.narrow(dim, 0, 1).expand([size if d == dim else n for d, n in enumerate(rows.shape)])
+    return torch.empty_like(rows, memory_format=format)
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
