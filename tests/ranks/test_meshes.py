@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import distpatch
 from distpatch import DistPatchError, LayoutError, RankError
+from distpatch.lazy.row_patches import in_patches
 from distpatch.tensor.patch_tensor import axes_in
 from tests.support.mesh_cases import GATHERS, Case, Shape, chosen, everything
 from tests.support.oracle import H, case, mesh_of, random_tensor
@@ -174,6 +175,19 @@ def test_rows_that_are_distributed_already() -> None:
             distpatch.shard(PICTURE, mesh, dim=(-3, -2, -1))
 
     run_ranks(6, body, keep=True)
+
+
+def test_rows_in_parts_stay_sharded() -> None:
+    """What is computed a few columns of the outer axis at a time, such as queries, is put together as it is sharded."""
+
+    def body(rank: int) -> None:
+        rows = distpatch.shard(PICTURE, mesh_of((2, 2)), dim=(-2, -1)).local
+        with torch.no_grad():
+            made = in_patches(lambda lo, hi: rows.narrow(3, lo, hi - lo) * 2, (0, rows.shape[3]), 2, 3)
+        assert isinstance(made, distpatch.PatchTensor) and made.row_layout == rows.row_layout
+        assert torch.equal(distpatch.gather(made), 2 * distpatch.gather(rows))
+
+    run_ranks(4, body, keep=True)
 
 
 @pytest.mark.filterwarnings("ignore:distpatch has no sharded rule for reshape")
