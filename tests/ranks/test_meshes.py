@@ -273,6 +273,28 @@ def test_a_rank_that_raises_is_named_on_all() -> None:
         assert "rank 3" in message and "on purpose" in message and "4 ranks of the mesh" in message
 
 
+def test_a_rank_that_raises_in_a_backward_pass() -> None:
+    """Whoever shares an axis with it fails, and so those that share one with these."""
+    net = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)).double()
+
+    def body(rank: int) -> str:
+        model = distpatch.convert_model(copy.deepcopy(net), init_device_mesh("cpu", (2, 2)), dim=(-2, -1))
+        x = random_tensor((1, 2, 6, 6)).requires_grad_()
+
+        def fail(*_: Any) -> None:
+            if rank == 3:
+                raise ValueError("on purpose")
+
+        hook = model[1].register_full_backward_hook(fail)
+        with pytest.raises((RankError, ValueError)) as error:
+            model(x).sum().backward()
+        hook.remove()
+        torch.testing.assert_close(model(x), net(x))
+        return str(error.value)
+
+    assert all("on purpose" in message for message in run_ranks(4, body))
+
+
 def test_parts_that_do_not_fit_are_found_out() -> None:
     """A rule that shards rows over the inner axis by how many the outer rank has: the next call says so on all ranks."""
 
