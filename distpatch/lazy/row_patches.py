@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.overrides import has_torch_function_unary
 
 from distpatch.layout.stencil import Interval, ceil_div
 from distpatch.lazy.buffer_reuse import memory_of, own_part
 from distpatch.lazy.patch_plan import Cut, fewest_calls
 from distpatch.torch_utils.constants import blank
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
+from distpatch.torch_utils.overridable import has_rules
 from distpatch.torch_utils.private import FakeTensor, count_dispatch_modes
 from distpatch.torch_utils.tree import map_tensors
 
@@ -304,7 +304,7 @@ def _put(
 
 def empty_beside(rows: Tensor, shape: Sequence[int], format: torch.memory_format) -> Tensor:
     """A tensor of another shape to be filled, sharded over an inner axis where the rows are."""
-    if not has_torch_function_unary(rows):
+    if not has_rules(rows):
         return torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
     for dim, size in enumerate(shape):
         if size != rows.shape[dim]:

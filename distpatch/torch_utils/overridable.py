@@ -7,9 +7,17 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function
+
+from distpatch.torch_utils.private import ASKS_NOBODY
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def has_rules(rows: Tensor) -> bool:
+    """Whether these are sharded themselves; unlike ``has_torch_function`` not where a mode is on."""
+    kind = type(rows)
+    return kind is not Tensor and kind.__torch_function__ is not ASKS_NOBODY
 
 
 def overridable(func: F) -> F:
@@ -17,7 +25,7 @@ def overridable(func: F) -> F:
 
     @wraps(func)
     def call(rows: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if type(rows) is Tensor or not has_torch_function_unary(rows):
+        if not has_rules(rows):
             return func(rows, *args, **kwargs)
         return handle_torch_function(call, (rows,), rows, *args, **kwargs)
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from torch.overrides import has_torch_function
 
 from distpatch.torch_utils.chunk_sizes import kind_of, planned_for
+from distpatch.torch_utils.overridable import has_rules
 from distpatch.torch_utils.private import FakeTensor, fused_attention
 
 HALF = {torch.float16, torch.bfloat16}
@@ -53,7 +53,7 @@ def _planned(
     enable_gqa: bool = False,
 ) -> Tensor:
     result: Tensor
-    if has_torch_function((query, key, value)):  # sharded over an inner axis, whose rule comes here again
+    if any(map(has_rules, (query, key, value))):  # sharded over an inner axis, whose rule comes here again
         return F.scaled_dot_product_attention(
             query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
