@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+from torch.overrides import handle_torch_function
 
 from distpatch.comm.communicator import Communicator, communicator_of
 from distpatch.comm.transport import Batch, Finish
 from distpatch.comm.watched import UnderWay
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.transfers import TransferPlan, flat_needs, grouped_needs, plan_fetch, plan_transfer, wire_order
-from distpatch.torch_utils.overridable import overridable
+from distpatch.torch_utils.overridable import has_rules
 from distpatch.torch_utils.private import NEVER_REPLAYED, count_dispatch_modes, in_functorch, keep_in_order
 
 # Rows of these are never those of an earlier step: what leaves the sharded computation, or is gathered for an
@@ -31,7 +32,6 @@ AT_ONCE = frozenset({"gather", "output"})
 NAME = 3  # place of the communicator's name among the arguments behind the rows
 
 
-@overridable
 def fetch_rows(
     local: Tensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
 ) -> list[Tensor]:
@@ -44,6 +44,10 @@ def fetch_rows(
     """
     if is_plain(local):
         return _fetched(local, dim, bounds, needs, name, op, channels_last)
+    if has_rules(local):  # sharded over an inner axis: rules/core/inner_axes.py
+        given = local, dim, bounds, needs, name, op, channels_last
+        parts: list[Tensor] = handle_torch_function(fetch_rows, (local,), *given)
+        return parts
     flat = flat_needs(needs)
     if not any(flat):  # nobody needs anything, as all ranks know
         return [local.narrow(dim, 0, 0) for _ in needs[0]]

@@ -304,7 +304,7 @@ def _put(
 
 def empty_beside(rows: Tensor, shape: Sequence[int], format: torch.memory_format) -> Tensor:
     """A tensor of another shape to be filled, sharded over an inner axis where the rows are."""
-    if not has_rules(rows):
+    if type(rows) is Tensor or not has_rules(rows):
         return torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
     for dim, size in enumerate(shape):
         if size != rows.shape[dim]:
