@@ -80,7 +80,7 @@ def read_shard(
         others = [n for d, n in enumerate(found.rows.shape) if d != found.dim]
         return found, f"{others}, rows {found.bounds} of dim {found.dim}, {found.rows.dtype}"
 
-    return together(comm, "read_shard", read, f"{source!r} could not be read").to(device=device).shard(group)
+    return together(comm, "read_shard", read, f"{_named(source)} could not be read").to(device=device).shard(group)
 
 
 class ShardedDataset(Dataset[Any]):
@@ -121,14 +121,12 @@ class ShardedDataset(Dataset[Any]):
 
     @staticmethod
     def collate(samples: Sequence[Any]) -> Any:
-        """A batch: samples stacked in a new first dim, or put one behind the other where their first dim is 1."""
+        """A batch: samples stacked in a new first dim."""
         first = samples[0]
         if isinstance(first, LocalRows):
             if len({(s.dim, s.bounds) for s in samples}) > 1:
                 seen = ", ".join(str(s.bounds) for s in samples)
                 raise LayoutError(f"samples of a batch have the same rows on each rank; got the bounds {seen}")
-            if first.dim > 0 and first.rows.shape[0] == 1:
-                return replace(first, rows=torch.cat([s.rows for s in samples]))
             return replace(first, rows=torch.stack([s.rows for s in samples]), dim=first.dim + 1)
         if isinstance(first, dict):
             return {key: ShardedDataset.collate([sample[key] for sample in samples]) for key in first}
@@ -164,6 +162,13 @@ class _Reading:
             dim = _dim_after(self.pattern, dim, shape)
             rows = rearrange(rows, self.pattern).contiguous()
         return LocalRows(rows if self.dtype is None else rows.to(self.dtype), dim, bounds)
+
+
+def _named(source: Source) -> str:
+    if isinstance(source, (str, Path)):
+        return str(source)
+    shape = f" of shape {tuple(source.shape)}" if hasattr(source, "shape") else ""
+    return f"a source, {getattr(source, '__qualname__', type(source).__qualname__)}{shape},"
 
 
 def _opened(source: Source) -> Any:

@@ -27,7 +27,8 @@ from benchmarks.breadth.nets import NETS
 WORKER = "benchmarks.breadth.worker"
 LEGEND = (
     "x: time of one process over that of the ranks, median of the rounds (range), above 1 the ranks are faster; live, "
-    "resident: of the rank with the most / of one process; error: largest, over the result's largest value"
+    "resident: of the rank with the most / of one process; error: largest, over the result's largest value; rounds of "
+    "messages, and the share of a traced call's time that the rank that waits most waited for them"
 )
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -42,6 +43,8 @@ class Result:
     resident_bytes: tuple[int, int] | None = None
     fallbacks: int = 0
     error: float = 0.0
+    rounds: int = 0
+    waited: float = 0.0  # share of the seconds of a traced call
 
     @property
     def ratios(self) -> list[float]:
@@ -65,6 +68,8 @@ def measure(net: str, ranks: int, rounds: int, resident: bool) -> Result:
         del result.seconds[0]  # the first calls load kernels and make plans
         alone.ask("save", path=right)
         result.error = max(answer["error"] for answer in shared.ask("compare", path=right))
+        waits = max(shared.ask("waits"), key=lambda answer: float(answer["waited"]))
+        result.rounds, result.waited = waits["rounds"], waits["waited"] / waits["seconds"]
         live = [crew.ask("live") for crew in (alone, shared)]
         first, second = (max(answer["live_bytes"] for answer in answers) for answers in live)
         result.live_bytes, result.fallbacks = (first, second), live[1][0]["fallbacks"]
@@ -86,7 +91,8 @@ def show(result: Result, console: Console) -> None:
         resident = f"{result.resident_bytes[1] / MIB:.0f}/{result.resident_bytes[0] / MIB:.0f}"
     console.print(
         f"{result.net:22}{median(ratios):6.2f} ({min(ratios):.2f}-{max(ratios):.2f}){shared:8.3f} /{alone:7.3f} s"
-        f"{after / MIB:8.0f} /{before / MIB:5.0f} MiB{resident:>12}{result.fallbacks:6}{result.error:10.0e}",
+        f"{after / MIB:8.0f} /{before / MIB:5.0f} MiB{resident:>12}{result.fallbacks:6}{result.error:10.0e}"
+        f"{result.rounds:6}{result.waited:6.0%}",
         highlight=False,
     )
 
@@ -108,7 +114,7 @@ def main(
     console, about, ranks = wide_console(), known["machine"], known["ranks"]
     results = [Result(**numbers) for numbers in known["results"]]
     console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {ranks} ranks, {rounds} rounds")
-    console.print("net, x (range), time, live, resident, fallbacks, error")
+    console.print("net, x (range), time, live, resident, fallbacks, error, rounds, waited")
     for result in results:
         show(result, console)
     for net in NETS if from_file is None else ():

@@ -40,6 +40,12 @@ class Worker:
         ready(self.result.device)
         return {"seconds": time.perf_counter() - started}
 
+    def waits(self) -> dict[str, Any]:
+        """Rounds of messages of a call, and the seconds that it waited for them, of how many."""
+        with distpatch.trace() as seen:
+            seconds = self.time()["seconds"]
+        return {"rounds": seen.rounds, "waited": seen.wait_seconds, "seconds": seconds}
+
     def live(self) -> dict[str, Any]:
         """Peak bytes of live activations, and how many operations were gathered."""
         with distpatch.LivePeak() as peak, distpatch.trace() as seen:
@@ -81,7 +87,9 @@ def main(net: str, ranks: int, threads: int, shapes: list[list[int]] | None = No
             group, _ = stack.enter_context(launch.process_group(device="cpu", threads=threads))
             distpatch.convert_model(model, group, policy=policy)
         worker = Worker(net, model, inputs)
-        serve({name: getattr(worker, name) for name in ("time", "whole", "live", "resident", "save", "compare")})
+        serve(
+            {name: getattr(worker, name) for name in ("time", "waits", "whole", "live", "resident", "save", "compare")}
+        )
 
 
 if __name__ == "__main__":

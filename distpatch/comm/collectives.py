@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.communicator import communicator_of
-from distpatch.comm.row_exchange import fetch_rows, is_plain
+from distpatch.comm.row_exchange import alias, fetch_rows, is_plain
 from distpatch.comm.watched import ring_traffic
 from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
@@ -92,17 +92,6 @@ def replicated_operands(tensors: Sequence[Tensor], name: str) -> list[Tensor]:
     return list(_SpreadAll.apply(name, *tensors))
 
 
-@overridable
-def anchor_in_graph(rows: Tensor, *pieces: Tensor) -> Tensor:
-    """The same rows, so that a backward pass that reaches them also reaches the pieces' exchange.
-
-    Returning rows is collective. A rank that sent rows but uses none of its pieces must take part.
-    """
-    if torch.is_grad_enabled() and rows.requires_grad:
-        return _Tie.apply(rows, *pieces)
-    return rows
-
-
 def join_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same tensors, whose gradients go on together, and in one order, when all have come.
 
@@ -141,15 +130,6 @@ def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
     if not name:
         return tensor.unsqueeze(0)
     return _gathered(tensor, name, op) if is_plain(tensor) else _Stack.apply(tensor, name, op)
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The same tensor for autograd to give another node, with its strides.
-
-    ``view_as`` gives dims of size 1 others, with which torch's gradient of a grouped convolution's weight is wrong
-    (channels_last, a batch of one; seen in 2.13 on a CPU).
-    """
-    return tensor.expand_as(tensor)
 
 
 class _Gather(torch.autograd.Function):
@@ -212,7 +192,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, name: str) -> Tensor:
         ctx.name = name
-        return _alias(tensor)
+        return alias(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -224,7 +204,7 @@ class _SpreadAll(torch.autograd.Function):
     def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
         ctx.set_materialize_grads(False)
-        return tuple(_alias(tensor) for tensor in tensors)
+        return tuple(alias(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -257,38 +237,10 @@ def _buckets(grads: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor
             yield bucket
 
 
-class _Tie(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, *pieces: Tensor) -> Tensor:
-        ctx.shapes = [piece.shape for piece in pieces]
-        return _alias(rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and grad.requires_grad:
-            return grad, *_Nothing.apply(ctx.shapes, grad)
-        return grad, *[None] * len(ctx.shapes)
-
-
-class _Nothing(torch.autograd.Function):
-    """Zeros of some shapes which, for autograd, depend on all the tensors: its own backward."""
-
-    @staticmethod
-    def forward(ctx: Any, shapes: Sequence[torch.Size], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.shapes = [tensor.shape for tensor in tensors]
-        return tuple(tensors[0].new_zeros(()).expand(shape) for shape in shapes)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
-            return None, *_Nothing.apply(ctx.shapes, *grads)
-        return None, *[None] * len(ctx.shapes)
-
-
 class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_alias(tensor) for tensor in tensors)
+        return tuple(alias(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -311,7 +263,7 @@ class _ShareOut(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(shares)
         ctx.name = name
-        return _alias(value)
+        return alias(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -10,6 +10,7 @@ from distpatch.layout.transfers import RankPlan
 from distpatch.torch_utils.chunk_sizes import sizes_for
 
 PATCH_PER_WEIGHT = 8  # bytes of a patch for each of the weights, which a CPU packs anew at every call
+Seams = tuple[tuple[int, int, Interval], ...]  # (first output row, last, the rows that they read)
 INDEX_LIMIT = 2**31  # elements of an input or output that kernels with 32-bit indices can address
 
 
@@ -24,8 +25,12 @@ class Cut:
     rows: Interval
     patch_rows: int
     reads: dict[int, Interval]
-    seams: tuple[tuple[int, int, Interval], ...] | None = None
+    seams: Seams | None = None
     together: bool = False
+
+    def strips(self, own: Interval) -> tuple[Interval, ...]:
+        """The rows that each seam reads of the rank's ``own``, counted from the first of these."""
+        return tuple((max(a - own[0], 0), min(b, own[1]) - own[0]) for _, _, (a, b) in self.seams or ())
 
 
 class Share(NamedTuple):

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from distpatch.layout.stencil import Interval, ceil_div
 from distpatch.lazy.buffer_reuse import memory_of, own_part
-from distpatch.lazy.patch_plan import Cut, fewest_calls
+from distpatch.lazy.patch_plan import Cut, Seams, fewest_calls
 from distpatch.torch_utils.constants import blank
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
 from distpatch.torch_utils.overridable import has_rules
-from distpatch.torch_utils.private import FakeTensor, count_dispatch_modes
+from distpatch.torch_utils.private import FakeTensor
 from distpatch.torch_utils.tree import map_tensors
 
 T = TypeVar("T")
@@ -45,6 +45,7 @@ class Slab(NamedTuple):
 
     ``pieces``: (first global row, tensor) in ascending order; ``local`` of them is the rank's own, which may be
     a ``Recipe``: then ``rows`` is told how to ``take`` some. The others are there once ``landed`` was called.
+    ``strips``: copies of those own rows that each seam reads.
     """
 
     pieces: tuple[tuple[int, Any], ...]
@@ -53,6 +54,11 @@ class Slab(NamedTuple):
     size: int
     fill: float = 0.0
     landed: Landed = nothing_to_wait_for
+    strips: tuple[Tensor, ...] = ()
+
+    def strip(self, index: int) -> Callable[[int, int], Tensor] | None:
+        """What a seam takes of the rank's own rows, where autograd is to know of it by itself."""
+        return (lambda lo, hi: self.strips[index]) if self.strips else None
 
     @property
     def own(self) -> tuple[int, int, Any]:
@@ -134,12 +140,7 @@ def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
         first, last = cut.reads[0]
         return none_of(kernel(with_dummy_row(own.narrow(dim, 0, 0), dim, slab.fill, last - first), first, 0, 1), dim)
     if cut.seams is not None:
-        result = kernel(own, start, lo, hi)
-        if torch.is_grad_enabled() and count_dispatch_modes():  # selective checkpointing may keep it, as it is now
-            result = result.clone()
-        for a, b, read in cut.seams:
-            result.narrow(dim, a - lo, b - a).copy_(kernel(slab.rows(*read), read[0], a, b))
-        return result
+        return _mended(kernel, slab, cut.seams, kernel(own, start, lo, hi), lo)
     if cut.together:
         return _batched(kernel, slab, cut)
 
@@ -153,6 +154,23 @@ def compute_now(kernel: Kernel, slab: Slab, cut: Cut) -> Any:
 
     late = [a for a, read in cut.reads.items() if slab.needs_halo(*read)]
     return in_patches(rows_at, cut.rows, cut.patch_rows, dim, late=late)
+
+
+def _mended(kernel: Kernel, slab: Slab, seams: Seams, result: Tensor, first: int) -> Tensor:
+    """The result with its seams computed anew: written into it, or, if autograd may keep it, put together with it."""
+    dim, recorded = slab.dim, result.requires_grad and torch.is_grad_enabled()
+    parts, done, stop = [], first, first + result.shape[dim]
+    for index, (a, b, read) in enumerate(seams):
+        seam = kernel(slab.rows(*read, slab.strip(index)), read[0], a, b)
+        if not recorded:
+            result.narrow(dim, a - first, b - a).copy_(seam)
+            continue
+        parts += [result.narrow(dim, done - first, a - done), seam] if done < a else [seam]
+        done = b
+    if not parts:
+        return result
+    rest = [result.narrow(dim, done - first, stop - done)] if done < stop else []
+    return torch.cat(parts + rest, dim)
 
 
 def _batched(kernel: Kernel, slab: Slab, cut: Cut) -> Tensor:

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from distpatch.errors import DistPatchError, RankError
-from distpatch.local.packed import check_room, pack
+from distpatch.local.packed import State, check_room, pack
 from distpatch.local.worker import Failure, random_state, set_random_state
 from distpatch.model.convert import is_converted
 from distpatch.torch_utils.tree import map_tensors
@@ -38,7 +38,7 @@ class LocalGroup:
     def __init__(self, size: int, device: torch.device, threads: int, timeout: timedelta, options: dict[str, Any]):
         self.size, self.device, self.threads, self.timeout, self.options = size, device, threads, timeout, options
         self._lock = threading.Lock()
-        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[int, Any]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[int, State]] = weakref.WeakKeyDictionary()
         self._sent = 0
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
@@ -66,11 +66,11 @@ class LocalGroup:
     def call(self, model: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
         """A method of a model, computed by all ranks without gradients; the result is on the device of the arguments.
 
-        Random numbers are those that the caller would have drawn. The ranks keep the model, and what a call leaves in
-        its buffers and attributes stays there; it is sent again when anything of the caller's has changed: weights,
-        mode, attributes. Raises what the model raises there; ``RankError`` where a rank's process ended (the next call
-        starts new ones); ``DistPatchError`` for a model that is converted or in training mode, cannot be pickled, or
-        is larger than the shared memory.
+        Random numbers are those that the caller would have drawn. Arguments are copied. The ranks keep the model, and
+        what a call leaves in its buffers and attributes stays there; it is sent again when anything of the caller's
+        has changed: weights, mode, attributes. Raises what the model raises there; ``RankError`` where a rank's process
+        ended (the next call starts new ones); ``DistPatchError`` for a model that is converted or in training mode,
+        cannot be pickled, or is larger than the shared memory.
         """
         if not isinstance(model, nn.Module) or is_converted(model):
             raise DistPatchError(
@@ -86,18 +86,17 @@ class LocalGroup:
         with self._lock:
             packed, given = pack(model, what), pack((args, kwargs, self.options), what)
             self._start()
-            number, state = self._known.get(model, (0, None))
-            fresh = None if state == packed.state else packed.shared
-            if fresh is not None:
-                self._sent += 1
-                number = self._sent
-            alive = [number, *(known for other, (known, _) in self._known.items() if other is not model)]
+            known = self._known.pop(model, None)
+            fresh = None if known is not None and known[1].is_of(packed) else packed.shared
+            self._sent += fresh is not None
+            number = known[0] if known and fresh is None else self._sent
+            alive = [number, *(other for other, _ in self._known.values())]
             home = next((t.device for t in given.tensors), torch.device("cpu"))
             request = (method, number, fresh, given.shared, alive, random_state(home))
             check_room([*given.tensors, *(fresh.tensors if fresh else [])], what)
             result, drawn = self._exchange([request] * self.size, what)
             set_random_state(drawn, home)
-            self._known[model] = number, pack(model, what).state  # of tensors that have moved to shared memory
+            self._known[model] = known if known and fresh is None else (number, State(packed))
         return map_tensors(lambda t: t.to(home), result.open())
 
     def close(self) -> None:
@@ -111,23 +110,30 @@ class LocalGroup:
         if self._processes:
             return
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        key = bytes(multiprocessing.current_process().authkey)  # for tensors that are shared
-        for rank in range(self.size):
-            mine, theirs = socket.socketpair()
-            command = f"from distpatch.local.worker import serve; serve({theirs.fileno()})"
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", command],
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # Ctrl-C is the caller's
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-                )
+        try:
+            for rank in range(self.size):
+                self._start_one(rank, self._store.port)
+            self._exchange([], "starting")
+        except BaseException:
+            self._end()
+            raise
+
+    def _start_one(self, rank: int, port: int) -> None:
+        mine, theirs = socket.socketpair()
+        command = f"from distpatch.local.worker import serve; serve({theirs.fileno()})"
+        self._processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", command],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is the caller's
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             )
-            theirs.close()
-            pipe = Connection(mine.detach())
-            self._pipes.append(pipe)
-            pipe.send((key, rank, self.size, self._store.port, self.device.type, self.threads, self.timeout))
-        self._exchange([], "starting")
+        )
+        theirs.close()
+        pipe = Connection(mine.detach())
+        self._pipes.append(pipe)
+        key = bytes(multiprocessing.current_process().authkey)  # for tensors that are shared
+        pipe.send((key, rank, self.size, port, self.device.type, self.threads, self.timeout))
 
     def _exchange(self, requests: Sequence[Any], what: str) -> Any:
         """Send each rank its request, and take their answers; the result of rank 0."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import operator
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch.multiprocessing  # noqa: F401  (it teaches pickles of processes to share tensors)
+import torch.multiprocessing  # it teaches pickles of processes to share tensors
 from torch import Tensor, nn
 
 from distpatch.errors import DistPatchError
 
 SHARED = "/dev/shm"  # where torch puts tensors that processes share
+SUMMED_WORDS = 1 << 24  # at a time: 128 MiB
 
 
 class Packed(NamedTuple):
@@ -29,14 +31,14 @@ class Packed(NamedTuple):
         return Packed(buffer.getvalue(), tensors)
 
     @property
-    def state(self) -> tuple[bytes, tuple[tuple[int, int, int], ...]]:
-        """What is another one when the value has changed."""
-        return self.rest, tuple((id(t), t.data_ptr(), t._version) for t in self.tensors)
-
-    @property
     def shared(self) -> Packed:
         """The same, on the CPU, for another process."""
         return Packed(self.rest, [_on_cpu(t) for t in self.tensors])
+
+    @property
+    def own(self) -> Packed:
+        """The same, for this process alone: copied is what a call may write to, which is all but weights."""
+        return Packed(self.rest, [t if isinstance(t, nn.Parameter) else t.clone() for t in self.tensors])
 
     def open(self) -> Any:
         return _Unpickler(io.BytesIO(self.rest), self.tensors).load()
@@ -79,6 +81,55 @@ def pack(value: Any, what: str) -> Packed:
             f"local_group: {what} cannot be sent to other processes ({type(error).__name__}: {error}); remove what "
             "cannot be pickled, such as a hook, or install cloudpickle"
         ) from error
+
+
+class State:
+    """What was sent, to tell whether it is still what the caller has.
+
+    Tensors and their storages are held, so that no new one can be taken for them. Weights on a CPU are shared, and the
+    ranks see what is written there; of others, which the ranks have copies of, the words of memory are summed up: a
+    write through ``.data`` counts no version.
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        self.rest, self.tensors = packed.rest, packed.tensors
+        self.parts = [part for tensor in packed.tensors for part in _plain_parts(tensor)]
+        self.storages = [part.untyped_storage() for part in self.parts]
+        self.sums = _sums(self.parts)
+
+    def is_of(self, packed: Packed) -> bool:
+        if self.rest != packed.rest or len(self.tensors) != len(packed.tensors):
+            return False
+        parts = [part for tensor in packed.tensors for part in _plain_parts(tensor)]
+        same = all(map(operator.is_, self.tensors, packed.tensors)) and len(parts) == len(self.parts)
+        storages = zip(self.storages, parts)
+        return same and all(s._cdata == p.untyped_storage()._cdata for s, p in storages) and self.sums == _sums(parts)
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor, or those that one of a class such as a quantised one is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+@torch.no_grad()
+def _sums(tensors: Sequence[Tensor]) -> list[int]:
+    """A number for the memory of each that its ranks do not see, another one when any word of it has changed."""
+    copied = [t for t in tensors if not (isinstance(t, nn.Parameter) and t.is_cpu)]
+    return [int(total) for total in [total for t in copied for total in _words(t)]]  # all are launched, then read
+
+
+def _words(tensor: Tensor) -> Iterator[Tensor]:
+    storage = tensor.untyped_storage()
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+    whole = memory.numel() // 8 * 8
+    factors = torch.arange(min(whole // 8, SUMMED_WORDS), device=tensor.device) * 0x1E3779B97F4A7C15 | 1
+    for words in memory[:whole].view(torch.int64).split(SUMMED_WORDS):
+        yield words.mul(factors[: len(words)]).sum()
+    yield memory[whole:].sum()
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -74,12 +74,9 @@ def _answer(request: Any, models: dict[int, nn.Module], place: torch.device) -> 
     method, number, fresh, given, alive, drawn = request
     for other in set(models) - set(alive):
         del models[other]
-    args, kwargs, options = given.open()
+    args, kwargs, options = given.own.open()
     if fresh is not None:
-        model = fresh.open().to(place)
-        for buffer in model.buffers():
-            buffer.data = buffer.data.clone()  # which all ranks may write to
-        models[number] = convert_model(model, dist.group.WORLD, output="rank0", **options)
+        models[number] = convert_model(fresh.own.open().to(place), dist.group.WORLD, output="rank0", **options)
     set_random_state(drawn, place)
     args, kwargs = map_tensors(lambda t: t.to(place), (args, kwargs))
     with torch.no_grad():

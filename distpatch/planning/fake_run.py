@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,28 +127,44 @@ def smallest_plan(
 
 
 VIEWS = {torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
-OF_TWO = {getattr(torch.ops.aten, name).Tensor for name in ("add", "sub", "mul", "div")}
 
 
 class Faking(FakeTensorMode):
-    """Fake tensors with a short path for views, a third of a plan's operations, and for sums and products.
+    """Fake tensors with a short path for views, a third of a plan's operations, and for sums, products, comparisons.
 
     torch's own path is slow, and gives results of these other strides than real ones have in dims of size 1. By those
     its kernels tell memory formats apart, so that all that follows could stand in another order.
     """
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = 1 if func in VIEWS else 2 if func in OF_TWO else 0
-        if known and all(self._is_own(operand) for operand in args[:known]):
+        of_two = _of_two_tensors(func)
+        if (func in VIEWS and self._is_own(args[0])) or (of_two and self._are_operands(args[:2])):
             with in_kernel_invocation_manager(self):
-                if known == 2:
-                    args = tuple(map(_of_no_dims, args))
+                if of_two:
+                    func, args = of_two, tuple(map(_of_no_dims, args))
                 rows = func(*args, **(kwargs or {}))
             return FakeTensor(self, rows, torch.device(FAKES_ARE_ON))
         return super().dispatch(func, types, args, kwargs)
 
     def _is_own(self, operand: Any) -> bool:
-        return isinstance(operand, (int, float)) or (type(operand) is FakeTensor and operand.fake_mode is self)
+        return type(operand) is FakeTensor and operand.fake_mode is self
+
+    def _are_operands(self, operands: Sequence[Any]) -> bool:
+        """Own tensors and numbers, beside a tensor with dims: only there a number counts as one of no dims does."""
+        tensors = [operand for operand in operands if not isinstance(operand, (int, float))]
+        return all(map(self._is_own, tensors)) and any(tensor.ndim for tensor in tensors)
+
+
+@functools.cache
+def _of_two_tensors(func: Any) -> Any:
+    """The overload for two tensors of an element-wise function of two tensors, or of a tensor and a number; or None."""
+    if torch.Tag.pointwise not in func.tags or func._overloadname not in ("Tensor", "Scalar"):
+        return None
+    of_two = getattr(func.overloadpacket, "Tensor", None)
+    if of_two is None:
+        return None
+    positional = [argument for argument in of_two._schema.arguments if not argument.kwarg_only]
+    return of_two if len(positional) == 2 and not of_two._schema.is_mutable else None
 
 
 def _of_no_dims(operand: Any) -> Any:

@@ -58,6 +58,25 @@ def test_frameworks(example: str, tmp_path: Path) -> None:
     assert float(errors[0][-1]) < float(errors[0][0]) / 2
 
 
+def test_train_segmentation(tmp_path: Path) -> None:
+    """2 x 2 ranks, and two that go on from their checkpoint, have the losses of one process that was not stopped."""
+
+    def train(processes: int, out: str, *more: str) -> str:
+        done = torchrun(tmp_path / out, "train_segmentation.py", *more, processes=processes)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (tmp_path / "one").mkdir()
+    alone = train(1, "one", "--steps", "4")
+    whole = max(float(mib) for mib in re.findall(r"at most ([\d.]+) MiB", alone))
+    train(4, "first", "--steps", "2")
+    resumed = train(2, "second", "--steps", "4", "--resume", str(tmp_path / "first"), "--beside", str(tmp_path / "one"))
+    assert float(re.findall(r"Largest difference from one: ([\d.]+e[+-]\d+)", resumed)[0]) < 1e-6, resumed
+    shares = [float(mib) for mib in re.findall(r"at most ([\d.]+) MiB", resumed)]
+    assert len(shares) == 2 and max(shares) < 0.6 * whole
+    assert (tmp_path / "second" / "losses.png").stat().st_size > 0
+
+
 def test_decode_vae(tmp_path: Path) -> None:
     """Encodes and decodes the photograph on two ranks; differs from one process by rounding only."""
     done = torchrun(tmp_path, "decode_vae.py", "--size", "128")

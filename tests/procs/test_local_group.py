@@ -68,7 +68,7 @@ def test_values(ranks: distpatch.LocalGroup) -> None:
 
 
 def test_what_changes_is_sent(ranks: distpatch.LocalGroup) -> None:
-    """And nothing else: a call of the same model sends its arguments only."""
+    """And nothing else: a call of the same model sends its arguments only, and weights are shared."""
     model = net()
     check(ranks, model)
     sent = ranks._sent
@@ -76,6 +76,17 @@ def test_what_changes_is_sent(ranks: distpatch.LocalGroup) -> None:
     assert ranks._sent == sent
     with torch.no_grad():
         model.last.weight.mul_(3)
+    check(ranks, model)
+    model.last.weight.data.mul_(2)
+    check(ranks, model)
+    assert ranks._sent == sent
+    model.last.weight.data = model.last.weight.data * 2
+    check(ranks, model)
+    model.offset.data.fill_(2)  # which counts no version
+    check(ranks, model)
+    model.offset.data.copy_(torch.tensor([0.0, 4, 2]).view(3, 1, 1))
+    check(ranks, model)
+    model.offset.data.copy_(model.offset.flip(0))
     check(ranks, model)
     model.offset += 1
     check(ranks, model)
@@ -86,13 +97,24 @@ def test_what_changes_is_sent(ranks: distpatch.LocalGroup) -> None:
     check(ranks, model)
     model.load_state_dict({key: torch.ones_like(value) for key, value in model.state_dict().items()})
     check(ranks, model)
-    assert ranks._sent == sent + 5
+    assert ranks._sent == sent + 7
     other = copy.deepcopy(model)
     check(ranks, other)
     del model
     gc.collect()
     check(ranks, other)
     assert len(ranks._known) <= 2
+
+
+def test_arguments_are_copied(ranks: distpatch.LocalGroup) -> None:
+    """What a model writes to them stays with each rank."""
+    model, x, gain = net(), X.clone(), torch.ones(1).double()
+    model.doubles_its_gain = True
+    with torch.no_grad():
+        expected = model(x, gain.clone())
+    for _ in range(2):
+        torch.testing.assert_close(ranks(model, x, gain=gain), expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(x, X) and gain.item() == 1
 
 
 def test_random_numbers_are_the_callers(ranks: distpatch.LocalGroup) -> None:

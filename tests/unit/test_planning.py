@@ -261,3 +261,14 @@ def test_refused() -> None:
     distpatch.convert_model(model)
     with pytest.raises(distpatch.DistPatchError, match="restore_model first"):
         plan(model)
+
+
+def test_backward_takes_a_share_of_the_memory() -> None:
+    """Of one rank's: what autograd keeps, random masks and gradients of the halo included."""
+    net = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Dropout(0.1), nn.Conv2d(64, 64, 3, padding=1)).train()
+    x = torch.empty(1, 64, 512, 512, device="meta")
+    peaks = {}
+    for world in (1, 2, 4, 8):
+        found = distpatch.plan(net, x, world_size=world, backward=True, device="cpu", options={"output": "shard"})
+        peaks[world] = max(rank.peak_bytes for rank in found.ranks)
+    assert all(peak <= 1.15 / world * peaks[1] for world, peak in peaks.items()), peaks

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distpatch.comm import collectives
 from distpatch.comm.moments_exchange import Strips
-from distpatch.comm.row_exchange import begin_rows, fetch_rows
+from distpatch.comm.row_exchange import begin_rows, fetch_around, fetch_rows
 from distpatch.comm.transport import Finish
 from distpatch.layout.rows import EMPTY, Bounds, Needs, RowLayout, Stencil
 from distpatch.layout.stencil import WindowStencil
@@ -105,7 +104,7 @@ def carry_out(
     if plan.axis < 0:
         local = on_some_rows(lambda rows: kernel(rows, 0, 0, plan.out_rows), x.local, x.row_layout.dim)
         return _wrapped(local, x, x.row_layout)
-    slab = halo(x, plan.rank, func, fill)
+    slab = halo(x, plan, func, fill)
     result = compute_now(kernel, slab, plan.cut)
     slab.landed()  # also where this rank needs none: then what it sends may be written to
     return _wrapped(result, x, plan.rank.layout)
@@ -139,15 +138,18 @@ def _wrapped(result: Any, x: PatchTensor, layout: RowLayout) -> Any:
     return wrap(result, x, layout) if x.row_stride else PatchTensor(result, layout, x.region)
 
 
-def halo(x: PatchTensor, plan: RankPlan, func: Any, fill: float = 0.0) -> Slab:
+def halo(x: PatchTensor, window: WindowPlan, func: Any, fill: float = 0.0) -> Slab:
     """This rank's rows with the rows that it needs above and below them; beyond the image, ``fill``."""
+    plan = window.rank
     brought = halo_pieces(x, plan.needs) if plan.moves and x.halo_rows is not None else None
     own, rows = x.local, x.row_layout
     if brought is not None or not plan.moves:
         return _slab(x, plan, own, brought or (), fill=fill)
+    if torch.is_grad_enabled() and own.requires_grad:
+        given = rows.dim, rows.bounds, plan.needs, x.region.comm.name, op_name(func), True
+        own, strips, edges = fetch_around(own, window.cut.strips(plan.own), *given)
+        return _slab(x, plan, own, edges, fill=fill)._replace(strips=tuple(strips))
     edges, landed = _exchanged(x, own, rows.bounds, plan.needs, func)
-    if own.requires_grad:
-        own = collectives.anchor_in_graph(own, *edges)
     return _slab(x, plan, own, edges, landed, fill)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from distpatch.comm import collectives
 from distpatch.comm.communicator import communicator_of
-from distpatch.comm.row_exchange import fetch_rows
+from distpatch.comm.row_exchange import fetch_around, fetch_rows
 from distpatch.layout.rows import Bounds, Needs, RowLayout
+from distpatch.layout.stencil import Interval
 from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.fallback import computed_on_all
 from distpatch.rules.core.gather_records import record
@@ -49,6 +50,28 @@ def fetched(
     return [_part(piece, local) for piece in func(local.local, dim, bounds, needs, name, op, channels_last)]
 
 
+@rule(fetch_around, any_order=True)
+def fetched_around(
+    func: Any,
+    local: PatchTensor,
+    strips: Sequence[Interval],
+    dim: int,
+    bounds: Bounds,
+    needs: Needs,
+    name: str,
+    op: str,
+    channels_last: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    if local.row_layout.dim == dim:
+        parts: tuple[Tensor, list[Tensor], list[Tensor]] = func(
+            _whole(local, op), strips, dim, bounds, needs, name, op, channels_last
+        )
+        return parts
+    _note(name, op, local)
+    own, copied, edges = func(local.local, strips, dim, bounds, needs, name, op, channels_last)
+    return wrap(own, local), [_part(t, local) for t in copied], [_part(t, local) for t in edges]
+
+
 @rule(collectives.gather_in_order, any_order=True)
 def gathered(
     func: Any, local: PatchTensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None = None
@@ -75,11 +98,6 @@ def _whole(x: PatchTensor, op: str) -> Tensor:
 def of_rows(func: Any, x: PatchTensor, name: str, *args: Any) -> PatchTensor:
     _note(name, func.__name__, x)
     return _part(func(x.local, name, *args), x)
-
-
-@rule(collectives.anchor_in_graph, any_order=True)
-def anchored(func: Any, rows: PatchTensor, *pieces: Tensor) -> PatchTensor:
-    return wrap(func(rows.local, *(p.local if isinstance(p, PatchTensor) else p for p in pieces)), rows)
 
 
 @rule(collectives.stack_ranks, any_order=True)

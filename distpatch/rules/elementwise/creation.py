@@ -53,9 +53,10 @@ def _whole_like(x: PatchTensor) -> Tensor:
 
 
 def _drawing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Draw, Any]:
-    """What draws by a function of torch, and by what it is known."""
+    """What draws by a function of torch, and by what it is known; of draws on a device of their own, nothing."""
     known = tuple(sorted((name, value) for name, value in kwargs.items() if name != "generator"))
-    return lambda t, **generator: func(t, *args, **{**kwargs, **generator}), (op_name(func), args, known)
+    key = (op_name(func), args, known) if kwargs.get("device") is None else None
+    return lambda t, **generator: func(t, *args, **{**kwargs, **generator}), key
 
 
 @rule(*named("rand_like", "randn_like", "randint_like"))
