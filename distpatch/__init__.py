@@ -13,6 +13,7 @@ from distpatch.diffusion.displaced import displaced, synchronize
 from distpatch.diffusion.guidance import guidance_mesh, split_guidance
 from distpatch.diffusion.pipeline import parallelize_pipeline
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
+from distpatch.layout.mesh_shapes import MeshChoice, choose_mesh
 from distpatch.layout.rows import RowLayout
 from distpatch.local.group import LocalGroup, local_group
 from distpatch.model.convert import convert_model
@@ -50,6 +51,7 @@ __all__ = [
     "LivePeak",
     "LocalGroup",
     "LocalRows",
+    "MeshChoice",
     "PatchConv2d",
     "PatchTensor",
     "Plan",
@@ -61,6 +63,7 @@ __all__ = [
     "Trace",
     "UnsupportedOpError",
     "calibrate",
+    "choose_mesh",
     "convert_model",
     "displaced",
     "gather",

@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distpatch.comm.communicator import ALONE, Communicator
+from distpatch.comm.communicator import ALONE
+from distpatch.comm.meshes import Ranks
 from distpatch.comm.together import together
 from distpatch.errors import LayoutError
 from distpatch.rules.core.operands import in_order
-from distpatch.tensor.patch_tensor import PatchTensor, on_rank0
+from distpatch.tensor.patch_tensor import PatchTensor, axes_in, on_rank0
+from distpatch.tensor.sharded_checkpoint import chunks
 
 Range = tuple[float, float]
 CHUNK_BYTES = 16 << 20  # of a PNG on its way to rank 0
@@ -149,29 +151,35 @@ def _to_bytes(x: Tensor, value_range: Range) -> Tensor:
     return ((x.float() - lo) * (255 / (hi - lo))).round().clamp(0, 255).to(torch.uint8)
 
 
-def _writers(x: Tensor) -> tuple[Communicator, bool]:
+def _writers(x: Tensor) -> tuple[Ranks, bool]:
     """The ranks that write, and whether this one leads them."""
     if isinstance(x, PatchTensor):
-        return x.region.comm, x.region.comm.rank == 0
-    return ALONE, not dist.is_initialized() or dist.get_rank() == 0
+        if x.region.level:
+            raise LayoutError(
+                f"a tensor of shape {tuple(x.shape)} is sharded over one axis of a mesh, and all ranks of the others "
+                "have the same of it, which would write to one file: gather it first (distpatch.gather)"
+            )
+        axes = [region.comm for region in x.region.axes]  # also those over which it is the same
+        return Ranks(axes[::-1]), all(comm.rank == 0 for comm in axes)
+    return Ranks([ALONE]), not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _write_mapped(x: Tensor, path: str | Path, create: Callable[[], None], reopen: Callable[[], Any]) -> None:
     """Rank 0 makes the file, then every rank writes its rows into it."""
     x = in_order(x)
-    comm, leads = _writers(x)
-    _together(comm, create if leads else None, x, path)
+    ranks, leads = _writers(x)
+    _together(ranks, create if leads else None, x, path)
 
     def write() -> None:
         target = reopen()
         if isinstance(x, PatchTensor):
-            lo, hi = x.row_layout.interval(comm.rank)
-            target[(slice(None),) * x.row_layout.dim + (slice(lo, hi),)] = x.local.detach().cpu().numpy()
+            for part in chunks(list(axes_in(x))):
+                target[part.place] = part.values.cpu().numpy()
         else:
             target[...] = x.detach().cpu().numpy()
         target.flush()
 
-    _together(comm, write if leads or isinstance(x, PatchTensor) else None, x, path)
+    _together(ranks, write if leads or isinstance(x, PatchTensor) else None, x, path)
 
 
 def _stream(
@@ -181,8 +189,8 @@ def _stream(
 
     After a failure the remaining pieces are still received, and dropped, so that no rank blocks.
     """
-    comm, leads = _writers(x)
-    arrays = _arrays(pieces, comm, path)
+    ranks, leads = _writers(x)
+    arrays = _arrays(pieces, ranks, path)
     if leads and progress:
         from tqdm import tqdm
 
@@ -194,13 +202,13 @@ def _stream(
         finally:
             _drain(arrays)
 
-    _together(comm, write if leads else partial(_drain, arrays) if comm.size > 1 else None, x, path)
+    _together(ranks, write if leads else partial(_drain, arrays) if ranks.whole.size > 1 else None, x, path)
 
 
-def _arrays(pieces: Iterator[Tensor], comm: Communicator, path: Any) -> Iterator[Any]:
+def _arrays(pieces: Iterator[Tensor], ranks: Ranks, path: Any) -> Iterator[Any]:
     """Each piece on rank 0. What a rank raises here ends what the others wait for; the file's writer may go on."""
     while True:
-        with comm.open_call(f"saving {path}"):
+        with ranks.open_call(f"saving {path}"):
             try:
                 array = _at_rank0(next(pieces))
             except StopIteration:
@@ -220,7 +228,7 @@ def _at_rank0(piece: Tensor) -> Any:
     return None if whole is None else whole.movedim(0, -1).cpu().numpy()
 
 
-def _together(comm: Communicator, action: Callable[[], None] | None, x: Tensor, path: Any) -> None:
+def _together(ranks: Ranks, action: Callable[[], None] | None, x: Tensor, path: Any) -> None:
     """Run this rank's part, then synchronise: an error of one rank is raised on all."""
 
     def part() -> tuple[None, str]:
@@ -228,4 +236,4 @@ def _together(comm: Communicator, action: Callable[[], None] | None, x: Tensor, 
             action()
         return None, f"{tuple(x.shape)} {x.dtype} {path}"
 
-    together(comm, "save", part, f"{path} could not be written")
+    together(ranks.whole, "save", part, f"{path} could not be written")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,10 @@ def plan(
     shape: o.ShapeOption = "1,4,64,64",
     world_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Ranks to plan for (8); several times for a line each.")
+    ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Ranks along height and width, such as 8x8; 'auto': what of --world-size sends least."),
     ] = None,
     method: Annotated[Literal["decode", "encode", "forward"], typer.Option(help="What is called.")] = "decode",
     dtype: o.DtypeOption = "float32",
@@ -61,6 +66,8 @@ def plan(
 
         distpatch plan vae/ --shape 1,4,512,512 --fits 16
 
+        distpatch plan --shape 1,4,512,512 --mesh 8x8
+
         distpatch plan wan/ --shape 1,16,21,90,160 --world-size 1 --world-size 2 --world-size 4 --json
 
         torchrun --nproc_per_node=2 -m distpatch plan --calibrate --plot scaling.png
@@ -77,10 +84,11 @@ def plan(
             built, given = _model(model, precision), torch.empty(size, dtype=precision)
         check_input(built, method, size, f"--shape {shape}")
         host = None if host_us is None else 1e-6 * host_us
-        call = {"method": None if method == "forward" else method, "host": host, **rates}
+        sizes, options = _ranks(world_size, mesh)
+        call = {"options": options, "method": None if method == "forward" else method, "host": host, **rates}
         try:
             with here.notes.status(f"planning {method} of {tuple(size)}"):
-                planned, smallest = _planned(built, given, world_size, fits, plot is not None, call)
+                planned, smallest = _planned(built, given, sizes, fits, plot is not None, call)
         except (ValueError, KeyError) as error:  # a device, a link or a shape that it does not take
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
@@ -96,6 +104,16 @@ def plan(
                 raise typer.Exit(FAILED)
 
 
+def _ranks(sizes: list[int] | None, mesh: str | None) -> tuple[Sequence[Any] | None, dict[str, Any]]:
+    """World sizes, and the options of ``convert_model`` that go with them."""
+    if mesh is None or mesh == "auto":
+        return sizes, {} if mesh is None else {"dim": mesh}
+    axes = mesh.split("x")
+    if len(axes) != 2 or not all(n.isdigit() for n in axes) or sizes:
+        raise typer.BadParameter(f"--mesh is such as 8x8, in place of --world-size, or 'auto'; got {mesh}")
+    return [tuple(map(int, axes))], {"dim": (-2, -1)}
+
+
 def _model(folder: Path | None, dtype: torch.dtype) -> nn.Module:
     if folder is None:
         return stable_diffusion(dtype)
@@ -107,7 +125,7 @@ def _model(folder: Path | None, dtype: torch.dtype) -> nn.Module:
 def _planned(
     model: nn.Module,
     given: torch.Tensor,
-    sizes: list[int] | None,
+    sizes: Sequence[Any] | None,
     fits: float | None,
     drawn: bool,
     call: dict[str, Any],

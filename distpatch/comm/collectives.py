@@ -26,6 +26,7 @@ from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import format_of, in_memory_order, memory_format, order_in
+from distpatch.torch_utils.overridable import overridable
 from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
 
 
@@ -48,11 +49,19 @@ def gather_rows(
     """
     if isinstance(layout, BlockLayout):
         rows = layout.opened
-        local = local.unflatten(layout.dim, (layout.blocks, local.shape[layout.dim] // layout.blocks))
+        height = rows.heights[communicator_of(name).rank if name else 0]
+        local = local.unflatten(layout.dim, (layout.blocks, height))
         return gather_rows(local, rows, name, op).flatten(layout.dim, rows.dim)
+    return gather_in_order(local, layout, name, op, order)
+
+
+@overridable
+def gather_in_order(local: Tensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None = None) -> Tensor:
+    """``gather_rows`` of a layout without blocks."""
     return _Gather.apply(local, layout, name, op, order)
 
 
+@overridable
 def shard_rows(full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
     """This rank's rows of a replicated tensor, a view; the backward gathers the gradient."""
     if torch.is_grad_enabled() and full.requires_grad:
@@ -70,6 +79,7 @@ def narrow_rows(full: Tensor, layout: RowLayout, rank: int) -> Tensor:
     return full.narrow(layout.dim, lo, hi - lo)
 
 
+@overridable
 def replicated_operand(tensor: Tensor, name: str) -> Tensor:
     """The same tensor, about to meet this rank's rows; the backward sums over ranks."""
     if name and torch.is_grad_enabled() and tensor.requires_grad:
@@ -96,6 +106,7 @@ def join_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
     return tensors
 
 
+@overridable
 def sum_partials(tensor: Tensor, name: str, op: str) -> Tensor:
     """The sum of every rank's partial result, on every rank; bit-identical on all."""
     if not name:
@@ -113,6 +124,7 @@ def share_out(local: Tensor, shares: Tensor, value: Tensor, name: str) -> Tensor
     return value
 
 
+@overridable
 def stack_ranks(tensor: Tensor, name: str, op: str) -> Tensor:
     """Every rank's (small) tensor, stacked along a new first dim in rank order."""
     if not name:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, TypeAlias
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from distpatch.comm import devices, process_groups, processes
 from distpatch.comm.choose_transport import tell
 from distpatch.comm.connection import Connection
+from distpatch.comm.failures import Note
 from distpatch.comm.rendezvous import NoPeers, Payload, Rendezvous
 from distpatch.comm.transport import AddLayer, Batch, Finish, Transport
 from distpatch.comm.watched import UnderWay
@@ -50,6 +52,7 @@ class Communicator:
         self._connection: Connection | None = None
         self._liveness: float | None = LIVENESS_S
         self.late_check = False
+        self.parts = 0  # a checksum of which parts were sent that are sharded over an inner axis (``sends_parts``)
         self._layers: tuple[AddLayer, ...] = ()
         self._transports: dict[torch.device, Transport] = {}  # with the layers on top
         self._under_way: UnderWay | None = None  # what was begun last
@@ -116,6 +119,16 @@ class Communicator:
         self._duplicates.add(other)
         other._duplicates = self._duplicates
         return other
+
+    def of_mesh(self, others: Sequence[Communicator]) -> Communicator:
+        """That of all ranks of a mesh, whose first axis is this one; every rank of the mesh calls it."""
+        ranks = _ranks_of(others[-1] if others else self)
+        for comm in reversed([self, *others][:-1]):
+            answers: list[Any] = comm.rendezvous.require_same_call("the axes of a mesh", "", {"ranks": ranks})
+            ranks = [int(rank) for answer in answers for rank in answer["ranks"]]
+        if len(set(ranks)) < len(ranks):
+            raise LayoutError(f"the groups of the axes are no mesh: together they have the ranks {ranks}")
+        return communicator(group_of(ranks) if len(ranks) > 1 else None, self.device)
 
     def connect(self, given: torch.device | None = None) -> None:
         """Create the group's duplicate and open its channels; every rank of the group calls it.
@@ -263,6 +276,11 @@ class Communicator:
             raise
 
     @property
+    def failure(self) -> Note | None:
+        """What is known of a failure that was noticed just now: of the rank that failed first, if it or others say."""
+        return None if self._connection is None else self._connection.failures.find()
+
+    @property
     def in_call(self) -> bool:
         """Whether ``end_call`` will follow."""
         return self._connection is not None and self._connection.failures.in_call
@@ -293,6 +311,10 @@ class Communicator:
                 if other is not connection and not other.broken:
                     other.failures.report(self.rank, note)
         self.give_up()
+
+    def sends_parts(self, op: str, layout: object) -> None:
+        """Note how rows are sharded over an inner axis that are sent now: on all ranks of this axis alike."""
+        self.parts = crc32(f"{op} {layout}".encode(), self.parts)
 
     def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
         """Where tensors are fake, what this rank would send: of a group that exists, a real run records it."""
@@ -339,6 +361,10 @@ def communicator(group: Group, device: torch.device | None = None, *, connect: b
     if connect:
         known.connect(device)
     return known
+
+
+def _ranks_of(comm: Communicator) -> list[int]:
+    return [0] if comm.group is None else dist.get_process_group_ranks(comm.group)
 
 
 def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:

@@ -21,6 +21,7 @@ from distpatch.comm.transport import Batch
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.stencil import Interval
 from distpatch.layout.transfers import flat_needs, grouped_needs, plan_transfer, wire_order
+from distpatch.torch_utils.overridable import has_rules
 from distpatch.torch_utils.private import NEVER_REPLAYED, foreach_copy
 
 MOST_RANKS = 16  # beyond that each telling each is slower than a collective
@@ -57,8 +58,11 @@ def gather_moments(
             given = strips.rows, strips.dim, list(strips.bounds), flat_needs(strips.needs), name, op, dtype
             ranks, rows = _gather_moments(list(own), *given)
         return counts, ranks, rows
-    both = own[0].new_empty((2, *own[0].shape), dtype=dtype)
-    foreach_copy(list(both.unbind(0)), list(own))
+    if any(map(has_rules, own)):  # sharded over an inner axis
+        both = torch.stack([t.to(dtype) for t in own])
+    else:
+        both = own[0].new_empty((2, *own[0].shape), dtype=dtype)
+        foreach_copy(list(both.unbind(0)), list(own))
     known = communicator_of(name).transport(both.device).known_moments(counts, both, op)
     return *((counts, stack_ranks(both, name, op)) if known is None else known), None
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+from torch.overrides import handle_torch_function
 
 from distpatch.comm.communicator import Communicator, communicator_of
 from distpatch.comm.transport import Batch, Finish
@@ -24,6 +25,7 @@ from distpatch.comm.watched import UnderWay
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.stencil import Interval
 from distpatch.layout.transfers import TransferPlan, flat_needs, grouped_needs, plan_fetch, plan_transfer, wire_order
+from distpatch.torch_utils.overridable import has_rules
 from distpatch.torch_utils.private import NEVER_REPLAYED, count_dispatch_modes, in_functorch, keep_in_order
 
 # Rows of these are never those of an earlier step: what leaves the sharded computation, or is gathered for an
@@ -44,6 +46,10 @@ def fetch_rows(
     """
     if is_plain(local):
         return _fetched(local, dim, bounds, needs, name, op, channels_last)
+    if has_rules(local):  # sharded over an inner axis: rules/core/inner_axes.py
+        given = local, dim, bounds, needs, name, op, channels_last
+        parts: list[Tensor] = handle_torch_function(fetch_rows, (local,), *given)
+        return parts
     flat = flat_needs(needs)
     if not any(flat):  # nobody needs anything, as all ranks know
         return [local.narrow(dim, 0, 0) for _ in needs[0]]
@@ -67,6 +73,10 @@ def fetch_around(
     and whose gradient is one copy of that of the own rows, with all others added: a gradient of as many rows for each
     strip and for the exchange would be three more.
     """
+    if has_rules(local):
+        given = local, strips, dim, bounds, needs, name, op, channels_last
+        parts: tuple[Tensor, list[Tensor], list[Tensor]] = handle_torch_function(fetch_around, (local,), *given)
+        return parts
     own, *others = _Around.apply(local, tuple(strips), dim, bounds, needs, name, op, channels_last)
     return own, others[: len(strips)], others[len(strips) :]
 

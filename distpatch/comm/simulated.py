@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -49,6 +50,12 @@ class SimulatedCommunicator(Communicator):
 
     def transport(self, device: torch.device) -> Transport:
         return Simulated()
+
+    def of_mesh(self, others: Sequence[Communicator]) -> Communicator:
+        rank, size = self.rank, self.size
+        for comm in others:
+            rank, size = rank * comm.size + comm.rank, size * comm.size
+        return SimulatedCommunicator(rank, size)
 
     def planned(self, kind: str, op: str, sent_bytes: int, messages: int) -> None:
         self.recorder.record(kind, op, sent_bytes, messages)

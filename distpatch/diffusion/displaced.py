@@ -57,6 +57,8 @@ def displaced(
     not converted or open already, ``ValueError`` for an option out of range, ``RankError`` where the ranks differ.
     """
     conversion = _check(model, warmup_steps, policy, layers_per_message)
+    if conversion.region.inner is not None:
+        raise DistPatchError(f"displaced: {type(model).__name__} is sharded along several dims; convert it with one")
     comm = conversion.region.comm
     steps = Displaced(comm, warmup_steps, policy, layers_per_message, watch_prompt)
     named = dict(model.named_modules())

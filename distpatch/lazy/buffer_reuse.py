@@ -46,9 +46,21 @@ def deferred_rows() -> list[DeferredRows]:
     return [rows for rows in alive if rows is not None and rows.value is None and rows.is_wanted]
 
 
+def own_part(rows: Tensor) -> Tensor:
+    """Of rows that are sharded themselves this rank's part of them; others as they are."""
+    while type(rows) is not Tensor and (inner := getattr(rows, "local", None)) is not None:
+        rows = inner
+    return rows
+
+
+def memory_of(rows: Tensor) -> int:
+    """Which memory they stand in; of rows that are sharded themselves, this rank's part of them."""
+    return own_part(rows).untyped_storage()._cdata
+
+
 def materialize_readers(rows: Tensor) -> None:
     """Compute what is to be made of these rows, before they are written to."""
-    memory = rows.untyped_storage()._cdata
+    memory = memory_of(rows)
     for other in deferred_rows():
         if any(leaf.value.untyped_storage()._cdata == memory for leaf in other.leaves()):
             owner = other.owner()

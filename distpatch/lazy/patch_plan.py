@@ -36,7 +36,8 @@ class Cut:
 class Share(NamedTuple):
     """A rank's share of a call: output ``rows``, elements of its in- and output, and what else says how they are cut.
 
-    ``kind``: of device (chunk_sizes.py); ``recorded``: each patch is kept, for a backward pass or in a compiled graph.
+    ``kind``: of device (chunk_sizes.py); ``recorded``: each patch is kept, for a backward pass or in a compiled graph;
+    ``outer``: the rows are sharded over an inner axis.
     """
 
     rows: int
@@ -45,6 +46,7 @@ class Share(NamedTuple):
     itemsize: int
     kind: str
     recorded: bool
+    outer: bool = False
 
 
 def cut_rows(
@@ -61,7 +63,8 @@ def cut_rows(
     """How rows are best computed, at most ``patch_rows`` at a time. ``view``: the result is one.
 
     Rows that are fewer than the ``weights``, in elements, are put beside their halo rather than mended: a call for each
-    seam would read, and on a CPU pack, all weights again.
+    seam would read, and on a CPU pack, all weights again. So are those of an outer axis, without gradients: each call
+    is a round of the inner one.
     """
     (lo, hi), (first, last), (start, stop) = plan.rows, plan.read, plan.own
     if lo == hi:
@@ -70,6 +73,8 @@ def cut_rows(
     if len(starts) > 1 and together:  # the last overlaps its neighbour to be as tall
         starts[-1] = hi - patch_rows
         return Cut(plan.rows, patch_rows, {a: stencil.need(a, a + patch_rows) for a in starts}, together=True)
+    if len(starts) == 1 and share.outer and not share.recorded:
+        return Cut(plan.rows, patch_rows, {lo: plan.read})
     sizes, own_bytes = sizes_for(share.kind), share.numel * share.itemsize
     joined_bytes = max(sizes.joined_bytes, weights * share.itemsize)
     if len(starts) == 1 and pads and plan.seams is not None and (own_bytes > joined_bytes or not plan.seams):

@@ -18,9 +18,11 @@ from einops import rearrange
 from torch import Tensor
 
 from distpatch.layout.stencil import Interval, ceil_div
+from distpatch.lazy.buffer_reuse import memory_of, own_part
 from distpatch.lazy.patch_plan import Cut, Seams, fewest_calls
 from distpatch.torch_utils.constants import blank
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
+from distpatch.torch_utils.overridable import has_rules
 from distpatch.torch_utils.private import FakeTensor
 from distpatch.torch_utils.tree import map_tensors
 
@@ -311,15 +313,25 @@ def _put(
     if whole is None:
         shape = [hi - lo if d == dim else n for d, n in enumerate(rows.shape)]
         format = format or format_of_rows(rows)
-        whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
+        whole = empty_beside(rows, shape, format)
     place = whole.narrow(dim, at - lo, rows.shape[dim])
-    if rows.storage_offset() != place.storage_offset() or not same_memory(rows, place):
+    if own_part(rows).storage_offset() != own_part(place).storage_offset() or not same_memory(rows, place):
         place.copy_(rows)
     return whole
 
 
+def empty_beside(rows: Tensor, shape: Sequence[int], format: torch.memory_format) -> Tensor:
+    """A tensor of another shape to be filled, sharded over an inner axis where the rows are."""
+    if type(rows) is Tensor or not has_rules(rows):
+        return torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=format)
+    for dim, size in enumerate(shape):
+        if size != rows.shape[dim]:
+            rows = rows.narrow(dim, 0, 1).expand([size if d == dim else n for d, n in enumerate(rows.shape)])
+    return torch.empty_like(rows, memory_format=format)
+
+
 def same_memory(one: Tensor, other: Tensor) -> bool:
-    return one is other or one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return one is other or memory_of(one) == memory_of(other)
 
 
 def joined(parts: Sequence[Any], dim: int) -> Any:

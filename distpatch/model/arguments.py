@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distpatch.comm.communicator import Communicator
+from distpatch.comm.meshes import Dims
 from distpatch.model.entrance import Entrance, is_image
-from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.patch_tensor import PatchTensor, axes_in
+from distpatch.tensor.region import Region
 from distpatch.tensor.user_classes import is_wrapper
 from distpatch.torch_utils.private import FakeTensor, FunctionalTensor
 from distpatch.torch_utils.tree import leaves_in, streams_in, tensors_in
@@ -21,25 +22,26 @@ def signature_of(given: Sequence[Tensor]) -> str:
     """What must be the same on all ranks of a call: shapes, dtypes, layouts, and whether gradients are wanted."""
     described = []
     for tensor in given:
-        layout = f" {tensor.row_layout}" if isinstance(tensor, PatchTensor) else ""
+        layout = "".join(f" {part.row_layout}" for part in axes_in(tensor))
         shape = tuple(operator.index(n) for n in tensor.shape)  # a compiled graph is made for this shape alone
         described.append(f"{shape} {tensor.dtype}{layout}")
     grads = " with gradients" if torch.is_grad_enabled() else ""
     return "(" + ", ".join(described) + ")" + grads
 
 
-def problem_of(entrance: Entrance, call: tuple[Any, Any], given: Sequence[Tensor], comm: Communicator) -> str | None:
+def problem_of(entrance: Entrance, call: tuple[Any, Any], given: Sequence[Tensor], region: Region) -> str | None:
     """Why a call with these arguments (``given``: the tensors among them) cannot be sharded, or None."""
     named = entrance.named(*call)
-    problem = next((found for t in given if (found := _foreign(t, comm))), None)
+    problem = next((found for t in given if (found := _foreign(t, region))), None)
     problem = problem or (
         _not_images(entrance.dim, call, given) if named is None else _misnamed(entrance, named, given)
     )
     return problem and f"{entrance.what}: {problem}"
 
 
-def _not_images(dim: int, call: Any, given: Sequence[Tensor]) -> str | None:
+def _not_images(dim: Dims, call: Any, given: Sequence[Tensor]) -> str | None:
     """Why there is no image among the arguments, or one that cannot be sharded along ``dim``."""
+    dims = (dim,) if isinstance(dim, int) else dim
     images = [tensor for tensor in given if is_image(tensor)]
     if not images and (torch.compiler.is_dynamo_compiling() or not streams_in(call)):
         return (
@@ -47,13 +49,19 @@ def _not_images(dim: int, call: Any, given: Sequence[Tensor]) -> str | None:
             f"(B, C, H, W); the tensors given are: {_shapes(given)}.{_way_out(call, given)}"
         )
     for tensor in images:
-        if not isinstance(tensor, PatchTensor) and (not -tensor.ndim <= dim < tensor.ndim or dim % tensor.ndim < 2):
+        if not isinstance(tensor, PatchTensor) and not _are_spatial(dims, tensor.ndim):
             return (
                 f"dim={dim} is out of range for an argument of shape "
                 f"{tuple(tensor.shape)}: rows are sharded along one of its spatial dims "
                 f"{2 - tensor.ndim}..-1 (convert_model(..., dim=...))"
             )
     return None
+
+
+def _are_spatial(dims: Sequence[int], ndim: int) -> bool:
+    """Whether these are different dims behind the batch and the channels."""
+    places = {dim % ndim for dim in dims if -ndim <= dim < ndim}
+    return len(places) == len(dims) and min(places) >= 2
 
 
 def _misnamed(entrance: Entrance, named: dict[str, tuple[Any, int]], given: Sequence[Tensor]) -> str | None:
@@ -82,10 +90,10 @@ def _shapes(given: Sequence[Tensor]) -> str:
     return ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in given) or "none"
 
 
-def _foreign(tensor: Tensor, comm: Communicator) -> str | None:
+def _foreign(tensor: Tensor, region: Region) -> str | None:
     """Why a tensor that is another group's, or not dense in memory, cannot take part, or None."""
     if isinstance(tensor, PatchTensor):
-        if tensor.region.comm is comm:
+        if [axis.comm for axis in tensor.region.axes] == [axis.comm for axis in region.axes]:
             return None
         return (
             f"an argument of shape {tuple(tensor.shape)} is sharded over another group than the model's: "
@@ -102,7 +110,7 @@ def _foreign(tensor: Tensor, comm: Communicator) -> str | None:
             "(x.unbind()), or pad them to one size (torch.nested.to_padded_tensor)"
         )
     if isinstance(tensor, FakeTensor):
-        if not comm.has_peers:
+        if not any(axis.comm.has_peers for axis in region.axes):
             return None
         return f"a {name} has no values to send to other ranks: use distpatch.plan for a call on fake tensors"
     if is_wrapper(type(tensor)) and not isinstance(tensor, FunctionalTensor):

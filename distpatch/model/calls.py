@@ -13,13 +13,22 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distpatch.comm.meshes import Ranks
 from distpatch.errors import DistPatchError, LayoutError
 from distpatch.lazy.buffer_reuse import deferred_rows
 from distpatch.model.arguments import problem_of, signature_of
 from distpatch.model.entrance import Entrance
 from distpatch.rules.core.operands import in_order
 from distpatch.tensor.options import Options
-from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, handed_back, on_rank0, shard_input
+from distpatch.tensor.patch_tensor import (
+    PatchTensor,
+    axes_in,
+    gather_replicated,
+    handed_back,
+    on_rank0,
+    shard_input,
+    whole,
+)
 from distpatch.tensor.region import CallState, Region
 from distpatch.tensor.user_classes import kind_of
 from distpatch.torch_utils.tree import give_back, map_tensors, tensors_in
@@ -75,14 +84,12 @@ class Conversion:
     """
 
     region: Region
+    ranks: Ranks
+    options: Options
     steps: Steps | None = None
     entrances: dict[str, Entrance] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=dict)
     thread: Thread = field(default_factory=Thread)
-
-    @property
-    def options(self) -> Options:
-        return self.region.options
 
     @contextmanager
     def each_call_is_a_step(self, steps: Steps) -> Iterator[None]:
@@ -124,7 +131,7 @@ class Call:
 
     @property
     def problem(self) -> str | None:
-        return problem_of(self.entrance, self.arguments, self.given, self.state.region.comm)
+        return problem_of(self.entrance, self.arguments, self.given, self.state.region)
 
     @property
     def replicated(self) -> list[Tensor]:
@@ -137,8 +144,8 @@ class Call:
 
     def enter(self, region: Region) -> Any:
         """The arguments, sharded where they are to be. Containers that hold any such are copied."""
-        call = CallState(region.call.replicas, frozenset(id(buffer) for *_, buffer in _buffers(self.model)))
-        self.region = replace(region, kind=self.kind, call=call)
+        buffers = frozenset(id(buffer) for *_, buffer in _buffers(self.model))
+        self.region = replace(_with_buffers(region, buffers), kind=self.kind)
         self.made = []
         return map_tensors(self._sharded, self.arguments, self._pulled, made=self.made)
 
@@ -156,7 +163,7 @@ class Call:
                     return
             given = list(tensors_in(value))
             if any(self.dims.of(t, iterator) is not None for t in given):
-                self.region.comm.begin_call(f"{self.what}, value {number} of an iterator", signature_of(given))
+                self.state.ranks.begin_call(f"{self.what}, value {number} of an iterator", signature_of(given))
             yield map_tensors(partial(self._sharded, source=iterator), value)
 
     def leave(self, result: Any) -> Any:
@@ -184,7 +191,7 @@ class Call:
         entered = {id(old): new for old, new in self.made}
         for given, version in zip(self.sharded, self.versions):
             if not isinstance(given, PatchTensor) and version is not None and given._version != version:
-                given.data.copy_(gather_replicated(entered[id(given)]))  # of which the model wrote to this rank's rows
+                given.data.copy_(whole(entered[id(given)]))  # of which the model wrote to this rank's rows
         if any(not isinstance(value, Tensor) for value in (*self.arguments[0], *self.arguments[1].values())):
             give_back(self.made)
             map_tensors(self._leave, self.arguments, in_place=True)
@@ -230,13 +237,13 @@ def inside(
     if state.thread.inside:
         yield
         return
-    comm = state.region.comm
-    comm.liveness, comm.late_check = state.options.liveness, state.options.late_check
-    answers = comm.begin_call(what, signature, None if told is None else told.payload(replicated or []))
+    ranks = state.ranks
+    ranks.wait_at_most(state.options.liveness, state.options.late_check)
+    answers = ranks.begin_call(what, signature, None if told is None else told.payload(replicated or []))
     if problem:
         raise LayoutError(problem)
     with state.thread.as_if(inside=True):
-        with comm.open_call(what):
+        with ranks.open_call(what):
             if told is not None:
                 told.begin(signature, answers)
             if told is None or told.sends:
@@ -254,17 +261,29 @@ def leave(tensor: Tensor, state: Conversion) -> Any:
         return whole_output if state.options.output == "gather" or state.region.comm.rank == 0 else None
     comm, kind = tensor.region.comm, tensor.region.kind
     if state.options.output == "gather":
-        one = comm.size == 1  # then the rows are the whole tensor: no copy
-        gathered = tensor.local if one else gather_replicated(tensor, "output")
+        one = comm.size == 1 and tensor.region.inner is None  # then the rows are the whole tensor: no copy
+        gathered = tensor.local if one else whole(tensor, "output")
         return gathered if kind is None else kind.of(gathered)
-    ordered = in_order(tensor)
-    assert isinstance(ordered, PatchTensor)
-    ordered.materialize()  # nothing is deferred beyond the call
+    ordered = _in_order(tensor)
     if state.options.output == "shard":
-        ordered.region = ordered.region.handed_out
+        for part in axes_in(ordered):  # and nothing is deferred beyond the call
+            part.region = part.region.handed_out
         return ordered
     first = on_rank0(ordered, "output")
     return first if first is None or kind is None else kind.of(first)
+
+
+def _in_order(tensor: PatchTensor) -> PatchTensor:
+    """With its rows in order, along every axis."""
+    ordered: PatchTensor = in_order(tensor)
+    if isinstance(ordered.local, PatchTensor):
+        ordered.local = _in_order(ordered.local)
+    return ordered
+
+
+def _with_buffers(region: Region, buffers: frozenset[int]) -> Region:
+    inner = None if region.inner is None else _with_buffers(region.inner, buffers)
+    return replace(region, call=CallState(region.call.replicas, buffers), inner=inner)
 
 
 def sharded_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, PatchTensor]]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from distpatch import exported as _exported
 from distpatch.comm import devices
 from distpatch.comm.collectives import in_one_thread, replicated_operands
-from distpatch.comm.communicator import Communicator, Group, communicator
+from distpatch.comm.communicator import Communicator, communicator
 from distpatch.comm.dtensors import is_dtensor, same_part
+from distpatch.comm.meshes import Mesh, Ranks, axes_of
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.model.arguments import problem_of, signature_of
 from distpatch.model.calls import STATE, Call, Conversion, inside, leave, sharded_buffers
@@ -26,7 +27,7 @@ from distpatch.model.known_torch_bugs import warn_of_known_faults
 from distpatch.model.policy import Policy
 from distpatch.model.speeds import weights_for
 from distpatch.tensor.options import Options
-from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, nested
 from distpatch.tensor.region import CallState, Region
 from distpatch.torch_utils import private
 from distpatch.torch_utils.tree import map_tensors, tensors_in
@@ -37,16 +38,17 @@ M = TypeVar("M", bound=nn.Module)
 
 ENTRY_POINTS = ("forward", "encode", "decode")
 _ABSENT = object()
+NOT_COMPILED = "a model that is sharded along several dims runs as it is: shard it along one to compile it"
 SAMPLED = 1 << 16  # elements of each parameter that the ranks compare when a model is converted
 
 
 def convert_model(
     model: M,
-    group: Group = None,
+    group: Mesh = None,
     *,
     splits: int | str = "auto",
     sequential: bool = True,
-    dim: int = -2,
+    dim: int | Sequence[int] = -2,
     output: str = "gather",
     fallback: str = "warn",
     tiled: bool = False,
@@ -69,7 +71,9 @@ def convert_model(
     everything else is replicated, and results are gathered. Class, submodules, parameters, hooks and
     state dict stay; ``restore_model`` undoes it. Every rank of the group calls this, with the same model.
 
-    ``group``: a ProcessGroup, a 1-D DeviceMesh, or None for this device alone. ``splits``: patches that
+    ``group``: a ProcessGroup, a 1-D DeviceMesh, or None for this device alone. ``dim``: with several, such as
+    ``(-2, -1)``, ``group`` is a DeviceMesh of as many axes, or a group for each: image-like arguments are sharded along
+    each dim over its axis (docs/meshes.md); without ``compile``, ``weights`` and ``policy``. ``splits``: patches that
     each rank's rows are convolved in, one after the other (``sequential``) or folded into the batch, where its
     rows of the input have at least ``min_numel`` elements; "auto": as few as keep the input and output of each
     call together under ``workspace_bytes`` (by default 8 MiB on CPUs, which is also faster; else 256 MiB). With
@@ -115,7 +119,7 @@ def convert_model(
     options = Options(
         splits,
         sequential,
-        dim,
+        dim,  # type: ignore[arg-type]  # it is checked there
         output,
         fallback,
         tiled,
@@ -134,11 +138,17 @@ def convert_model(
     if problem := _tiles(model, tiled):
         raise LayoutError(problem)
     warn_of_known_faults(model)
-    comm = communicator(group, devices.of_model(model))
+    dims = (options.dim,) if isinstance(options.dim, int) else options.dim
+    one = len(dims) == 1 and not isinstance(group, (tuple, list))
+    device = devices.of_model(model)
+    ranks = Ranks([communicator(group, device)] if one else axes_of(group, dims, device))  # type: ignore[arg-type]
+    comm = ranks.whole
     comm.rendezvous.require_same_call("convert_model", lambda: _identity(model, comm, options))
     options = replace(options, weights=weights_for(options.weights, comm, model))
-    comm.liveness, comm.late_check = liveness, late_check
-    state = Conversion(Region(comm, options, conversion=object()), entrances=_entrances(model, options))
+    ranks.wait_at_most(liveness, late_check)
+    state = Conversion(
+        nested(ranks.axes, dims, options, object()), ranks, options, entrances=_entrances(model, options)
+    )
     auto = Policy(comm) if policy == "auto" and comm.has_peers else None
     wrappers = {
         name: compiled_calls(_entry(getattr(model, name), name, state, model, auto), state) for name in state.entrances
@@ -146,7 +156,7 @@ def convert_model(
     model.__dict__[STATE] = state
     for name, wrapper in wrappers.items():
         state.before[name] = model.__dict__.get(name, _ABSENT)
-        model.__dict__[name] = wrapper
+        model.__dict__[name] = wrapper if len(dims) == 1 else torch.compiler.disable(wrapper, reason=NOT_COMPILED)
     return model
 
 
@@ -256,7 +266,7 @@ def _compiled(
     """As ``entry``, in a form that torch.compile can trace; the ranks meet whenever the graph runs."""
     region, what = state.region, entrance.what
     given = list(tensors_in((args, kwargs)))
-    problem = _tiles(model, state.options.tiled) or problem_of(entrance, (args, kwargs), given, region.comm)
+    problem = _tiles(model, state.options.tiled) or problem_of(entrance, (args, kwargs), given, region)
     if state.steps is not None:
         problem = f"{what}: a compiled call is never a displaced step: compile the modules inside the model instead"
     if problem:
@@ -278,19 +288,24 @@ def _region(state: Conversion, model: Any) -> Region:
 
     Those that FSDP2 keeps in parts are plain ones only inside the modules that gather them, and are spread there.
     """
-    name = state.region.comm.name
     if private.functorch_transform() is not None:
         raise UnsupportedOpError(
             f"{type(model).__name__} is converted, and torch.func (grad, vjp, jvp, jacrev, hessian, vmap) has no rules "
             "for what moves between ranks: use torch.autograd.grad(create_graph=True), or torch.autograd.functional "
             "(vjp, jvp, hvp, vhp, jacobian, hessian)"
         )
-    if not (name and torch.is_grad_enabled() and isinstance(model, nn.Module)):
+    if not (state.ranks.whole.name and torch.is_grad_enabled() and isinstance(model, nn.Module)):
         return state.region
     parameters = [p for p in model.parameters() if p.requires_grad and not is_dtensor(p)]
     if parameters:
         in_one_thread(parameters[0].device)
-    stand_ins = replicated_operands(parameters, name) if parameters else []
-    pairs = zip(parameters, stand_ins, strict=True)
-    replicas: dict[int, tuple[Tensor, Tensor]] = {id(parameter): (parameter, other) for parameter, other in pairs}
-    return replace(state.region, call=CallState(replicas))
+    return _with_stand_ins(state.region, parameters)
+
+
+def _with_stand_ins(region: Region, parameters: Sequence[Tensor]) -> Region:
+    """On each axis those of the axis outside it meet rows: their gradients are summed over one after the other."""
+    name = region.comm.name
+    stand_ins = replicated_operands(parameters, name) if parameters and name else list(parameters)
+    replicas = {id(parameter): (parameter, other) for parameter, other in zip(parameters, stand_ins, strict=True)}
+    inner = None if region.inner is None else _with_stand_ins(region.inner, stand_ins)
+    return replace(region, call=CallState(replicas), inner=inner)

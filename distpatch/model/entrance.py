@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from distpatch.comm import meshes
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.private import ScriptMethod
@@ -33,10 +34,10 @@ def is_image(tensor: Tensor) -> bool:
 class Dims:
     """Of one call. ``named``: dims by id, of tensors and iterators; None: images are sharded, along ``dim``."""
 
-    dim: int
+    dim: meshes.Dims
     named: dict[int, int] | None = None
 
-    def of(self, tensor: Tensor, source: object = None) -> int | None:
+    def of(self, tensor: Tensor, source: object = None) -> meshes.Dims | None:
         """Along which dim a tensor, or one that the iterator ``source`` yields, is sharded; None: replicated."""
         if isinstance(tensor, PatchTensor):
             return tensor.row_layout.dim
@@ -60,7 +61,8 @@ class Entrance:
         names = {p.name for p in parameters if p.kind in {*_PLACED, p.KEYWORD_ONLY}}
         given = {name: Split(dim) for name, dim in options.shard or () if takes_any or name in names}
         self.is_planned = options.shard is None
-        self.splits = _plan_of(model, self.places, names) if self.is_planned else given
+        one = isinstance(options.dim, int)  # tokens have one dim: over several axes of a mesh images are sharded
+        self.splits = given if not self.is_planned else _plan_of(model, self.places, names) if one else {}
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Any, int]] | None:
         """The arguments that are sharded by name, each with its dim; None where images are."""
@@ -85,7 +87,7 @@ class Entrance:
             return Dims(self.dim)
         return Dims(self.dim, {id(leaf): dim for value, dim in named.values() for leaf in leaves_in(value)})
 
-    def mapped(self, enter: Callable[[Tensor, int], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def mapped(self, enter: Callable[[Tensor, Any], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with ``enter`` applied to what is sharded, in a form that Dynamo can trace."""
         named = self.named(args, kwargs)
         if named is None:

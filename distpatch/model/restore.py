@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distpatch.errors import DistPatchError
 from distpatch.model.calls import conversion_of
 from distpatch.model.convert import unwrap
-from distpatch.tensor.patch_tensor import LeftTensor, PatchTensor, handed_back
+from distpatch.tensor.patch_tensor import LeftTensor, PatchTensor, axes_in, handed_back
 from distpatch.tensor.region import Region
 from distpatch.torch_utils import patches
 from distpatch.torch_utils.tree import map_tensors, tensors_in
@@ -36,12 +36,12 @@ def restore_model(model: M) -> M:
     region = conversion.region
     if kept := list(_kept(model, region)):
         names = ", ".join(f"{where} {tuple(x.shape)}" for where, x in kept)
-        if region.comm.closed:
+        if conversion.ranks.closed:
             raise DistPatchError(
                 f"restore_model: {type(model).__name__} keeps sharded tensors that cannot be gathered, as the process "
                 f"group is closed: {names}. Restore models before destroy_process_group, or drop these (= None)."
             )
-        region.comm.begin_call(f"{type(model).__name__}: restore_model", names)
+        conversion.ranks.begin_call(f"{type(model).__name__}: restore_model", names)
         known: dict[int, tuple[Tensor, Tensor]] = {}
 
         def gathered(tensor: Tensor) -> Tensor:
@@ -60,8 +60,10 @@ def restore_model(model: M) -> M:
             else:
                 holder.__dict__[name] = plain
     unwrap(model)
-    for x in _sharded_tensors():
-        if x.region.conversion is region.conversion:
+    left = [x for x in _sharded_tensors() if x.region.conversion is region.conversion]
+    parts = {id(part) for x in left for part in list(axes_in(x))[1:]}  # which the tensors that they belong to ask for
+    for x in left:
+        if id(x) not in parts:
             x.materialize()  # nothing is deferred beyond the model
             x.__class__ = LeftTensor
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections import Counter
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distpatch.comm.meshes import dims_of
 from distpatch.comm.simulated import SimulatedCommunicator
 from distpatch.errors import DistPatchError, UnsupportedOpError
+from distpatch.layout.mesh_shapes import AUTO, choose_mesh
 from distpatch.layout.shares import checked, shared_bounds, weights_of
 from distpatch.lazy.row_patches import chosen_by
 from distpatch.model.convert import convert_model, is_converted
@@ -23,6 +25,7 @@ from distpatch.model.restore import restore_model
 from distpatch.model.speeds import MEASURED
 from distpatch.planning.hardware import Device, Link, device_named, link_named
 from distpatch.planning.rank_report import RankPlan
+from distpatch.planning.ranks_to_run import places_of, ranks_to_run
 from distpatch.planning.report import Plan
 from distpatch.profiling.op_costs import Meter, representatives
 from distpatch.profiling.trace import trace
@@ -40,7 +43,6 @@ from distpatch.torch_utils.private import (
 )
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
-FEW_RANKS = 4  # all of which are run
 MOST_RANKS = 1 << 16
 FAKES_ARE_ON = "cpu"  # which every build of torch has
 
@@ -48,7 +50,7 @@ FAKES_ARE_ON = "cpu"  # which every build of torch has
 def plan(
     model: nn.Module,
     *args: Any,
-    world_size: int = 8,
+    world_size: int | Sequence[int] = 8,
     method: str | None = None,
     device: Device | str = "H100",
     host: float | None = None,
@@ -65,9 +67,11 @@ def plan(
     The rules run on fake tensors, for a group that does not exist. The model and the arguments may be real or on
     the meta device, and are left as they are; of tensors only shapes, dtypes and strides are read.
 
-    ``method``: the entry point that is called ("decode", "encode"; None: the model itself). ``device``: whose
-    rates make the estimate of time: "H100" and others of ``distpatch.costs.DEVICES``, a ``Device`` such as
-    ``distpatch.calibrate`` measures, or "cpu" for no estimate. ``link``: of ``distpatch.costs.LINKS``; None is
+    ``world_size``: of a group, or how many ranks each axis of a mesh has, with as many dims in the options:
+    ``world_size=(8, 8), options={"dim": (-2, -1)}``; ``{"dim": "auto"}`` takes the mesh of ``distpatch.choose_mesh``,
+    of ``world_size`` ranks. ``method``: the entry point that is called ("decode", "encode"; None: the model itself).
+    ``device``: whose rates make the estimate of time: "H100" and others of ``distpatch.costs.DEVICES``, a ``Device``
+    such as ``distpatch.calibrate`` measures, or "cpu" for no estimate. ``link``: of ``distpatch.costs.LINKS``; None is
     the device's own, or InfiniBand where there are more than 8 ranks. ``host``: seconds that the host takes to launch
     a kernel, in place of the device's ``launch_seconds``: where kernels are shorter, the host is what takes time
     (``Plan.bound``). ``ranks``: those that are run; None is the
@@ -199,29 +203,39 @@ class Subject:
         self.mode = detect_fake_mode([t for t in given if isinstance(t, FakeTensor)]) or Faking()
         self.model = self._copy(model)
         self.args, self.kwargs = map_tensors(self._fake, (args, kwargs))
-        function = getattr(self.model, self.method)
-        dims = Entrance(self.name, function, self.model, Options(**self.options)).dims(self.args, self.kwargs)
+        function, chosen = getattr(self.model, self.method), {**self.options}
+        if chosen.get("dim") == AUTO:
+            del chosen["dim"]  # which is settled when the ranks are known
+        dims = Entrance(self.name, function, self.model, Options(**chosen)).dims(self.args, self.kwargs)
         sharded = {t: dim for t in tensors_in((self.args, self.kwargs)) if (dim := dims.of(t)) is not None}
         self.shapes = tuple(tuple(t.shape) for t in sharded)
-        self.rows = next((t.shape[dim] for t, dim in sharded.items() if -t.ndim <= dim < t.ndim), 0)
+        self.named_dims = [dim for dim in list(sharded.values())[:1] if dims.named is not None and isinstance(dim, int)]
 
-    def plan(self, world_size: int, *, link: Link | str | None = None, ranks: Sequence[int] | None = None) -> Plan:
+    def plan(
+        self, world_size: int | Sequence[int], *, link: Link | str | None = None, ranks: Sequence[int] | None = None
+    ) -> Plan:
         """``ranks``: those that are run; the others are taken to do what one of these of their kind does."""
-        if not 1 <= world_size <= MOST_RANKS:
-            raise ValueError(f"world_size is a number from 1 to {MOST_RANKS}; got {world_size}")
-        known_link = link_named(link, self.device, world_size)
+        mesh, dims = self._mesh(world_size)
+        size = math.prod(mesh)
+        if min(mesh) < 1 or size > MOST_RANKS:
+            raise ValueError(f"world_size is a number from 1 to {MOST_RANKS}, or several; got {world_size}")
+        known_link = link_named(link, self.device, size)
         weights = weights_of(self.options.get("weights"))
-        shares = None if weights in (None, MEASURED) else checked(weights, world_size)
-        bounds = shared_bounds(self.rows, world_size, shares)
-        heights = [b - a for a, b in pairwise(bounds)]
+        shares = None if weights in (None, MEASURED) else checked(weights, size)
+        heights = [
+            [b - a for a, b in pairwise(shared_bounds(rows, n, shares))]
+            for rows, n in zip(self._rows_along(dims), mesh, strict=True)
+        ]
         runs = tuple(
-            self._run(rank, world_size, heights[rank], stands_for)
-            for rank, stands_for in sorted(_representatives(heights, ranks).items())
+            self._run(rank, mesh, dims, heights, stands_for)
+            for rank, stands_for in sorted(ranks_to_run(heights, ranks).items())
         )
         return Plan(
             model=self.name,
             method=self.method,
-            world_size=world_size,
+            world_size=size,
+            mesh=mesh,
+            dims=dims,
             shapes=self.shapes,
             parameter_bytes=_size_bytes(self.model.parameters()),
             buffer_bytes=_size_bytes(self.model.buffers()),
@@ -232,9 +246,39 @@ class Subject:
             rules_of=self.kind,
         )
 
-    def _run(self, rank: int, world_size: int, rows: int, stands_for: int) -> RankPlan:
-        group = SimulatedCommunicator(rank, world_size)
-        with self.mode, torch.set_grad_enabled(self.backward), self._converted(group), _values_named(self.name):
+    def _rows_along(self, dims: Sequence[int]) -> list[int]:
+        """How many rows of the first sharded argument each axis shares out."""
+        shape = self.shapes[0] if self.shapes else ()
+        along = self.named_dims or dims
+        return [shape[dim] if -len(shape) <= dim < len(shape) else 0 for dim in along]
+
+    def _mesh(self, world_size: int | Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How many ranks each axis has, and the dim that is sharded over it."""
+        mesh = (world_size,) if isinstance(world_size, int) else tuple(world_size)
+        if self.options.get("dim") == AUTO:
+            chosen = choose_mesh(self.shapes[0], math.prod(mesh))
+            return chosen.mesh, chosen.dims
+        dim = dims_of(self.options.get("dim", -2))
+        dims = (dim,) if isinstance(dim, int) else dim
+        if len(dims) != len(mesh):
+            raise ValueError(
+                f"plan: world_size says how many ranks each axis of a mesh has, one for each dim: world_size=(8, 8), "
+                f'options={{"dim": (-2, -1)}}; got world_size={world_size} and dim={dim}'
+            )
+        return mesh, dims
+
+    def _run(
+        self,
+        rank: int,
+        mesh: tuple[int, ...],
+        dims: tuple[int, ...],
+        heights: Sequence[Sequence[int]],
+        stands_for: int,
+    ) -> RankPlan:
+        place = places_of(mesh)[rank]
+        group = [SimulatedCommunicator(at, size) for at, size in zip(place, mesh, strict=True)]
+        rows = tuple(of_axis[at] for of_axis, at in zip(heights, place, strict=True))
+        with self.mode, torch.set_grad_enabled(self.backward), self._converted(group, dims), _values_named(self.name):
             with planned_as(self.kind), trace() as seen, Meter() as meter, chosen_by(representatives):
                 call: Callable[..., Any] = self.model if self.method == "forward" else getattr(self.model, self.method)
                 if self.backward:
@@ -243,11 +287,20 @@ class Subject:
                     call(*self.args, **self.kwargs)
             for parameter in self.model.parameters():
                 parameter.grad = None
-        return RankPlan(rank, rows, stands_for, meter.peak_bytes, meter.peak_op, meter.kernels, meter.calls, seen)
+        return RankPlan(
+            rank,
+            rows[0] if len(rows) == 1 else rows,
+            stands_for,
+            meter.peak_bytes,
+            meter.peak_op,
+            meter.kernels,
+            meter.calls,
+            seen,
+        )
 
     @contextmanager
-    def _converted(self, group: SimulatedCommunicator) -> Iterator[None]:
-        convert_model(self.model, group, **self.options)
+    def _converted(self, axes: list[SimulatedCommunicator], dims: tuple[int, ...]) -> Iterator[None]:
+        convert_model(self.model, axes, **{**self.options, "dim": dims})
         try:
             yield
         finally:
@@ -276,26 +329,6 @@ class Subject:
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)
-
-
-def _representatives(heights: Sequence[int], ranks: Sequence[int] | None) -> dict[int, int]:
-    """Ranks to run, each with how many it stands for: ranks of one height are alike unless at an edge."""
-    size = len(heights)
-    kinds = [(rank == 0, rank == size - 1, height) for rank, height in enumerate(heights)]
-    if ranks is None and size <= FEW_RANKS:
-        ranks = range(size)
-    elif ranks is None:
-        ranks = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    chosen = sorted({rank if rank >= 0 else rank + size for rank in ranks})
-    if not chosen or not 0 <= chosen[0] <= chosen[-1] < size:
-        raise ValueError(f"ranks are numbers from 0 to {size - 1}, at least one; got {list(ranks)}")
-    known = {kinds[rank]: rank for rank in chosen}
-    return dict(
-        Counter(
-            rank if rank in chosen else known.get(kinds[rank], min(chosen, key=lambda other: abs(other - rank)))
-            for rank in range(size)
-        )
-    )
 
 
 def _sum(result: Any) -> Tensor:

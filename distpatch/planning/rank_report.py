@@ -33,10 +33,11 @@ class OpPlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank would do. ``stands_for``: how many ranks do the same; ``rows``: its share of the image's rows."""
+    """What one rank would do. ``stands_for``: how many ranks do the same; ``rows``: its share of the image's rows;
+    on a mesh, along each dim."""
 
     rank: int
-    rows: int
+    rows: int | tuple[int, ...]
     stands_for: int
     peak_bytes: int
     peak_op: str

@@ -21,12 +21,15 @@ class Plan:
     """What a model would do on the ranks of a group that nobody has: see ``distpatch.plan``.
 
     ``ranks``: those that were run, each of which stands for those that do the same. Bytes of parameters,
-    buffers and inputs are those that every rank holds in full.
+    buffers and inputs are those that every rank holds in full. ``mesh``: how many ranks each axis has, along which
+    ``dims`` are sharded.
     """
 
     model: str
     method: str
     world_size: int
+    mesh: tuple[int, ...]
+    dims: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
     parameter_bytes: int
     buffer_bytes: int
@@ -175,6 +178,8 @@ class Plan:
             "model": self.model,
             "method": self.method,
             "world_size": self.world_size,
+            "mesh": list(self.mesh),
+            "dims": list(self.dims),
             "shapes": [list(shape) for shape in self.shapes],
             "rules_of": self.rules_of,
             "device": None if self.device is None else {**asdict(self.device), "flops": dict(self.device.flops)},
@@ -228,7 +233,7 @@ class Plan:
         unit, size = ("GiB", GIB) if self.memory_bytes >= GIB else ("MiB", MIB)
         prefix, flops = ("T", 1e12) if self.flops >= 1e12 else ("G", 1e9)
         lines = [
-            f"{self.model}.{self.method} of {given} on {self.world_size} rank{'s' * (self.world_size > 1)}",
+            f"{self.model}.{self.method} of {given} on {self._ranks()}",
             f"memory    {self.memory_bytes / size:,.2f} {unit} a rank: activations {worst.peak_bytes / size:,.2f} "
             f"(rank {worst.rank}, at {worst.peak_op}), parameters {self.parameter_bytes / size:,.2f}, buffers "
             f"{self.buffer_bytes / size:,.2f}, inputs {self.input_bytes / size:,.2f}",
@@ -257,10 +262,14 @@ class Plan:
                 )
             fits = "fits" if self.fits() else "does not fit"
             lines.append(f"          {fits} in the {self.device.memory_bytes / 1e9:,.0f} GB of one {self.device.name}")
-        done = ", ".join(f"{r.rank} ({r.rows} rows; stands for {r.stands_for})" for r in self.ranks)
+        done = ", ".join(f"{r.rank} ({_rows(r.rows)}; stands for {r.stands_for})" for r in self.ranks)
         kind = "a CPU" if self.rules_of == "cpu" else f"a GPU ({self.rules_of})"
         lines.append(f"ranks run {done}; patches, parts and kernels as on {kind}")
         return lines
+
+    def _ranks(self) -> str:
+        mesh = "" if len(self.mesh) == 1 else f" ({' x '.join(map(str, self.mesh))} along dims {self.dims})"
+        return f"{self.world_size} rank{'s' * (self.world_size > 1)}{mesh}"
 
     def _columns(self) -> list[tuple[str, ...]]:
         computed, sent = ("calls", "launches", "GFLOPs", "MiB moved"), ("rounds", "MiB sent", "messages")
@@ -289,6 +298,10 @@ class Plan:
             f"gathered: {f.op}, {f.count} times, {f.bytes / MIB:,.1f} MiB, {f.shapes} at {f.where}"
             for f in self.fallbacks
         ]
+
+
+def _rows(rows: int | tuple[int, ...]) -> str:
+    return f"{rows} rows" if isinstance(rows, int) else " x ".join(map(str, rows))
 
 
 def _seconds(seconds: float) -> str:

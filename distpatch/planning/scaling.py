@@ -93,7 +93,7 @@ class Scaling:
 def scaling(
     model: nn.Module,
     *args: Any,
-    world_sizes: Sequence[int] = POWERS,
+    world_sizes: Sequence[int | Sequence[int]] = POWERS,
     method: str | None = None,
     device: Device | str = "H100",
     host: float | None = None,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from distpatch.comm.meshes import Dims, dims_of
 from distpatch.layout.shares import Weights, weights_of
 
 OUTPUTS = ("gather", "shard", "rank0")
@@ -32,7 +33,7 @@ class Options:
 
     splits: int | str = 1
     sequential: bool = field(default=True, hash=False)  # plans are looked up at every call, by what differs most
-    dim: int = field(default=-2, hash=False)
+    dim: Dims = field(default=-2, hash=False)
     output: str = field(default="gather", hash=False)
     fallback: str = field(default="warn", hash=False)
     tiled: bool = field(default=False, hash=False)
@@ -50,8 +51,12 @@ class Options:
 
     def __post_init__(self) -> None:
         check_splits(self.splits)
+        object.__setattr__(self, "dim", dims_of(self.dim))
         if not isinstance(self.dim, int):
-            raise ValueError(f"dim is a number, got {self.dim!r}")
+            given = {"compile": self.compile is not False, "policy": self.policy != "shard", "weights": self.weights}
+            given |= {"shard": self.shard is not None, "attention": self.attention != "gather"}
+            for name in (name for name, value in given.items() if value):
+                raise ValueError(f"{name}= is for one dim; got dim={self.dim}. Leave one of them out")
         object.__setattr__(self, "weights", weights_of(self.weights))
         object.__setattr__(self, "shard", _shard_of(self.shard))
         choices_of = {"output": OUTPUTS, "fallback": FALLBACKS, "policy": POLICIES, "attention": ATTENTIONS}
@@ -83,6 +88,10 @@ class Options:
         weights = ",".join(map(repr, self.shares or ()))
         numbers = f"{self.min_numel} {self.workspace_bytes}"
         return f"{self.splits} {self.sequential} {self.fallback} {numbers} {self.attention} {weights}"
+
+    def of_outer_axis(self, dim: int) -> Options:
+        """Of an axis whose rows are sharded themselves: these are computed in patches, or later, by the inner one."""
+        return replace(self, dim=dim, splits=1, lazy=False, overlap=False)
 
     @staticmethod
     def unpacked(text: str) -> Options:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from distpatch.comm import collectives
-from distpatch.comm.communicator import Communicator, Group, communicator
+from distpatch.comm.communicator import Communicator, communicator
+from distpatch.comm.meshes import Dims, Mesh, Ranks, axes_of, bounds_held, dims_of
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
 from distpatch.layout.rows import EMPTY, BlockLayout, RowLayout, even_bounds
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.recipe import Recipe
 from distpatch.tensor import sharded_checkpoint
+from distpatch.tensor.options import Options, default
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES
 from distpatch.tensor.user_classes import kind_of, plain
@@ -150,6 +152,11 @@ class PatchTensor(torch.Tensor):
         )
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        if self.region.inner is not None or self.region.level:
+            raise UnsupportedOpError(
+                f"a tensor of shape {tuple(self.shape)} is sharded along several dims, and cannot enter what "
+                "torch.compile compiles: shard along one dim, or leave this module as it is (torch.compiler.disable)"
+            )
         return ["local"], (self.row_layout, self.region.lasting)
 
     @classmethod
@@ -174,13 +181,13 @@ class PatchTensor(torch.Tensor):
         )
 
     def __create_write_items__(self, name: str, _: Any) -> list[Any]:
-        return sharded_checkpoint.write_items(name, self)
+        return sharded_checkpoint.write_items(name, list(axes_in(self)))
 
     def __create_chunk_list__(self) -> list[Any]:
-        return sharded_checkpoint.chunks_of(self)
+        return sharded_checkpoint.chunks_of(list(axes_in(self)))
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        return sharded_checkpoint.rows_at(self, index.offset)
+        return sharded_checkpoint.rows_at(list(axes_in(self)), index.offset)
 
     def __copy__(self) -> PatchTensor:
         """The same rows outside the autograd graph, as ``copy.copy`` makes of a plain tensor."""
@@ -188,32 +195,40 @@ class PatchTensor(torch.Tensor):
 
     @classmethod
     def from_local(
-        cls, local: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None
+        cls, local: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] | None = None
     ) -> PatchTensor:
         """Adopt rows that are already distributed, without a copy.
 
         ``local``: this rank's rows, for example (B, C, h, W); ``bounds``: rank r owns global rows
-        ``bounds[r]:bounds[r + 1]``. Without bounds the ranks tell each other their row counts. Raises
-        ``LayoutError`` where the rows do not fit the bounds, ``RankError`` where the other dims differ.
+        ``bounds[r]:bounds[r + 1]``. Without bounds the ranks tell each other their row counts. ``dim``: one, or one for
+        each axis of a mesh; then ``bounds`` are one for each, too. Raises ``LayoutError`` where the rows do not fit the
+        bounds, ``RankError`` where the other dims differ.
         """
-        comm = communicator(group, local.device)
-        dim = check_dim(local, dim)
+        dim = dims_of(dim)
+        one = isinstance(dim, int)
+        dims = (dim,) if isinstance(dim, int) else dim
+        bounds = [bounds] if one and bounds is not None else bounds
+        comms = axes_of(group, dims, local.device)
+        places = _places(local, dims, bounds)
         if bounds is None:
-            others = [size for d, size in enumerate(local.shape) if d != dim]
-            signature = f"{dim} {others} {local.dtype}"
-            answers = comm.rendezvous.require_same_call("from_local", signature, {"rows": local.shape[dim]})
-            total = [0]
-            for answer in answers:
-                total.append(total[-1] + int(str(answer["rows"])))
-            bounds = total
-        layout = _layout(comm, dim, bounds, None)
-        lo, hi = layout.interval(comm.rank)
-        if local.shape[dim] != hi - lo:
-            raise LayoutError(
-                f"from_local: rank {comm.rank} owns rows {lo}:{hi} by its bounds {layout.bounds}, but "
-                f"its tensor of shape {tuple(local.shape)} has {local.shape[dim]} rows along dim {dim}"
-            )
-        return PatchTensor(local, layout, Region(comm))
+            others = [size for d, size in enumerate(local.shape) if d not in places]
+            bounds = bounds_held(Ranks(comms), [local.shape[d] for d in places], f"{places} {others} {local.dtype}")
+        layouts = [_layout(comm, d, b, None) for comm, d, b in zip(comms, places, bounds, strict=True)]
+        for comm, layout in zip(comms, layouts):
+            lo, hi = layout.interval(comm.rank)
+            if local.shape[layout.dim] != hi - lo:
+                raise LayoutError(
+                    f"from_local: rank {comm.rank} owns rows {lo}:{hi} by its bounds {layout.bounds}, but its tensor "
+                    f"of shape {tuple(local.shape)} has {local.shape[layout.dim]} rows along dim {layout.dim}"
+                )
+        return _adopted(local, layouts, Region(comms[0]) if one else nested(comms, dims, default()))
+
+
+def _adopted(local: Tensor, layouts: Sequence[RowLayout], region: Region | None) -> PatchTensor:
+    """Rows that are sharded along several dims: the last one is the region's."""
+    assert region is not None
+    *others, last = layouts
+    return PatchTensor(_adopted(local, others, region.inner) if others else local, last, region)
 
 
 class BlockTensor(PatchTensor):
@@ -273,13 +288,20 @@ class RowCopy(torch.Tensor):
         return RULES.dispatcher.on_copies(func, args, kwargs or {})
 
 
-def shard(tensor: Tensor, group: Group, *, dim: int = -2, bounds: Sequence[int] | None = None) -> PatchTensor:
+def shard(tensor: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] | None = None) -> PatchTensor:
     """Shard a replicated tensor: a slice, no communication.
 
-    ``tensor``: the same full value on every rank, for example (B, C, H, W). Returns a PatchTensor of
-    the same (global) shape. Raises ``LayoutError`` for a dim or bounds that do not fit it.
+    ``tensor``: the same full value on every rank, for example (B, C, H, W). ``dim``: one, or one for each axis of a
+    mesh; then ``bounds`` are one for each, too. Returns a PatchTensor of the same (global) shape. Raises
+    ``LayoutError`` for dims or bounds that do not fit it.
     """
-    comm = communicator(group, tensor.device)
+    dim = dims_of(dim)
+    if not isinstance(dim, int):
+        comms = axes_of(group, dim, tensor.device)
+        return shard_over(nested(comms, dim, default()), tensor, dim, bounds)
+    if isinstance(group, (tuple, list)):
+        (group,) = axes_of(group, (dim,), tensor.device)
+    comm = communicator(group, tensor.device)  # type: ignore[arg-type]  # no sequence
     dim = check_dim(tensor, dim)
     layout = _layout(comm, dim, bounds, tensor.shape[dim])
     return shard_in(Region(comm), tensor, layout)
@@ -297,10 +319,49 @@ def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
     return result
 
 
-def shard_input(tensor: Tensor, dim: int, region: Region) -> PatchTensor:
+def nested(comms: Sequence[Communicator], dims: Sequence[int], options: Options, conversion: object = None) -> Region:
+    """The region of tensors that are sharded along several dims, each over an axis; the last one is the outermost.
+
+    So what is computed in patches, or later, are rows of the first dim, which stand closest together in memory.
+    """
+    region = None
+    for at, (comm, dim) in enumerate(zip(comms, dims, strict=True)):
+        own = replace(options, dim=dim) if at == 0 else options.of_outer_axis(dim)
+        region = Region(comm, own, conversion=conversion, inner=region, level=len(dims) - 1 - at)
+    assert region is not None
+    return region
+
+
+def shard_over(region: Region, tensor: Tensor, dims: Sequence[int], bounds: Sequence[Any] | None = None) -> PatchTensor:
+    """A replicated tensor sharded along several dims, of which the last one is the region's."""
+    places = _places(tensor, dims, bounds)
+    *others, last = places
+    known = None if bounds is None else bounds[-1]
+    layout = _layout(region.comm, last, known or region.bounds(tensor.shape[last]), tensor.shape[last])
+    result = shard_in(region, tensor, layout)
+    if region.inner is not None:
+        result.local = shard_over(region.inner, result.local, others, None if bounds is None else bounds[:-1])
+    return result
+
+
+def _places(tensor: Tensor, dims: Sequence[int], bounds: Sequence[Any] | None) -> list[int]:
+    """The dims from the front, one for each axis of a mesh."""
+    places = [check_dim(tensor, dim) for dim in dims]
+    if len(set(places)) < len(places) or (bounds is not None and len(bounds) != len(places)):
+        raise LayoutError(
+            f"a tensor of shape {tuple(tensor.shape)} cannot be sharded along dims {tuple(dims)} with bounds {bounds}: "
+            "each axis of the mesh has a dim of its own, and bounds of its own"
+        )
+    return places
+
+
+def shard_input(tensor: Tensor, dim: Dims, region: Region) -> PatchTensor:
     """An argument sharded along ``dim``, or one that is sharded already, in this region."""
     if isinstance(tensor, PatchTensor):
-        return PatchTensor(tensor.local, tensor.row_layout, region)
+        local = tensor.local if region.inner is None else shard_input(tensor.local, dim, region.inner)
+        return PatchTensor(local, tensor.row_layout, region)
+    if not isinstance(dim, int):
+        return shard_over(region, tensor, dim)
     dim = check_dim(tensor, dim)
     return shard_in(region, tensor, RowLayout(dim, region.bounds(tensor.shape[dim])))
 
@@ -316,15 +377,34 @@ def gather(tree: Any) -> Any:
 def handed_back(tensor: Tensor) -> Tensor:
     """``gather_replicated``, of the class that it is on one device."""
     kind = tensor.region.kind if isinstance(tensor, PatchTensor) else None
-    return gather_replicated(tensor) if kind is None else kind.of(gather_replicated(tensor))
+    return whole(tensor) if kind is None else kind.of(whole(tensor))
+
+
+def whole(tensor: Tensor, op: str = "gather") -> Tensor:
+    """The full plain tensor, whichever axes it is sharded over."""
+    while isinstance(tensor, PatchTensor):
+        tensor = gather_replicated(tensor, op)
+    return gather_replicated(tensor)
+
+
+def axes_in(tensor: Any) -> Iterator[PatchTensor]:
+    """A sharded tensor, its rows where these are sharded, and so on; of a plain one nothing."""
+    while isinstance(tensor, PatchTensor):
+        yield tensor
+        tensor = tensor.local
 
 
 def on_rank0(x: PatchTensor, op: str) -> Tensor | None:
-    """The full plain tensor on rank 0 alone, outside the autograd graph: no other rank could join its backward."""
+    """The full plain tensor on rank 0 (of each axis) alone, outside the autograd graph.
+
+    No other rank could join its backward.
+    """
     rows, comm = x.row_layout, x.region.comm
     needs = tuple(((0, rows.size) if rank == 0 else EMPTY,) for rank in range(comm.size))
     (full,) = fetch_rows(x.local.detach(), rows.dim, rows.bounds, needs, comm.name, op, False)
-    return full.contiguous() if comm.rank == 0 else None
+    if comm.rank > 0:
+        return None
+    return on_rank0(full, op) if isinstance(full, PatchTensor) else full.contiguous()
 
 
 def gather_replicated(tensor: Tensor, op: str = "gather") -> Tensor:

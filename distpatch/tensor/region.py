@@ -17,6 +17,15 @@ from distpatch.tensor.user_classes import Kind
 from distpatch.torch_utils import patches
 
 
+class _Meshes:
+    """``some``: whether tensors of this process may be sharded over several axes."""
+
+    some = False
+
+
+meshes = _Meshes()
+
+
 @dataclass(frozen=True, eq=False)
 class CallState:
     """What belongs to one call of a converted model.
@@ -36,7 +45,8 @@ class Region:
 
     ``warned``: operations without a rule that were warned of. ``call``: of a converted model, under way. ``kind``: of
     which class results are once they are gathered, where a user's own (user_classes.py). ``conversion``: the
-    converted model whose call it is, until a result is handed to the caller.
+    converted model whose call it is, until a result is handed to the caller. ``inner``: of the rows of this one, where
+    they are sharded themselves, over another axis of a mesh (axes.py); ``level``: how many axes there are outside.
     """
 
     comm: Communicator
@@ -45,9 +55,13 @@ class Region:
     call: CallState = field(default_factory=CallState)
     kind: Kind | None = None
     conversion: object = None
+    inner: Region | None = None
+    level: int = 0
 
     def __post_init__(self) -> None:
         patches.install()  # before there are sharded tensors
+        if self.inner is not None:
+            meshes.some = True
 
     def bounds(self, rows: int) -> Bounds:
         """Who gets which of so many rows, where nothing else says it."""
@@ -63,6 +77,15 @@ class Region:
     def handed_out(self) -> Region:
         """The region of what a caller is given: no longer the model's own."""
         return replace(self, call=CallState(), conversion=None)
+
+    def each(self, **changes: Any) -> Region:
+        """The same with changes, and so the regions inside it."""
+        return replace(self, **changes, inner=None if self.inner is None else self.inner.each(**changes))
+
+    @property
+    def axes(self) -> tuple[Region, ...]:
+        """The region and those inside it, from the outermost on."""
+        return (self,) if self.inner is None else (self, *self.inner.axes)
 
     def alike(self, other: Region) -> bool:
         """Whether what was compiled for one serves the other."""

@@ -1,9 +1,10 @@
-"""Sharded tensors in ``torch.distributed.checkpoint``: each rank writes and reads its own rows, under any layout."""
+"""Where a rank's rows stand in the global tensor, under any layout; and ``torch.distributed.checkpoint`` s of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,47 +15,84 @@ if TYPE_CHECKING:
     from distpatch.tensor.patch_tensor import PatchTensor
 
 
-def _intervals(layout: RowLayout, rank: int) -> Iterator[tuple[int, int, int]]:
-    """(first row of the global tensor, first row of the rank's own, how many), of rows that stand together."""
+class Span(NamedTuple):
+    """``rows`` that stand together, from row ``start`` of the global tensor and ``own`` of the rank's on."""
+
+    start: int
+    own: int
+    rows: int
+
+
+class Chunk(NamedTuple):
+    """A part of the global tensor that one rank has; ``values``: a view of its rows."""
+
+    offsets: torch.Size
+    values: Tensor
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """As an index of the global tensor."""
+        return tuple(slice(at, at + n) for at, n in zip(self.offsets, self.values.shape, strict=True))
+
+
+def chunks(axes: Sequence[PatchTensor]) -> Iterator[Chunk]:
+    """This rank's parts of the global tensor; of a rank without rows none.
+
+    ``axes``: the tensor, its rows where these are sharded over an inner axis, and so on (``axes_in``).
+    """
+    spans = [[Span(0, 0, n)] for n in axes[0].shape]
+    for axis in axes:
+        dim = axis.row_layout.dim
+        spans[dim] = list(_within(spans[dim], list(_intervals(axis.row_layout, axis.rank))))
+    rows = axes[-1].local.detach()
+    for parts in product(*spans):
+        if all(part.rows for part in parts):
+            own = tuple(slice(part.own, part.own + part.rows) for part in parts)
+            yield Chunk(torch.Size(part.start for part in parts), rows[own])
+
+
+def _intervals(layout: RowLayout, rank: int) -> Iterator[Span]:
     bounds, blocks = (layout.inner, layout.blocks) if isinstance(layout, BlockLayout) else (layout.bounds, 1)
     lo, hi = bounds[rank], bounds[rank + 1]
     if lo < hi:
-        yield from ((block * bounds[-1] + lo, block * (hi - lo), hi - lo) for block in range(blocks))
+        yield from (Span(block * bounds[-1] + lo, block * (hi - lo), hi - lo) for block in range(blocks))
 
 
-def chunks_of(x: PatchTensor) -> list[Any]:
-    """Where this rank's rows stand in the global tensor (``ChunkStorageMetadata``); of a rank without rows none."""
+def _within(outer: list[Span], inner: list[Span]) -> Iterator[Span]:
+    """Of rows that a rank of an outer axis has, those of one of an inner axis."""
+    for mine in outer:
+        for part in inner:
+            lo, hi = max(mine.own, part.start), min(mine.own + mine.rows, part.start + part.rows)
+            if lo < hi:
+                yield Span(mine.start + lo - mine.own, part.own + lo - part.start, hi - lo)
+
+
+def chunks_of(axes: Sequence[PatchTensor]) -> list[Any]:
+    """Where this rank's rows stand in the global tensor (``ChunkStorageMetadata``)."""
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-    def at(dim_value: int, others: list[int]) -> torch.Size:
-        return torch.Size(dim_value if d == x.row_layout.dim else n for d, n in enumerate(others))
-
-    return [
-        ChunkStorageMetadata(offsets=at(start, [0] * x.ndim), sizes=at(count, list(x.shape)))
-        for start, _, count in _intervals(x.row_layout, x.rank)
-    ]
+    return [ChunkStorageMetadata(offsets=part.offsets, sizes=part.values.shape) for part in chunks(axes)]
 
 
-def write_items(name: str, x: PatchTensor) -> list[Any]:
+def write_items(name: str, axes: Sequence[PatchTensor]) -> list[Any]:
     """What this rank writes (``WriteItem``)."""
     from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
     from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-    properties = TensorProperties.create_from_tensor(x.local)
+    properties = TensorProperties.create_from_tensor(axes[-1].local)
     return [
         WriteItem(
             index=MetadataIndex(name, chunk.offsets),
             type=WriteItemType.SHARD,
-            tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=x.shape),
+            tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=axes[0].shape),
         )
-        for chunk in chunks_of(x)
+        for chunk in chunks_of(axes)
     ]
 
 
-def rows_at(x: PatchTensor, offset: torch.Size | None) -> Tensor:
+def rows_at(axes: Sequence[PatchTensor], offset: torch.Size | None) -> Tensor:
     """The rows that begin there, of this rank's own: to be written to a file, or read into."""
-    dim = x.row_layout.dim
-    for start, own, count in _intervals(x.row_layout, x.rank):
-        if offset is None or offset[dim] == start:
-            return x.local.detach().narrow(dim, own, count)
-    raise ValueError(f"rank {x.rank} has no rows from {offset} of a tensor of shape {tuple(x.shape)}")
+    for part in chunks(axes):
+        if offset is None or part.offsets == offset:
+            return part.values
+    raise ValueError(f"rank {axes[0].rank} has no rows from {offset} of a tensor of shape {tuple(axes[0].shape)}")

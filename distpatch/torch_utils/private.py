@@ -56,6 +56,7 @@ __all__ = [
 
 _NOW = AllgatherOptions()
 _NOW.asyncOp = False
+ASKS_NOBODY = torch._C._disabled_torch_function_impl  # ``__torch_function__`` of a kind of tensor that has no rules
 RUN_BACKWARD = "_engine_run_backward"  # of torch.autograd: what backward() and grad() both call
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 

@@ -129,6 +129,14 @@ def test_plan_is_the_planners(folder: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == several.table() and (tmp_path / "a.png").stat().st_size > 0
 
 
+def test_plan_of_a_mesh(folder: Path) -> None:
+    given = ("plan", folder, "--shape", "1,4,32,32", "--json")
+    for options in (("--mesh", "4x4"), ("--mesh", "auto", "--world-size", 16)):
+        plan = json.loads(invoke(*given, *options).stdout)
+        assert (plan["mesh"], plan["dims"], plan["world_size"]) == ([4, 4], [-2, -1], 16)
+    assert "such as 8x8" in invoke(*given, "--mesh", "8").output
+
+
 def test_plan_finds_the_fewest_ranks_that_fit(folder: Path) -> None:
     given = ["plan", folder, "--shape", "1,4,64,64"]
     alone, halved = (

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support import oracle
+from tests.support.mesh_cases import everything
 from tests.support.threads import rank_outcomes
 from tests.support.zoo.autoencoder_runs import compare, is_accepted, result_of
 from tests.support.zoo.autoencoders import AUTOENCODERS, spatial_classes
@@ -39,6 +40,15 @@ def test_as_on_one_device(name: str, call: str) -> None:
     result = compare(name, cases[:1], world=2) if call == "forward" else compare(name, cases, world=3)
     assert result.fallbacks == 0
     assert result.error <= TOLERANCE[AUTOENCODERS[name].dtype]
+    oracle.compared += result.runs
+
+
+@pytest.mark.skipif(not everything.on, reason="nets on meshes run with --meshes")
+@pytest.mark.parametrize(("name", "call"), CALLS)
+def test_on_a_mesh(name: str, call: str) -> None:
+    result = compare(name, [(call, heights(name, call)[0])], world=4, mesh=(2, 2))
+    assert result.error <= TOLERANCE[AUTOENCODERS[name].dtype]
+    oracle.notes.setdefault("gathered on 2 x 2:", []).append(f"{name} {call}: {result.fallbacks}")
     oracle.compared += result.runs
 
 

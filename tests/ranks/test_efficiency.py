@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distpatch
 from distpatch.comm import collectives, moments_exchange, row_exchange
 from distpatch.lazy import recipe
+from distpatch.tensor import region
 from distpatch.tensor.options import Options
 from tests.support import forced
 from tests.support.kernels import Kernels
@@ -262,6 +263,7 @@ def test_walk_of_a_convolution(lazy: bool, most: int, to_read: int, monkeypatch:
     ``to_read``: those on the way when its rows are read.
     """
     monkeypatch.setattr(recipe, "LEAST_BYTES", 0)
+    monkeypatch.setattr(region.meshes, "some", False)  # which other tests make
     of_float32 = {"dtype": torch.float32}  # of a kernel that asks for no sizes
     x, weight = random_tensor((1, 8, 64, 3000), **of_float32), random_tensor((4, 8, 3, 3), seed=1, **of_float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 import distpatch
 from distpatch.torch_utils.tree import tensors_in
 from tests.support import oracle
-from tests.support.oracle import random_tensor
+from tests.support.mesh_cases import everything
+from tests.support.oracle import mesh_of, random_tensor
 from tests.support.threads import run_ranks
 from tests.support.zoo.nets import UNETS, Net
 from tests.support.zoo.transformer_nets import TRANSFORMERS
@@ -63,17 +65,19 @@ def built(net: Net) -> torch.nn.Module:
     return model
 
 
-def same_on_ranks(name: str, net: Net) -> None:
+def same_on_ranks(name: str, net: Net, mesh: tuple[int, ...] = ()) -> None:
+    """On so many ranks, or on a mesh along height and width."""
     model = built(net)
     inputs = [random_tensor(x, seed=i) if isinstance(x, tuple) else x for i, x in enumerate(net.inputs)]
     right, _ = run(copy.deepcopy(model), net, inputs)
     largest = max(value.abs().max().item() for key, value in right.items() if key[0] == "g" and value is not None)
 
     def body(rank: int) -> Any:
-        own = distpatch.convert_model(copy.deepcopy(model), dist.group.WORLD, dim=net.dim, fallback="allow")
+        group, dim = (mesh_of(mesh), (-2, -1)) if mesh else (dist.group.WORLD, net.dim)
+        own = distpatch.convert_model(copy.deepcopy(model), group, dim=dim, fallback="allow")
         return run(own, net, inputs)
 
-    for world in WORLDS:
+    for world in (math.prod(mesh),) if mesh else WORLDS:
         results = run_ranks(world, body, keep=True)
         for rank, (values, gathered) in enumerate(results):
             for key, value in right.items():
@@ -86,11 +90,17 @@ def same_on_ranks(name: str, net: Net) -> None:
                 error = (got - value).abs().max().item()
                 assert error <= bound, f"{where}: {error:.1e} off, more than {bound:.1e}"
                 assert torch.equal(got, first), f"{where}: other bits than on rank 0"
-            assert set(gathered) == set(net.fallbacks), f"gathered on rank {rank} of {world}: {gathered}"
+            assert mesh or set(gathered) == set(net.fallbacks), f"gathered on rank {rank} of {world}: {gathered}"
         oracle.compared += 1
     counts = ", ".join(f"{op} ({count})" for op, count in gathered.items()) or "0"
-    size, worlds = "x".join(map(str, inputs[0].shape)), ", ".join(map(str, WORLDS))
+    size, worlds = "x".join(map(str, inputs[0].shape)), "x".join(map(str, mesh)) or ", ".join(map(str, WORLDS))
     oracle.notes.setdefault(HEADER, []).append(f"{name:40} {net.library:14} {size:20} {worlds:10} {counts}")
+
+
+@pytest.mark.skipif(not everything.on, reason="nets on meshes run with --meshes")
+@pytest.mark.parametrize("name", {**UNETS, **TRANSFORMERS})
+def test_on_a_mesh(name: str) -> None:
+    same_on_ranks(name, {**UNETS, **TRANSFORMERS}[name], (2, 2))
 
 
 @pytest.mark.parametrize("name", UNETS)

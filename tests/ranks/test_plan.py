@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import distpatch
 from tests.support import forced
-from tests.support.oracle import random_tensor
+from tests.support.oracle import mesh_of, random_tensor
 from tests.support.threads import run_ranks
 from tests.support.zoo.models import sd_decoder
 from tests.support.zoo.unets import CONDITIONED, DOWN, UP
@@ -90,6 +90,31 @@ def test_plan_and_trace_agree(name: str) -> None:
             assert f"{real.launches:,} kernels launched, {real.rounds:,} rounds" in real.table(), where
             assert real.to_dict()["launches"] == sum(cost.launches for cost in real.ops().values())
             assert real.to_dict()["rounds"] == sum(traffic.rounds for traffic in real.traffic())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_plan_and_trace_agree_on_a_mesh(backward: bool) -> None:
+    """Over each axis the same messages, in the same order."""
+    model, x, dims = sd_decoder((8, 8, 8, 8), 4), image(1, 4, 5, 6), {"dim": (-2, -1)}
+    for mesh in ((2, 2), (1, 3)):
+        size = mesh[0] * mesh[1]
+        how = {"method": "decode", "backward": backward, "device": "cpu", "ranks": range(size)}
+        plan = distpatch.plan(model, x, world_size=mesh, options=dims, **how)
+
+        def body(rank: int) -> distpatch.Trace:
+            mine = distpatch.convert_model(copy.deepcopy(model), mesh_of(mesh), fallback="error", **dims)
+            with torch.set_grad_enabled(backward), distpatch.trace(measure=True) as t:
+                out = mine.decode(x).sample
+                if backward:
+                    out.sum().backward()
+            return t
+
+        for planned, real in zip(plan.ranks, run_ranks(size, body), strict=True):
+            where = f"rank {planned.rank} of {mesh}"
+            assert sorted(planned.trace.records, key=str) == sorted(real.records, key=str), where
+            assert backward or planned.trace.records == real.records, where
+            assert (planned.sent_bytes, planned.messages) == (real.sent_bytes, real.messages), where
+            assert (planned.rounds, planned.flops) == (real.rounds, real.flops), where
 
 
 @pytest.mark.parametrize("world", [1, 3])

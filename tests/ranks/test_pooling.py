@@ -170,6 +170,8 @@ ADAPTIVE = {
     "max, ties": case(adaptive_max(2), ties, heights=(13, 7)),
     "max to 1, ties": case(adaptive_max(1), ties, p2p=0),
     "max to 6, ties": case(adaptive_max(6, 3), ties, heights=(13, 12)),
+    "max of columns, ties": case(adaptive_max(2), ties, heights=(13, 7), dim=-1),
+    "max of columns to 1, ties": case(adaptive_max(1), ties, p2p=0, dim=-1),
     "max, width": case(adaptive_max(2, 5), W, dim=-1),
     "max, channels": case(adaptive_max(2), (2, H, 4, 5), dim=1, p2p=0),
     "max 1d": case(lambda x: torch.adaptive_max_pool1d(x, 2), (2, 3, H), dim=-1),

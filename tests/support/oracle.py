@@ -11,8 +11,10 @@ test has put a transport in place (``using``), all of them run on it.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import distpatch
 from distpatch.layout.rows import Bounds, even_bounds
@@ -71,6 +74,9 @@ def check(
     channels_last: bool = False,
     tolerance: float = TOLERANCE,
     order: int = 1,
+    meshes: Sequence[tuple[int, ...]] = (),
+    dims: tuple[int, ...] = (-2, -1),
+    gathers: Container[str] = (),
 ) -> None:
     """Compare ``fn`` on sharded tensors with ``fn`` on plain ones.
 
@@ -78,27 +84,31 @@ def check(
     ``sharded``: how many of them, from the first, are sharded along ``dim``. ``fallback``: the operation
     that is expected to be gathered (None: none may be). ``p2p``: the most point-to-point batches that
     one forward pass may take where all inputs have the same bounds. ``order``: of the highest derivatives
-    compared.
+    compared. ``meshes``: of ranks, in place of ``worlds``: each input is sharded along all ``dims``; ``gathers``:
+    operations that may be gathered there, too.
     """
     global compared
     runs = [(rows, _make(inputs, rows, channels_last)) for rows in heights]
     expected = [run(fn, tensors, list, rows, order=order) for rows, tensors in runs]
-    for world in worlds:
-        layouts = [_layouts(rows, world, sharded, first=rows == heights[0]) for rows in heights]
+    for mesh in meshes or [(world,) for world in worlds]:
+        world, along = math.prod(mesh), dims if meshes else (dim,)
+        layouts = [_layouts(tensors[:sharded], mesh, along, first=rows == heights[0]) for rows, tensors in runs]
+
+        expected_of = fallback, gathers if meshes else ()
 
         def body(rank: int) -> list[list[Result]]:
-            group = dist.group.WORLD
+            group = mesh_of(mesh) if meshes else dist.group.WORLD
             return [
-                [_sharded(fn, tensors, rows, group, dim, bounds, fallback, p2p, order) for bounds in layouts[i]]
+                [_sharded(fn, tensors, rows, group, along, bounds, expected_of, p2p, order) for bounds in layouts[i]]
                 for i, (rows, tensors) in enumerate(runs)
             ]
 
         transport = late() if is_usual() and world not in OVER_GLOO else contextlib.nullcontext()
-        with _expect_warning(fallback), transport:
+        with _expect_warning(None if meshes else fallback), transport:
             ranks = run_ranks(world, body, keep=True)
         for i, (rows, _) in enumerate(runs):
             for j, bounds in enumerate(layouts[i]):
-                where = f"{rows} rows on {world} ranks, bounds {bounds}"
+                where = f"{rows} rows on {mesh} ranks, bounds {bounds}"
                 compare([results[i][j] for results in ranks], expected[i], where, tolerance)
                 compared += 1
 
@@ -121,12 +131,32 @@ def _make(inputs: Sequence[Input], rows: int, channels_last: bool) -> list[Tenso
     return tensors
 
 
-def _layouts(rows: int, world: int, count: int, first: bool) -> list[list[Bounds]]:
-    """Bounds of each sharded input, random and different ones; for the first height even ones too."""
-    layouts = [[even_bounds(rows, world)] * count] if first else []
-    if world > 1:
-        layouts.append([_random_bounds(rows, world, seed) for seed in range(count)])
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    """A mesh of all ranks, made once a thread."""
+    known: dict[tuple[int, ...], DeviceMesh] = _thread.__dict__.setdefault("meshes", {})
+    if shape not in known:
+        known[shape] = init_device_mesh("cpu", shape)
+    return known[shape]
+
+
+_thread = threading.local()
+
+
+def _layouts(
+    tensors: Sequence[Tensor], mesh: tuple[int, ...], dims: tuple[int, ...], first: bool
+) -> list[list[tuple[Bounds, ...]]]:
+    """Bounds of each sharded input along each dim, random and different ones; for the first height even ones too."""
+    every = [[(t.shape[dim], ranks) for dim, ranks in zip(dims, mesh)] for t in tensors]
+    layouts = [[tuple(even_bounds(*axis) for axis in axes) for axes in every]] if first else []
+    if math.prod(mesh) > 1:
+        layouts.append([tuple(_random_bounds(*axis, seed) for axis in axes) for seed, axes in enumerate(every)])
+    if len(mesh) > 1 and first:  # the first rank of the outermost axis has nothing
+        layouts.append([(*(even_bounds(*axis) for axis in axes[:-1]), _none_first(*axes[-1])) for axes in every])
     return layouts
+
+
+def _none_first(size: int, ranks: int) -> Bounds:
+    return (0, *even_bounds(size, ranks - 1)) if ranks > 1 else (0, size)
 
 
 def _random_bounds(rows: int, world: int, seed: int) -> Bounds:
@@ -140,22 +170,34 @@ def _sharded(
     tensors: list[Tensor],
     rows: int,
     group: Any,
-    dim: int,
-    bounds: list[Bounds],
-    fallback: str | None,
+    dims: tuple[int, ...],
+    bounds: list[tuple[Bounds, ...]],
+    gathers: tuple[str | None, Container[str]],
     p2p: int | None,
     order: int,
 ) -> Result:
     def distribute(leaves: list[Tensor]) -> list[Tensor]:
-        cut = [distpatch.shard(t, group, dim=dim, bounds=b) for t, b in zip(leaves, bounds, strict=False)]
+        pairs = zip(leaves, bounds, strict=False)
+        cut = [distpatch.shard(t, group, dim=dims, bounds=b if len(dims) > 1 else b[0]) for t, b in pairs]
         return cut + leaves[len(bounds) :]
 
     with distpatch.trace() as t:
         same_bounds = len(set(bounds)) == 1
         result = run(fn, tensors, distribute, rows, p2p if same_bounds else None, order)
-    gathered = {record.op for record in t.fallbacks}
-    assert gathered == ({fallback} if fallback else set()), f"operations gathered: {gathered}"
+    gathered, (expected, may) = {record.op for record in t.fallbacks}, gathers
+    if len(dims) == 1 or _is_regular(tensors, dims, bounds):
+        assert expected is None or expected in gathered, f"{expected} was not gathered"
+        assert all(op in may for op in gathered - {expected}), f"operations gathered: {gathered}"
     return result
+
+
+def _is_regular(tensors: list[Tensor], dims: tuple[int, ...], bounds: list[tuple[Bounds, ...]]) -> bool:
+    """Whether all are shared out evenly along several dims, two rows or more a rank: else some may be gathered."""
+    return all(
+        axis == even_bounds(t.shape[dim], len(axis) - 1) and t.shape[dim] >= 2 * (len(axis) - 1)
+        for t, axes in zip(tensors, bounds, strict=False)
+        for dim, axis in zip(dims, axes)
+    )
 
 
 def run(

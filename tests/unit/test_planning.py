@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distpatch
 from distpatch.lazy import deferred_ops, recipe
-from distpatch.planning.fake_run import _representatives
+from distpatch.planning.ranks_to_run import ranks_to_run
 from tests.support import forced
 from tests.support.oracle import random_tensor
 from tests.support.zoo.models import tiny_kl
@@ -90,13 +90,49 @@ def tiny_unetish() -> nn.Module:
 
 
 def test_representatives() -> None:
-    assert _representatives([3, 3, 2], None) == {0: 1, 1: 1, 2: 1}
-    assert _representatives([3, 3, 3, 2, 2, 2], None) == {0: 1, 1: 2, 3: 2, 5: 1}
-    assert _representatives([3, 3, 3, 2, 2, 2], [-1]) == {5: 6}
-    assert _representatives([3, 3, 3, 2, 2, 2], [0, 2]) == {0: 1, 2: 5}
+    assert ranks_to_run([[3, 3, 2]], None) == {0: 1, 1: 1, 2: 1}
+    assert ranks_to_run([[3, 3, 3, 2, 2, 2]], None) == {0: 1, 1: 2, 3: 2, 5: 1}
+    assert ranks_to_run([[3, 3, 3, 2, 2, 2]], [-1]) == {5: 6}
+    assert ranks_to_run([[3, 3, 3, 2, 2, 2]], [0, 2]) == {0: 1, 2: 5}
     for wrong in ([], [6], [-7]):
         with pytest.raises(ValueError, match="from 0 to 5"):
-            _representatives([3, 3, 3, 2, 2, 2], wrong)
+            ranks_to_run([[3, 3, 3, 2, 2, 2]], wrong)
+
+
+def test_representatives_of_a_mesh() -> None:
+    """Corners, edges and what is inside, of each size of part."""
+    assert ranks_to_run([[2, 2], [3, 2]], None) == {0: 1, 1: 1, 2: 1, 3: 1}
+    few = ranks_to_run([[4] * 8, [4] * 8], None)
+    assert sorted(few.values()) == [1] * 4 + [6] * 4 + [36]
+
+
+def test_choice_of_a_mesh() -> None:
+    square = distpatch.choose_mesh((1, 4, 512, 512), 64)
+    assert (square.mesh, square.dim, square.part, square.edge) == ((8, 8), (-2, -1), (64, 64), 256)
+    assert (
+        "8 x 8 ranks along dims (-2, -1): at the most 64 x 64 a rank" in square.why and "64 ranks along" in square.why
+    )
+    assert distpatch.choose_mesh((1, 4, 64, 64), 2).dim == -2  # of two that send alike, the rows
+    assert distpatch.choose_mesh((1, 4, 90, 160), 2).dim == -1
+    uneven = distpatch.choose_mesh((1, 4, 9, 16), 6)
+    assert uneven.mesh == (3, 2) and uneven.imbalance == 1
+    assert distpatch.choose_mesh((1, 4, 30, 5, 5), 30, dims=(-3, -2, -1)).imbalance == 1
+    assert distpatch.choose_mesh((1, 4, 8, 8), 1).mesh == (1,)
+    with pytest.raises(ValueError, match="67 ranks cannot each have a part"):
+        distpatch.choose_mesh((1, 4, 8, 8), 67)
+
+
+def test_plan_of_a_mesh() -> None:
+    x = torch.empty(1, 4, 32, 32, device="meta")
+    chosen = distpatch.plan(tiny_unetish(), x, world_size=16, device="cpu", options={"dim": "auto"})
+    assert (chosen.world_size, chosen.mesh, chosen.dims) == (16, (4, 4), (-2, -1))
+    assert "on 16 ranks (4 x 4 along dims (-2, -1))" in chosen.table() and "(8 x 8; stands for 4)" in chosen.table()
+    rows = distpatch.plan(tiny_unetish(), x, world_size=16, device="cpu")
+    halo = 4 * 2 * 4  # bytes of a pixel of one row on each side
+    assert chosen.sent_bytes - rows.sent_bytes < halo * (16 + 2 + 2 - 32) + 2**10
+    assert chosen.imbalance < 1.06 and rows.imbalance == 1  # of a corner less is computed at seams
+    with pytest.raises(ValueError, match="one for each dim"):
+        distpatch.plan(tiny_unetish(), x, world_size=16, options={"dim": (-2, -1)})
 
 
 def test_replicated_share() -> None:

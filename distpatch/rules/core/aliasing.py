@@ -219,6 +219,7 @@ def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for copy in copies:
         if id(copy) in written:
             copy.origin.write_back()
+            _are_up_to_date(copy.plain)
     known = {id(copy.plain): copy for copy in copies}
 
     def again(tensor: Tensor) -> Tensor:
@@ -230,6 +231,14 @@ def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _mark(tensor, copies[0].origin) if _is_aliasing(func) else tensor
 
     return map_tensors(again, result) if isinstance(result, (Tensor, tuple, list)) else result
+
+
+def _are_up_to_date(rows: Any) -> None:
+    """What was written back came from these: also copies that they are along inner axes hold what their origins do."""
+    while isinstance(rows, PatchTensor):
+        rows = rows.local
+        if isinstance(rows, (PatchCopy, RowCopy)):
+            rows.origin.version = _version(rows.origin.source)
 
 
 def _follow(copy: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -20,11 +20,14 @@ from distpatch.errors import UnsupportedOpError
 from distpatch.lazy.buffer_reuse import pending
 from distpatch.rules.core.aliasing import before_writing, may_write, mutates, protect, through
 from distpatch.rules.core.fallback import computed_on_all, fallback
+from distpatch.rules.core.inner_axes import beside_no_rows
 from distpatch.rules.core.memory_order import as_on_one_device
 from distpatch.rules.core.operands import PLAIN, in_order
 from distpatch.rules.core.out_argument import into
+from distpatch.tensor.axes import as_seen_by_outermost
 from distpatch.tensor.halo_rows import let_go, live
 from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor
+from distpatch.tensor.region import meshes
 from distpatch.tensor.rule_table import RULES, Rule, RuleEntry, no_rule
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.private import schemas_named
@@ -39,6 +42,8 @@ class _Dispatcher:
 
     def on_rows(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         """A call on sharded tensors."""
+        if meshes.some:
+            args, kwargs = as_seen_by_outermost(args, kwargs)
         entry = RULES[func]
         if (pending.rows or live.some) and (
             may_write(func) or (kwargs and (kwargs.get("out") is not None or kwargs.get("inplace")))
@@ -71,6 +76,10 @@ class _Dispatcher:
 
     def on_blocks(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call on rows in blocks: on the rows as they are, where the rule treats all alike, else in order."""
+        if meshes.some:
+            seen = as_seen_by_outermost(args, kwargs)
+            if seen[0] is not args or seen[1] is not kwargs:  # the blocks may be no longer among them
+                return func(*seen[0], **seen[1])
         if pending.rows or live.some:
             before_writing(func, args, kwargs)
             if mutates(func, args, kwargs) is not None:
@@ -137,7 +146,7 @@ def _applied(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[st
         if named["out"] is None:
             named = {key: value for key, value in named.items() if key != "out"}
     if entry.asks_if_empty and places and isinstance(places[0], PatchTensor) and 0 in places[0].shape:
-        return computed_on_all(func, places, named)
+        return (beside_no_rows if places[0].region.level else computed_on_all)(func, places, named)
     result = entry.rule(func, *places, **named)
     return fallback(func, *args, **kwargs) if result is NotImplemented and not entry.elementwise else result
 

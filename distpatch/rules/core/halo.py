@@ -80,7 +80,8 @@ def given(x: PatchTensor, weight: Tensor | None = None) -> Given:
     if compiling:  # plans are constants: no size is a symbol
         shape, of_weight = (torch.Size(map(operator.index, sizes)) for sizes in (shape, of_weight))
     kind, recorded = planned_for.kind or rows.device.type, compiling or torch.is_grad_enabled()
-    return Given(shape, of_weight, x.row_layout, region.comm.rank, region.options, rows.dtype, kind, recorded)
+    how = region.options, rows.dtype, kind, recorded, region.inner is not None
+    return Given(shape, of_weight, x.row_layout, region.comm.rank, *how)
 
 
 def fixed(value: Any) -> Any:

@@ -84,6 +84,7 @@ def _settle(x: PatchTensor, strides: Strides) -> None:
 def _kind_of(tensor: Tensor) -> Kind | None:
     tensor = tensor.plain if isinstance(tensor, (PatchCopy, RowCopy)) else tensor
     local = tensor.local_or_recipe if isinstance(tensor, PatchTensor) else tensor
+    local = local.plain if isinstance(local, (PatchCopy, RowCopy)) else local  # which stands as it did before a write
     if isinstance(local, Tensor) and (local.layout is not torch.strided or local.device.type == "meta"):
         return None
     strides = tuple(strides_of(tensor)) if isinstance(tensor, PatchTensor) else tensor.stride()

@@ -20,6 +20,7 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import none_of, same_memory, with_dummy_row
 from distpatch.rules.core.gather_records import record
 from distpatch.rules.core.registry import nth
+from distpatch.tensor.axes import InnerTensor, bare
 from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils import memory_format
 from distpatch.torch_utils.memory_format import Order
@@ -87,6 +88,8 @@ def sum_ranks(partial: Tensor, like: PatchTensor, func: Any) -> Tensor:
 
 def fetch(x: PatchTensor, needs: Needs, func: Any) -> list[Tensor]:
     """The intervals of global rows that each rank needs; gradients return and are added."""
+    if isinstance(x.row_layout, BlockLayout) and x.region.level:
+        return [_inner_whole(x, func).narrow(x.row_layout.dim, lo, hi - lo) for lo, hi in needs[x.rank]]
     if type(x) is not PatchTensor:
         x = in_order(x)
     rows, name = x.row_layout, x.comm.name
@@ -98,17 +101,25 @@ def unmerge_blocks(x: PatchTensor) -> PatchTensor:
     layout = x.row_layout
     if not isinstance(layout, BlockLayout):
         return x
-    sizes = (layout.blocks, x.local.shape[layout.dim] // layout.blocks)
+    lo, hi = layout.inner[x.rank : x.rank + 2]
+    sizes = (layout.blocks, hi - lo)
     return wrap(x.local.unflatten(layout.dim, sizes), x, layout.opened)
 
 
 def in_order(tensor: Any) -> Any:
-    """A ``BlockTensor`` with its rows in order; any other tensor as it is."""
+    """A ``BlockTensor`` with its rows in order; any other tensor as it is.
+
+    Those of an inner axis are gathered: what is merged with them may be the rows of the axis outside it, so that its
+    ranks, which have other numbers of these, would share them out in other ways.
+    """
     if isinstance(tensor, PatchCopy):
         tensor = tensor.plain
     if not isinstance(tensor, BlockTensor):
         return tensor
     layout, comm = tensor.row_layout, tensor.comm
+    if tensor.region.level:
+        record("reshape", [tensor])
+        return gather_replicated(tensor)
     bounds = tensor.region.bounds(layout.size)
     needs = needs_in_order(layout.inner, layout.blocks, bounds)
     if len(needs[0]) > MOST_PIECES:
@@ -117,6 +128,12 @@ def in_order(tensor: Any) -> Any:
     held = tuple(b * layout.blocks for b in layout.inner)
     pieces = fetch_rows(tensor.local, layout.dim, held, needs, comm.name, "reshape", False)
     return PatchTensor(torch.cat(pieces, layout.dim), RowLayout(layout.dim, bounds), tensor.region)
+
+
+def _inner_whole(x: PatchTensor, func: Any) -> Tensor:
+    """Blocks of an inner axis, which are gathered where they must be in order (``in_order``)."""
+    record("reshape", [x])
+    return gather_partial(x, func)
 
 
 def gather_partial(x: PatchTensor, func: Any) -> Tensor:
@@ -159,6 +176,8 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     """The same tensor in other rows, or sharded along another dim; one exchange either way."""
     if layout == x.row_layout:
         return x
+    if isinstance(x.row_layout, BlockLayout) and x.region.level:
+        return in_memory_of(collectives.narrow_rows(_inner_whole(x, func), layout, x.rank), x, layout)
     x = in_order(x)
     if layout.dim != x.row_layout.dim:
         opened = RowLayout(layout.dim, x.region.bounds(layout.size))
@@ -169,6 +188,24 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
         return in_memory_of(_in_blocks(x, layout, func), x, layout)
     needs = tuple((layout.interval(rank),) for rank in range(layout.world_size))
     return in_memory_of(fetch(x, needs, func)[0], x, layout)
+
+
+def alike_inside(tensors: Sequence[Tensor], func: Any) -> list[Tensor]:
+    """Tensors of which each rank will have other rows: where these are sharded over inner axes, all in one way."""
+    inside = [t.local if isinstance(t, PatchTensor) else bare(t) for t in tensors]
+    lead = next((rows for rows in inside if isinstance(rows, PatchTensor)), None)
+    if lead is None:
+        return list(tensors)
+    rows = lead.row_layout
+    moved = [
+        redistribute(t, rows, func) if isinstance(t, PatchTensor) and t.shape[rows.dim] == rows.size else t
+        for t in inside
+    ]
+    moved = alike_inside(moved, func)
+    return [
+        t if new is old else wrap(new, t) if isinstance(t, PatchTensor) else InnerTensor(new)  # type: ignore[arg-type]
+        for t, old, new in zip(tensors, inside, moved)
+    ]
 
 
 def _in_blocks(x: PatchTensor, layout: BlockLayout, func: Any) -> Tensor:

@@ -23,7 +23,8 @@ from distpatch.tensor.options import Options
 class Given(NamedTuple):
     """What decides, beside the operation itself, how it is carried out on a tensor: what its plan is found by.
 
-    ``shape`` and ``weight``: of the tensor, and of a convolution's weight; ``recorded`` as in ``Share``.
+    ``shape`` and ``weight``: of the tensor, and of a convolution's weight; ``recorded`` as in ``Share``; ``outer``: its
+    rows are sharded themselves, over an inner axis.
     """
 
     shape: torch.Size
@@ -34,6 +35,7 @@ class Given(NamedTuple):
     dtype: torch.dtype
     kind: str  # of device
     recorded: bool
+    outer: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,4 +112,4 @@ def plan_rows(
 def _share(given: Given, plan: RankPlan, out_numel: int) -> Share:
     own = [plan.own[1] - plan.own[0] if d == given.layout.dim else n for d, n in enumerate(given.shape)]
     rows = plan.rows[1] - plan.rows[0]
-    return Share(rows, math.prod(own), out_numel, given.dtype.itemsize, given.kind, given.recorded)
+    return Share(rows, math.prod(own), out_numel, given.dtype.itemsize, given.kind, given.recorded, given.outer)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import dim_order, local_rows_of, local_slice, sizes_of, wrap
+from distpatch.rules.core.operands import alike_inside, dim_order, local_rows_of, local_slice, sizes_of, wrap
 from distpatch.rules.core.registry import named, rule
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.rules.elementwise.random_rows import Draw, drawn_rows, own_rows
@@ -93,7 +93,8 @@ def bernoulli(func: Any, input: PatchTensor, p: Any = None, **kwargs: Any) -> An
         rows = drawn_rows(draw, input, key=key)
         return wrap(rows, input) if not op_name(func).endswith("_") else _written(input, rows)
     if isinstance(p, Tensor):
-        p = _placed(local_rows_of(p.expand(input.shape), input, input.row_layout.dim - input.ndim, func), input)
+        _, p = alike_inside([input, p.expand(input.shape)], func)
+        p = _placed(local_rows_of(p, input, input.row_layout.dim - input.ndim, func), input)
     drawn = func(_placed(input.local, input), *(() if p is None else (p,)), **kwargs)
     if not op_name(func).endswith("_"):
         return wrap(own_rows(drawn, input), input)
@@ -123,7 +124,10 @@ def _placed(local: Tensor, x: PatchTensor) -> Tensor:
     For functions that draw as many numbers for each element, whatever its value.
     """
     full = torch.empty_permuted(x.shape, dim_order(x)[::-1], dtype=local.dtype, device=local.device).zero_()
-    local_slice(full, x, x.row_layout.dim).copy_(local)
+    place = local_slice(full, x, x.row_layout.dim)
+    while isinstance(local, PatchTensor):
+        place, local = local_slice(place, local, local.row_layout.dim), local.local
+    place.copy_(local)
     return full
 
 

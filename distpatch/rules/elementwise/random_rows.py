@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distpatch.layout.rows import BlockLayout
 from distpatch.layout.stencil import Interval, ceil_div
-from distpatch.rules.core.operands import dim_order, local_slice
+from distpatch.rules.core.operands import dim_order, local_slice, wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import kind_of
 from distpatch.torch_utils.memory_format import Order
@@ -55,12 +55,21 @@ def drawn_rows(draw: Draw, x: PatchTensor, dtype: torch.dtype | None = None, key
                 at = i * (hi - lo) * row + a - first
                 flat[at : at + b - a].copy_(part[a - start : b - start])
     assert rows is not None
-    return rows
+    return _inside(rows, x)
 
 
 def own_rows(full: Tensor, x: PatchTensor) -> Tensor:
     """This rank's rows, in memory of their own: the whole tensor goes as soon as nobody holds it."""
-    return local_slice(full, x, x.row_layout.dim).clone()
+    rows = _inside(local_slice(full, x, x.row_layout.dim), x)
+    return rows.clone()
+
+
+def _inside(rows: Tensor, x: PatchTensor) -> Tensor:
+    """Rows that are the same on all ranks of an inner axis, sharded over it as those of ``x`` are."""
+    inner = x.local_or_recipe
+    if not isinstance(inner, PatchTensor) or rows.shape[inner.row_layout.dim] != inner.row_layout.size:
+        return rows
+    return wrap(_inside(local_slice(rows, inner, inner.row_layout.dim), inner), inner)
 
 
 def _parts(numel: int, most: int) -> Iterator[Interval]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from distpatch.comm.collectives import join_gradients
 from distpatch.layout.rows import BlockLayout, RowLayout
 from distpatch.layout.stencil import ceil_div
-from distpatch.lazy.row_patches import in_patches, none_of, with_dummy_row
+from distpatch.lazy.row_patches import empty_beside, in_patches, none_of, with_dummy_row
 from distpatch.rules.core.operands import (
     autocast,
     check_group,
@@ -165,7 +165,7 @@ def _by_rows(call: Call) -> PatchTensor:
     if steps < 2 or not alike or needs_grad(query, key, value, mask):
         return wrap(_attend(call), query)
     group, at_once = query.shape[dim] // heads, ceil_div(heads, steps)
-    out = query.local.new_empty((*query.local.shape[:-1], value.shape[-1]))
+    out = empty_beside(query.local, (*query.local.shape[:-1], value.shape[-1]), torch.contiguous_format)
     for lo in range(0, heads, at_once):
         count = min(at_once, heads - lo)
 

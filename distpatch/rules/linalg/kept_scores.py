@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from distpatch.torch_utils.chunk_sizes import kind_of, planned_for
+from distpatch.torch_utils.overridable import has_rules
 from distpatch.torch_utils.private import FakeTensor, fused_attention
 
 HALF = {torch.float16, torch.bfloat16}
@@ -51,6 +53,10 @@ def _planned(
     enable_gqa: bool = False,
 ) -> Tensor:
     result: Tensor
+    if any(map(has_rules, (query, key, value))):  # sharded over an inner axis, whose rule comes here again
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     if keeps_scores(query, key, value, mask, is_causal, enable_gqa):
         options = {"scale": scale, "enable_gqa": enable_gqa}
         result, _ = aten._scaled_dot_product_attention_math(query, key, value, mask, 0.0, is_causal, **options)

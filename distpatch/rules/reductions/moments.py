@@ -21,6 +21,7 @@ from distpatch.layout.stencil import Interval
 from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import patches_to_run
 from distpatch.rules.core.operands import needs_grad
+from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.private import foreach_copy
 
@@ -205,6 +206,8 @@ class Norm:
 def _packed(moments: Sequence[Tensor]) -> Tensor:
     """Mean and deviation of each part, (K, 2, ...)."""
     shape = moments[0].shape
+    if isinstance(moments[0], PatchTensor):  # over an inner axis
+        return torch.stack([t.to(_double(t)) for t in moments]).unflatten(0, (-1, 2))
     parts = torch.empty((len(moments), *shape), dtype=_double(moments[0]), device=moments[0].device)
     foreach_copy(parts.unbind(0), list(moments))
     return parts.view(-1, 2, *shape)

@@ -211,19 +211,25 @@ def _layer_norm(
     x: PatchTensor, first: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *cudnn: Any
 ) -> Tensor:
     """As a norm of one group of one channel, in whose place stand the samples."""
+    if x.region.inner is not None:  # which would have to be merged with the samples
+        of_rows, dims = x.to(precise(x.dtype)), tuple(range(first, x.ndim))
+        centred = of_rows - of_rows.mean(dims, keepdim=True)
+        return _affine(centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps), weight, bias)
     local = x.local.to(precise(x.dtype))
     samples = local.reshape(math.prod(local.shape[:first]), 1, *local.shape[first:])
     norm = Norm(1, eps, x.row_layout.with_dim(x.row_layout.dim - first + 2), x.comm.name, "layer_norm")
-    out: Tensor = wrap(normalize(samples, None, None, norm)[0].view(local.shape), x)
-    out = out if weight is None else out * weight
-    return out if bias is None else out + bias
+    return _affine(wrap(normalize(samples, None, None, norm)[0].view(local.shape), x), weight, bias)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
 
 
 def _rms_norm(x: Tensor, first: int, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     x = x.to(precise(x.dtype))
     mean_square = x.square().mean(tuple(range(first, x.ndim)), keepdim=True)
-    out = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if eps is None else eps))
-    return out if weight is None else out * weight
+    return _affine(x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if eps is None else eps)), weight, None)
 
 
 @rule(F.local_response_norm)

@@ -42,8 +42,6 @@ def normalize(local: Tensor, weight: Tensor | None, bias: Tensor | None, norm: N
 def apply_scaling(local: Tensor, step: Step, norm: Norm) -> Tensor:
     if sizes_of(local.device).reads_twice:
         local = local.contiguous(memory_format=memory_format(local))  # as torch's own group norm does
-    if local.numel() == 0:
-        return torch.empty_like(local)
     along = max(norm.row_layout.dim, 2)
     return rows_now(step, [local], along, shape=local.shape, chunk_rows=_chunk_rows(local, along))
 
@@ -74,7 +72,9 @@ def _halo_of(x: PatchTensor) -> Needs | None:
     layout = x.row_layout
     if x.ndim < 4 or layout.dim < 2 or layout.is_tiny or layout.world_size == 1 or x.row_stride:
         return None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if x.region.inner is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if torch.is_autocast_enabled(x.device.type):
         return None
     return plan_stencil(layout.bounds, _NEXT).needs if may_bring_rows(x.region.comm.name, x.device) else None
 

@@ -19,6 +19,7 @@ from distpatch.layout.rows import Bounds, RowLayout
 from distpatch.layout.transfers import padded
 from distpatch.rules.core.executor import run_rows
 from distpatch.rules.core.operands import (
+    alike_inside,
     check_group,
     fetch,
     in_memory_of,
@@ -31,6 +32,7 @@ from distpatch.rules.core.operands import (
 )
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.region import meshes
 from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.op_names import op_name
 
@@ -44,6 +46,8 @@ def assembled(
 
     One exchange for each sharded tensor; plain ones are sliced. Sharded along another dim: turned first.
     """
+    if meshes.some:
+        tensors = alike_inside(tensors, func)
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
     dim, comm = lead.row_layout.dim, lead.comm
     bounds = bounds or lead.region.bounds(sum(stop - start for _, start, stop in segments))

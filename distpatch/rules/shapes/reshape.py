@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ from torch import Tensor
 
 from distpatch.layout.rows import BlockLayout, RowLayout, aligned_bounds
 from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
-from distpatch.rules.core.fallback import fallback
-from distpatch.rules.core.operands import redistribute, reshard, shares_memory, sizes_of, unmerge_blocks, wrap
+from distpatch.rules.core.fallback import computed_on_all, fallback
+from distpatch.rules.core.gather_records import record
+from distpatch.rules.core.operands import redistribute, shares_memory, sizes_of, unmerge_blocks, wrap
 from distpatch.rules.core.registry import named, nth, rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
+MANY = (1 << 61) - 1  # a prime, larger than any size
 
-@rule(*named("reshape", "view", "_unsafe_view"), any_order=True, view=True, asks_if_empty=True)
+
+@rule(*named("reshape", "view", "_unsafe_view"), any_order=True, view=True)
 def reshape(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
     """Splits and merges dims; rows stay put where the sharded dim is outermost among those merged.
 
@@ -29,21 +33,59 @@ def reshape(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor
         return _view_dtype(func, input, *shape, **kwargs)
     shape = _infer(sizes_of(shape, kwargs, "shape", "size"), input.numel())
     x = unmerge_blocks(input)
-    if input.numel() == 0:
-        rows = x.row_layout.dim if x.row_layout.dim < len(shape) and shape[x.row_layout.dim] == x.row_layout.size else 0
-        return reshard(x, gather_replicated(x).reshape(shape), rows) if shape else NotImplemented
-    place = _place(x.shape, shape, x.row_layout.dim)
-    if place is None:
+    old, new = (x.shape, shape) if input.numel() else _as_if_filled(x.shape, shape)
+    place = None if 0 in old or 0 in new else _place(old, new, x.row_layout.dim)
+    if place is None and input.numel():
         return fallback(torch.reshape, input, shape)
-    return _placed(func, input, x, shape, *place)
+    if place is None or _are_lost(old, new, x.row_layout.dim, place[0]):
+        return computed_on_all(torch.reshape, (input, shape), {})
+    dim, blocks = place
+    return _placed(func, input, x, shape, dim, _as_it_is(blocks), old, new)
 
 
-def _placed(func: Any, input: PatchTensor, x: PatchTensor, shape: tuple[int, ...], dim: int, blocks: int) -> Tensor:
-    """``x`` (``input``, its blocks opened) in a shape where its rows begin dim ``dim``, or blocks in it."""
-    old, new = math.prod(x.shape[x.row_layout.dim + 1 :]), math.prod(shape[dim + 1 :])
+def _are_lost(old: Sequence[int], new: Sequence[int], row: int, dim: int) -> bool:
+    """Whether rows are merged with a dim that has no elements: nobody can tell then who had which."""
+    return (math.prod(old[row + 1 :]) % MANY == 0) != (math.prod(new[dim + 1 :]) % MANY == 0)
+
+
+def _as_it_is(size: int) -> int:
+    """A size that was found as if there were elements (``_as_if_filled``): 0 where there are none."""
+    return size if size % MANY else 0
+
+
+def _as_if_filled(old: Sequence[int], new: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Shapes without elements as they would be with some: dims end up where they do on ranks that have any.
+
+    With zeros still, where that cannot be told.
+    """
+    if new.count(0) != 1:
+        return list(old), list(new)
+    fill = MANY * math.prod(n for n in new if n)
+    filled = [n or fill for n in old]
+    rest, remainder = divmod(math.prod(filled), math.prod(n for n in new if n))
+    return (list(old), list(new)) if remainder else (filled, [n or rest for n in new])
+
+
+def _placed(
+    func: Any,
+    input: PatchTensor,
+    x: PatchTensor,
+    shape: tuple[int, ...],
+    dim: int,
+    blocks: int,
+    old_sizes: Sequence[int],
+    new_sizes: Sequence[int],
+) -> Tensor:
+    """``x`` (``input``, its blocks opened) in a shape where its rows begin dim ``dim``, or blocks in it.
+
+    ``old_sizes``, ``new_sizes``: both shapes, without zeros.
+    """
+    old, new = math.prod(old_sizes[x.row_layout.dim + 1 :]), math.prod(new_sizes[dim + 1 :])
     unit = math.lcm(old, new) // old  # whole new rows are made of multiples of this many old rows
     moved = redistribute(x, x.row_layout.with_bounds(aligned_bounds(x.row_layout.bounds, unit)), func)
-    bounds = tuple(b * old // new for b in moved.row_layout.bounds)
+    bounds = tuple(_as_it_is(b * old // new) for b in moved.row_layout.bounds)
+    if isinstance(moved.local, PatchTensor):
+        moved = _shared_out_alike(moved, shape, dim, blocks, bounds)
     lo, hi = bounds[x.rank : x.rank + 2]
     sizes = [blocks * (hi - lo) if d == dim else n for d, n in enumerate(shape)]
     layout = RowLayout(dim, bounds) if blocks == 1 else BlockLayout(dim, bounds, blocks)
@@ -55,9 +97,60 @@ def _placed(func: Any, input: PatchTensor, x: PatchTensor, shape: tuple[int, ...
     return result if is_view else _of_view(result, input, func)
 
 
+def _shared_out_alike(
+    x: PatchTensor, shape: Sequence[int], dim: int, blocks: int, bounds: Sequence[int]
+) -> PatchTensor:
+    """The tensor, whose rows are gathered over an inner axis where that would share them out by how many there are.
+
+    Ranks of this axis that have not as many rows of ``x`` would have the parts of other rows, and could no longer
+    exchange theirs. All of them know whether that is so for any.
+    """
+    part: Any = x.local
+    while isinstance(part, PatchTensor):
+        whole_blocks = unmerge_blocks(part)
+        layout, row = whole_blocks.row_layout, x.row_layout.dim + (part is not whole_blocks)
+        places = set()
+        for own, new in zip(x.row_layout.heights, _heights(bounds)):
+            old = [own if d == row else n for d, n in enumerate(whole_blocks.shape)]
+            sizes = [blocks * new if d == dim else n for d, n in enumerate(shape)]
+            places.add(_place_of_rows(old, sizes, layout))
+        if layout.dim != row and len(places) == 1 and None not in places:
+            part = part.local
+            continue
+        record("reshape", [part])
+        x = wrap(_gathered_inside(x.local, part), x)
+        part = x.local
+    return x
+
+
+def _place_of_rows(old: Sequence[int], new: Sequence[int], layout: RowLayout) -> Any:
+    """Where the rows of an inner axis stand in the new shape, and who has which; None where nobody can tell."""
+    old, new = (old, new) if 0 not in old else _as_if_filled(old, new)
+    place = None if 0 in old or 0 in new else _place(old, new, layout.dim)
+    if place is None or _are_lost(old, new, layout.dim, place[0]):
+        return None
+    before, after = math.prod(old[layout.dim + 1 :]), math.prod(new[place[0] + 1 :])
+    unit = math.lcm(before, after) // before
+    return place, aligned_bounds(layout.bounds, unit)
+
+
+def _heights(bounds: Sequence[int]) -> list[int]:
+    return [hi - lo for lo, hi in pairwise(bounds)]
+
+
+def _gathered_inside(rows: Any, part: PatchTensor) -> Tensor:
+    """The rows, of which ``part``, themselves or what they are made of, is gathered."""
+    return gather_replicated(rows) if rows is part else wrap(_gathered_inside(rows.local, part), rows)
+
+
 def _infer(shape: tuple[int, ...], numel: int) -> tuple[int, ...]:
     if -1 in shape:
         known = math.prod(n for n in shape if n != -1)
+        if not known:
+            raise RuntimeError(
+                f"cannot reshape tensor of 0 elements into shape {list(shape)} because the unspecified dimension size "
+                "-1 can be any value and is ambiguous"
+            )
         shape = tuple(numel // max(known, 1) if n == -1 else n for n in shape)
     if math.prod(shape) != numel:
         raise RuntimeError(f"shape {list(shape)} is invalid for input of size {numel}")
@@ -128,11 +221,11 @@ def _view_dtype(func: Any, input: PatchTensor, dtype: torch.dtype) -> Tensor:
     return wrap(local, input)
 
 
-@rule(*named("flatten"), any_order=True, view=True, asks_if_empty=True)
+@rule(*named("flatten"), any_order=True, view=True)
 def flatten(func: Any, input: PatchTensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     first, last = nth(start_dim, input.ndim), nth(end_dim, input.ndim)
     shape = (*input.shape[:first], math.prod(input.shape[first : last + 1]), *input.shape[last + 1 :])
     row = input.row_layout.dim
     if not first <= row <= last or input.numel() == 0 or isinstance(input.row_layout, BlockLayout):
         return input.reshape(shape)
-    return _placed(torch.reshape, input, input, shape, first, math.prod(input.shape[first:row]))
+    return _placed(torch.reshape, input, input, shape, first, math.prod(input.shape[first:row]), input.shape, shape)

@@ -42,7 +42,8 @@ def unbind(func: Any, input: PatchTensor, dim: int = 0) -> Any:
     at = nth(dim, input.ndim)
     if at == input.row_layout.dim:
         return NotImplemented
-    return tuple(input.select(at, i) for i in range(input.shape[at]))
+    layout = input.row_layout.with_dim(input.row_layout.dim - (at < input.row_layout.dim))
+    return tuple(wrap(part, input, layout) for part in input.local.unbind(at))
 
 
 @rule(*named("narrow"), any_order=_beside_rows, view=True)

@@ -23,6 +23,7 @@ from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.operands import local_rows_of, redistribute, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.rules.tensor_api.metadata import COMPILED
+from distpatch.tensor.axes import InnerTensor, bare
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy, gather_replicated
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES
@@ -38,7 +39,7 @@ def _local(tensor: Any) -> Any:
 
 
 def _bare(tensor: Any) -> Any:
-    return tensor.plain if isinstance(tensor, (PatchCopy, RowCopy)) else tensor
+    return bare(tensor.plain if isinstance(tensor, (PatchCopy, RowCopy)) else tensor)
 
 
 def _cotangent(grad: Tensor | None, of: Any) -> Tensor | None:
@@ -201,7 +202,7 @@ def _on_rows(cls: Any) -> Any:
         return result
 
     def forward(node: Any, call: _Call, *args: Any) -> tuple[Any, ...]:
-        node.inner, node.call = _Context(node.needs_input_grad[1:]), call
+        node.inner, node.passed = _Context(node.needs_input_grad[1:]), call
         result = node.inner.call(node, run, *map(_sharded, args, call.given))
         call.single = not isinstance(result, tuple)
         results = (result,) if call.single else result
@@ -209,28 +210,27 @@ def _on_rows(cls: Any) -> Any:
         return tuple(map(_local, results))
 
     def backward(node: Any, *grads: Any) -> tuple[Any, ...]:
-        result = node.inner.call(node, cls.backward, *map(_sharded, grads, node.call.made))
+        result = node.inner.call(node, cls.backward, *map(_sharded, grads, node.passed.made))
         results = result if isinstance(result, tuple) else (result,)
-        return None, *map(_grad_of, results, node.call.given)
+        return None, *map(_grad_of, results, node.passed.given)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "has_hooks": _has_hooks(cls)}
     return type(cls.__name__, (torch.autograd.Function,), methods)
 
 
 class _HookNode:
     """A node to which a module's full backward hooks are tied: they see gradients of the whole tensors."""
 
-    def __init__(self, node: Any, call: _Call) -> None:
-        self._node, self._call = node, call
+    def __init__(self, node: Any, given: list[Kind], made: list[Kind]) -> None:
+        self._node, self._given, self._made = node, given, made
 
     def name(self) -> str:
         return self._node.name()
 
     def register_hook(self, hook: Callable[[Any, Any], Any]) -> Any:
         def on_rows(grads_in: tuple[Any, ...], grads_out: tuple[Any, ...]) -> Any:
-            given, made = self._call.given, self._call.made
-            result = hook(tuple(map(_sharded, grads_in, given)), tuple(map(_sharded, grads_out, made)))
-            return None if result is None else tuple(map(_grad_of, result, given))
+            result = hook(tuple(map(_sharded, grads_in, self._given)), tuple(map(_sharded, grads_out, self._made)))
+            return None if result is None else tuple(map(_grad_of, result, self._given))
 
         return self._node.register_hook(on_rows)
 
@@ -251,7 +251,7 @@ _own_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
 
 @functools.wraps(getattr(_own_apply, "__func__", _own_apply))
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if not any(isinstance(arg, (PatchTensor, RowCopy)) for arg in (*args, *kwargs.values())):
+    if not any(isinstance(arg, (PatchTensor, RowCopy, InnerTensor)) for arg in (*args, *kwargs.values())):
         return _plain_apply(cls, *args, **kwargs) if cls not in RULES else _when_plain(cls, *args, **kwargs)
     args, kwargs = tuple(map(_bare, args)), {key: _bare(value) for key, value in kwargs.items()}
     if not any(isinstance(arg, PatchTensor) for arg in (*args, *kwargs.values())):
@@ -269,12 +269,17 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     call = _Call([_kind(arg) for arg in args])
     results = _on_rows(cls).apply(call, *map(_local, args))
     sharded = tuple(map(_sharded, results, call.made))
-    if cls is BackwardHookFunction:
-        _tie_hooks(sharded, call)
+    if _has_hooks(cls):
+        _tie_hooks(sharded, [_kind(arg) for arg in args if isinstance(arg, Tensor)], call.made)
     return sharded[0] if call.single else sharded
 
 
-def _tie_hooks(results: tuple[Any, ...], call: _Call) -> None:
+def _has_hooks(cls: Any) -> bool:
+    """Whether it is what a module's full backward hooks are tied to, or that on the rows of an outer axis."""
+    return cls is BackwardHookFunction or getattr(cls, "has_hooks", False)
+
+
+def _tie_hooks(results: tuple[Any, ...], given: list[Kind], made: list[Kind]) -> None:
     """torch asks the first result that has a gradient for the node of the hooks."""
     first = next((t for t in results if t.requires_grad), None)
     if first is not None and not isinstance(first, PatchTensor):
@@ -284,7 +289,7 @@ def _tie_hooks(results: tuple[Any, ...], call: _Call) -> None:
         )
     for tensor in results:
         if isinstance(tensor, PatchTensor) and tensor.local.grad_fn is not None:
-            tensor.node = _HookNode(tensor.local.grad_fn, call)  # type: ignore[attr-defined]
+            tensor.node = _HookNode(tensor.local.grad_fn, given, made)  # type: ignore[attr-defined]
 
 
 @rule(torch.Tensor.grad_fn.__get__, any_order=True)  # type: ignore[attr-defined,union-attr]

@@ -149,7 +149,7 @@ def is_contiguous(func: Any, x: PatchTensor, memory_format: torch.memory_format 
     return all(n == 1 or own == step for n, own, step in zip(x.shape, x.local.stride(), strides))
 
 
-@rule(*named("contiguous"))
+@rule(*named("contiguous"), any_order=True)
 def contiguous(func: Any, input: PatchTensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """The tensor itself where it is so on one device, else a copy."""
     if input.is_deferred and input.recipe.format is memory_format:

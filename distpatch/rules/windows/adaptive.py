@@ -84,7 +84,7 @@ def adaptive_max_pool(func: Any, input: PatchTensor, output_size: Sizes, return_
         local = on_some_rows(lambda rows: pool(rows, 0, 0), input.local, dim)
         result = map_tensors(lambda t: wrap(t, input), local)
     elif _small(parts):
-        result = _merge_maxima(func, input, parts, pool, return_indices)
+        result = _merge_maxima(func, input, parts, pool, return_indices, in_order=axis == 0)
     else:
         result = run_stencil(func, input, parts, pool_parts)
     return result if return_indices else result[0]
@@ -126,19 +126,28 @@ def _merge_maxima(
     parts: AreaStencil,
     pool: Callable[[Tensor, int, int], tuple[Tensor, Tensor]],
     return_indices: bool,
+    *,
+    in_order: bool,
 ) -> tuple[Tensor, ...]:
-    """The maxima of the ranks' shares of each part; of equal ones the first, as on one device."""
+    """The maxima of the ranks' shares of each part; of equal ones the first, as on one device.
+
+    ``in_order``: that of the first rank is; else, as along the width, only the indices tell.
+    """
     dim, name, op = x.row_layout.dim, x.region.comm.name, op_name(func)
     own = []
     for rows, start in _own_parts(x, parts):
         own.append(pool(with_dummy_row(rows, dim, -math.inf), start, 1))
-    kinds = zip(*own, strict=True) if return_indices else [[values for values, _ in own]]
+    kinds = zip(*own, strict=True) if return_indices or not in_order else [[values for values, _ in own]]
     ranks = [stack_ranks(torch.cat(list(kind), dim), name, op) for kind in kinds]
     merged: list[list[Tensor]] = [[] for _ in ranks]
     for row in range(parts.rows_out):
         first = bisect_right(x.row_layout.bounds, parts.need(row, row + 1)[0]) - 1  # who has the part's first row
         shares = [t.narrow(0, first, t.shape[0] - first).narrow(dim + 1, row, 1) for t in ranks]
-        winner = shares[0].max(0, keepdim=True).indices
+        values, winner = shares[0].max(0, keepdim=True)
+        if not in_order:
+            tied = (shares[0] == values) | shares[0].isnan()
+            winner = shares[1].where(tied, x.numel()).min(0, keepdim=True).indices
         for kind, share in zip(merged, shares, strict=True):
             kind.append(share.gather(0, winner)[0])
-    return tuple(_merged(torch.cat(kind, dim), x, parts) for kind in merged)
+    found = merged if return_indices else merged[:1]
+    return tuple(_merged(torch.cat(kind, dim), x, parts) for kind in found)

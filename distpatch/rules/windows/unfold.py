@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distpatch.errors import LayoutError
-from distpatch.layout.rows import RowLayout, aligned_bounds
+from distpatch.layout.rows import aligned_bounds
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.rules.core.aliasing import copied
 from distpatch.rules.core.halo import batched, fixed, paddings, run_stencil, run_windows
@@ -35,25 +35,27 @@ def unfold(
     padding: Sizes = 0,
     stride: Sizes = 1,
 ) -> Any:
-    """(N, C, H, W) to (N, C * window, L): L counts the windows row by row, so it is sharded as the rows are."""
+    """(N, C, H, W) to (N, C * window, L): L counts the windows row by row, so it is sharded as the rows are.
+
+    Along the width some of each row of windows are a rank's, which are blocks of L.
+    """
     kernel, dilations, pads, strides = (per_dim(fixed(n), 2) for n in (kernel_size, dilation, padding, stride))
     if input.row_layout.dim < 2:  # whole images, or channels, which stay one after the other
         local = on_some_rows(
             lambda rows: func(rows, kernel, dilations, pads, strides), input.local, input.row_layout.dim
         )
         return _repeated(input, local, kernel[0] * kernel[1] if input.row_layout.dim == 1 else 1)
-    if input.row_layout.dim == 3:  # the windows of a column are not together in the output
-        input = redistribute(input, RowLayout(2, input.region.bounds(input.shape[2])), func)
+    axis = input.row_layout.dim - 2
     windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
 
     def blocks(rows: Tensor, start: int, lo: int, hi: int) -> Tensor:
-        pad = paddings(windows, input.row_layout.dim - 2, start, lo)
-        return rearrange(func(rows, kernel, dilations, pad, strides), "n c (h w) -> n c h w", h=hi - lo)
+        pad = paddings(windows, axis, start, lo)
+        return rearrange(func(rows, kernel, dilations, pad, strides), "n c (h w) -> n c h w", **{"hw"[axis]: hi - lo})
 
     return run_windows(func, input, windows, blocks).flatten(2)
 
 
-@rule(F.fold, asks_if_empty=True)
+@rule(F.fold, any_order=True, asks_if_empty=True)
 @batched(3)
 def fold(
     func: Any,
@@ -78,18 +80,18 @@ def fold(
     windows = [WindowStencil(k, s, p, p, d) for k, s, p, d in zip(kernel, strides, pads, dilations)]
     blocks = [window.out_rows(n) for window, n in zip(windows, size, strict=True)]
     x = cast(PatchTensor, input.unflatten(2, blocks))
-    if x.row_layout.dim != 2:  # a single row of windows, sharded by columns
-        x = redistribute(x, RowLayout(2, x.region.bounds(blocks[0])), func)
-    stencil = TransposedStencil(kernel[0], strides[0], pads[0], dilations[0])
-    stencil = replace(stencil, extra=size[0] - stencil.out_rows(blocks[0]))
+    axis = x.row_layout.dim - 2
+    stencil = TransposedStencil(kernel[axis], strides[axis], pads[axis], dilations[axis])
+    stencil = replace(stencil, extra=size[axis] - stencil.out_rows(blocks[axis]))
 
     def write(rows: Tensor, cut: int, more: int) -> Tensor:
-        height = (rows.shape[2] - 1) * stencil.stride + stencil.span - 2 * cut + more
-        columns = rearrange(rows, "n c h w -> n c (h w)")
-        image: Tensor = func(columns, (height, size[1]), kernel, dilations, (cut, pads[1]), strides)
+        length = (rows.shape[2 + axis] - 1) * stencil.stride + stencil.span - 2 * cut + more
+        sizes = [length if d == axis else n for d, n in enumerate(size)]
+        cuts = [cut if d == axis else n for d, n in enumerate(pads)]
+        image: Tensor = func(rearrange(rows, "n c h w -> n c (h w)"), sizes, kernel, dilations, cuts, strides)
         return image
 
-    return run_stencil(func, x, stencil, lambda rows, *place: written(write, stencil, rows, 2, *place))
+    return run_stencil(func, x, stencil, lambda rows, *place: written(write, stencil, rows, 2 + axis, *place))
 
 
 @rule(torch.Tensor.unfold, view=True, asks_if_empty=True)

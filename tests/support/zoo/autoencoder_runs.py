@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import distpatch
 from distpatch.torch_utils.tree import tensors_in
+from tests.support.oracle import mesh_of
 from tests.support.threads import run_ranks
 from tests.support.zoo.autoencoders import AUTOENCODERS
 
@@ -81,16 +82,26 @@ def run_all(model: nn.Module, name: str, cases: list[tuple[str, int]], dtype: to
 
 
 def compare(
-    name: str, cases: list[tuple[str, int]], world: int, dtype: torch.dtype | None = None, timeout: float = 60
+    name: str,
+    cases: list[tuple[str, int]],
+    world: int,
+    dtype: torch.dtype | None = None,
+    timeout: float = 60,
+    mesh: tuple[int, ...] = (),
 ) -> Comparison:
-    """One model, converted once, makes these calls, with ``fallback="error"``; on every rank each is compared."""
+    """One model, converted once, makes these calls, with ``fallback="error"``; on every rank each is compared.
+
+    ``mesh``: of ranks along height and width, in which some may be gathered.
+    """
     model = AUTOENCODERS[name].build(dtype)
     expected = run_all(copy.deepcopy(model), name, cases, dtype)
 
     def body(rank: int) -> tuple[Runs, int]:
-        converted = distpatch.convert_model(
-            copy.deepcopy(model), dist.group.WORLD, fallback="error", tiled=getattr(model, "use_tiling", False)
+        how: Any = (
+            {"group": mesh_of(mesh), "dim": (-2, -1)} if mesh else {"group": dist.group.WORLD, "fallback": "error"}
         )
+        tiled = getattr(model, "use_tiling", False)
+        converted = distpatch.convert_model(copy.deepcopy(model), tiled=tiled, **{"fallback": "allow", **how})
         with distpatch.trace() as t:
             return run_all(converted, name, cases, dtype), len(t.fallbacks)
 
