@@ -1,8 +1,7 @@
 """Rows that move between ranks: the only place that makes messages of them.
 
 ``fetch_rows`` gives each rank the intervals of global rows that it asks for, ``return_rows`` is its
-transpose (rows of gradient go back to their owners and are added); each is the other's backward. ``fetch_around``
-gives a rank's own rows, too, so that their gradients are added in one place.
+transpose (rows of gradient go back to their owners and are added); each is the other's backward.
 All ranks know everyone's needs, so nothing but the rows themselves is sent.
 """
 
@@ -23,7 +22,6 @@ from distpatch.comm.communicator import Communicator, communicator_of
 from distpatch.comm.transport import Batch, Finish
 from distpatch.comm.watched import UnderWay
 from distpatch.layout.rows import Bounds, Needs
-from distpatch.layout.stencil import Interval
 from distpatch.layout.transfers import TransferPlan, flat_needs, grouped_needs, plan_fetch, plan_transfer, wire_order
 from distpatch.torch_utils.overridable import has_rules
 from distpatch.torch_utils.private import NEVER_REPLAYED, count_dispatch_modes, in_functorch, keep_in_order
@@ -55,60 +53,6 @@ def fetch_rows(
         return [local.narrow(dim, 0, 0) for _ in needs[0]]
     pieces: list[Tensor] = _fetch(local, dim, list(bounds), flat, name, op, channels_last)
     return pieces
-
-
-def fetch_around(
-    local: Tensor,
-    strips: Sequence[Interval],
-    dim: int,
-    bounds: Bounds,
-    needs: Needs,
-    name: str,
-    op: str,
-    channels_last: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The rank's own rows, strips of these (local rows, copied), and the rows that it needs of others; with gradients.
-
-    For the graph it is one operation, whose backward runs on every rank that uses any of them, as a collective must,
-    and whose gradient is one copy of that of the own rows, with all others added: a gradient of as many rows for each
-    strip and for the exchange would be three more.
-    """
-    if has_rules(local):
-        given = local, strips, dim, bounds, needs, name, op, channels_last
-        parts: tuple[Tensor, list[Tensor], list[Tensor]] = handle_torch_function(fetch_around, (local,), *given)
-        return parts
-    own, *others = _Around.apply(local, tuple(strips), dim, bounds, needs, name, op, channels_last)
-    return own, others[: len(strips)], others[len(strips) :]
-
-
-class _Around(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, strips: tuple[Interval, ...], *plan: Any) -> tuple[Tensor, ...]:
-        ctx.plan = strips, *plan
-        copied = [local.narrow(plan[0], lo, hi - lo).clone() for lo, hi in strips]
-        return alias(local), *copied, *fetch_rows(local, *plan)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _ReturnAround.apply(ctx.plan, *grads), *[None] * len(ctx.plan)
-
-
-class _ReturnAround(torch.autograd.Function):
-    """The transpose of ``_Around``; each is the other's backward."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: tuple[Any, ...], grad: Tensor, *others: Tensor) -> Tensor:
-        ctx.plan = plan
-        strips, dim, bounds, needs, name, op, channels_last = plan
-        of_strips, pieces = others[: len(strips)], list(others[len(strips) :])
-        total: Tensor = _add_returned(grad, pieces, dim, list(bounds), flat_needs(needs), name, op, channels_last)
-        for (lo, hi), rows in zip(strips, of_strips, strict=True):
-            total.narrow(dim, lo, hi - lo).add_(rows)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_Around.apply(grad, *ctx.plan)
 
 
 def alias(tensor: Tensor) -> Tensor:
@@ -223,29 +167,11 @@ def _return(
     order = wire_order(pieces[0].ndim, dim, channels_last)
     wires = [piece.permute(order) for piece in pieces]
     total = wires[0].new_zeros((bounds[comm.rank + 1] - bounds[comm.rank], *wires[0].shape[1:]))
-    _add_rows(total, wires, _plan(bounds, needs, comm), comm, op)
+    add_rows(total, wires, plan_of(bounds, needs, comm), comm, op)
     return total.permute(_inverse(order))
 
 
-@torch.library.custom_op("distpatch::add_returned_rows", mutates_args=(), tags=NEVER_REPLAYED)
-def _add_returned(
-    grad: Tensor,
-    pieces: Sequence[Tensor],
-    dim: int,
-    bounds: Sequence[int],
-    needs: Sequence[int],
-    name: str,
-    op: str,
-    channels_last: bool,
-) -> Tensor:
-    comm = communicator_of(name)
-    order = wire_order(grad.ndim, dim, channels_last)
-    total = grad.clone()
-    _add_rows(total.permute(order), [piece.permute(order) for piece in pieces], _plan(bounds, needs, comm), comm, op)
-    return total
-
-
-def _add_rows(total: Tensor, wires: Sequence[Tensor], plan: TransferPlan, comm: Communicator, op: str) -> None:
+def add_rows(total: Tensor, wires: Sequence[Tensor], plan: TransferPlan, comm: Communicator, op: str) -> None:
     """Send rows of gradient back to their owners, and add those that come; all in the order of the wire."""
     for (lo, hi), part in plan.own:
         total[lo:hi] += wires[part.interval][part.start : part.stop]
@@ -287,7 +213,7 @@ def _unpack(together: Sequence[tuple[list[Tensor], Tensor]]) -> None:
             part.copy_(rows.view(part.shape))
 
 
-def _simulate(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:
+def simulate(comm: Communicator, op: str, sent_rows: int, to: int, source: int, like: Tensor, dim: int) -> None:
     """Record what a rank of a simulated group would send."""
     if to or source:
         a_row = math.prod(n for d, n in enumerate(like.shape) if d != dim)
@@ -313,7 +239,7 @@ def _buffer(parts: list[Tensor]) -> Tensor:
     return parts[0].new_empty(sum(part.numel() for part in parts))
 
 
-def _plan(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
+def plan_of(bounds: Sequence[int], needs: Sequence[int], comm: Communicator) -> TransferPlan:
     return plan_transfer(tuple(bounds), grouped_needs(tuple(needs), comm.size), comm.rank)
 
 
@@ -333,9 +259,9 @@ def _(
 ) -> list[Tensor]:
     comm = communicator_of(name)
     order = wire_order(local.ndim, dim, channels_last)
-    plan = _plan(bounds, needs, comm)
+    plan = plan_of(bounds, needs, comm)
     sent_rows = sum(hi - lo for _, cut in plan.sends for lo, hi in cut)
-    _simulate(comm, op, sent_rows, len(plan.sends), len(plan.recvs), local, dim)
+    simulate(comm, op, sent_rows, len(plan.sends), len(plan.recvs), local, dim)
     return [_empty_rows(local, dim, n, order) for n in plan.rows]
 
 
@@ -351,30 +277,12 @@ def _(
 ) -> Tensor:
     order = wire_order(pieces[0].ndim, dim, channels_last)
     comm = communicator_of(name)
-    rank, plan = comm.rank, _plan(bounds, needs, comm)
+    rank, plan = comm.rank, plan_of(bounds, needs, comm)
     sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)
-    _simulate(comm, op, sent_rows, len(plan.recvs), len(plan.sends), pieces[0], dim)
+    simulate(comm, op, sent_rows, len(plan.recvs), len(plan.sends), pieces[0], dim)
     rest = pieces[0].permute(order).shape[1:]
     total = pieces[0].new_empty((bounds[rank + 1] - bounds[rank], *rest))
     return total.permute(_inverse(order))
-
-
-@_add_returned.register_fake
-def _(
-    grad: Tensor,
-    pieces: Sequence[Tensor],
-    dim: int,
-    bounds: Sequence[int],
-    needs: Sequence[int],
-    name: str,
-    op: str,
-    channels_last: bool,
-) -> Tensor:
-    comm = communicator_of(name)
-    plan = _plan(bounds, needs, comm)
-    sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)
-    _simulate(comm, op, sent_rows, len(plan.recvs), len(plan.sends), grad, dim)
-    return torch.empty_like(grad)
 
 
 def _fetch_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -398,7 +306,7 @@ def _return_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _fetch(grad, *ctx.plan), None, None, None, None, None, None
 
 
-for _op in (_fetch, _return, _add_returned):  # a compiled graph keeps all transfers, and every rank's in one order
+for _op in (_fetch, _return):  # a compiled graph keeps all transfers, and every rank's in one order
     keep_in_order(_op)
 _fetch.register_autograd(_fetch_backward, setup_context=_fetch_setup)
 _return.register_autograd(_return_backward, setup_context=_return_setup)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distpatch
-from distpatch.comm import collectives, moments_exchange, row_exchange
+from distpatch.comm import collectives, moments_exchange, row_exchange, rows_around
 from distpatch.lazy import recipe
 from distpatch.tensor import region
 from distpatch.tensor.options import Options
@@ -34,7 +34,7 @@ READ_BACK = "item tolist numpy cpu nonzero __bool__ __int__ __float__ __index__ 
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero"}
 CUSTOM_OPS = {
     op._qualname.removeprefix("distpatch::"): op
-    for module in (row_exchange, collectives, moments_exchange)
+    for module in (row_exchange, rows_around, collectives, moments_exchange)
     for op in vars(module).values()
     if isinstance(op, torch._library.custom_ops.CustomOpDef)
 }

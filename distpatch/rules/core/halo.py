@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.moments_exchange import Strips
-from distpatch.comm.row_exchange import begin_rows, fetch_around, fetch_rows
+from distpatch.comm.row_exchange import begin_rows, fetch_rows
+from distpatch.comm.rows_around import fetch_around
 from distpatch.comm.transport import Finish
 from distpatch.layout.rows import EMPTY, Bounds, Needs, RowLayout, Stencil
 from distpatch.layout.stencil import WindowStencil

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from distpatch.comm import collectives
 from distpatch.comm.communicator import communicator_of
-from distpatch.comm.row_exchange import fetch_around, fetch_rows
+from distpatch.comm.row_exchange import fetch_rows
+from distpatch.comm.rows_around import fetch_around
 from distpatch.layout.rows import Bounds, Needs, RowLayout
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.row_patches import with_dummy_row
