@@ -320,7 +320,13 @@ def test_parts_that_do_not_fit_are_found_out() -> None:
 def test_what_is_refused() -> None:
     def body(rank: int) -> None:
         mesh = mesh_of((2, 2))
-        for option in ({"compile": True}, {"policy": "auto"}, {"weights": "measured"}):
+        for option in (
+            {"compile": True},
+            {"policy": "auto"},
+            {"weights": "measured"},
+            {"shard": {"input": -1}},
+            {"attention": "ring"},
+        ):
             with pytest.raises(ValueError, match="is for one dim"):
                 distpatch.convert_model(nn.Conv2d(3, 3, 3), mesh, dim=(-2, -1), **option)
         with pytest.raises(LayoutError, match="rows are sharded over one mesh axis"):
