@@ -67,6 +67,18 @@ class Net(nn.Module):
         return x
 
 
+class Tokens(nn.Module):
+    """A transformer of tokens as far as its arguments go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor, img_ids: Tensor) -> Tensor:
+        inner: Tensor = self.inner(hidden_states)
+        return inner + img_ids
+
+
 def small_vae(**_: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16),
@@ -89,10 +101,16 @@ def given(page: str) -> dict[str, Any]:
             "picture": x,
             "image": x,
             "rows": x.tensor_split(2, 2)[dist.get_rank()],
+            "part": x.tensor_split(2, 3)[dist.get_rank()],  # on a mesh of 1 x 2
         },
         **{"model": Net(), "net": Net().eval(), "weight": torch.randn(4, 3, 3, 3), "bias": torch.randn(4)},
         **{"vae": small_vae(), "latents": torch.randn(1, 4, 8, 8), "f": torch.relu, "AutoencoderKL": small_vae},
-        **{"my_kernel": lambda x: x * 2, "my_function": lambda x, weight: x, "criterion": F.mse_loss},
+        **{
+            "transformer": Tokens(),
+            "my_kernel": lambda x: x * 2,
+            "my_function": lambda x, weight: x,
+            "criterion": F.mse_loss,
+        },
     }
     if page == "docs/video.md":
         small = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
