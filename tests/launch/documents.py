@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderKLWan
+from monai.networks.nets.segresnet import SegResNet
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -169,7 +170,8 @@ def result_files() -> dict[str, Any]:
     flat = CONVERT(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1)), group)
     clip = distpatch.shard(torch.rand(1, 3, 2, 16, 16), group)
     image = distpatch.shard(torch.rand(1, 3, 16, 16), group)
-    return {"net": lambda x: (flat if x.ndim == 4 else net)(x), "clip": clip, "image": image}
+    volumes = {"volume": torch.randn(1, 1, 8, 8, 8), "segresnet": SegResNet(blocks_down=(1, 1), blocks_up=(1,))}
+    return {"net": lambda x: (flat if x.ndim == 4 else net)(x), "clip": clip, "image": image, **volumes}
 
 
 def stand_in() -> None:

@@ -58,6 +58,14 @@ def test_frameworks(example: str, tmp_path: Path) -> None:
     assert float(errors[0][-1]) < float(errors[0][0]) / 2
 
 
+def test_segment_volume(tmp_path: Path) -> None:
+    """Ranks give what the net gives, windows do not."""
+    done = torchrun(tmp_path, "segment_volume.py")
+    assert done.returncode == 0, done.stderr
+    exact, windows = (float(number) for number in re.findall(r"by ([\d.]+e[+-]\d+) of the largest", done.stdout))
+    assert exact < 1e-5 and windows > 1e-2, done.stdout
+
+
 def test_train_segmentation(tmp_path: Path) -> None:
     """2 x 2 ranks, and two that go on from their checkpoint, have the losses of one process that was not stopped."""
 
