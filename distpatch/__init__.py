@@ -12,6 +12,7 @@ from distpatch.diffusion.displaced import POLICIES as DISPLACED_POLICIES
 from distpatch.diffusion.displaced import displaced, synchronize
 from distpatch.diffusion.guidance import guidance_mesh, split_guidance
 from distpatch.diffusion.pipeline import parallelize_pipeline
+from distpatch.diffusion.video_stream import VideoStream
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.layout.mesh_shapes import MeshChoice, choose_mesh
 from distpatch.layout.rows import RowLayout
@@ -62,6 +63,7 @@ __all__ = [
     "ShardedDataset",
     "Trace",
     "UnsupportedOpError",
+    "VideoStream",
     "calibrate",
     "choose_mesh",
     "convert_model",

@@ -14,7 +14,7 @@ import distpatch
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for folder in ("benchmarks", "torchrun_examples") for path in (ROOT / folder).rglob("*.py"))
-PUBLIC = {*distpatch.__all__, "__version__", "launch"}
+PUBLIC = {*distpatch.__all__, "__version__", "launch", "monai.WholeInferer"}
 
 
 def names_of_distpatch(tree: ast.AST) -> Iterator[str]:
