@@ -10,6 +10,7 @@ Ranks of the axis that accelerate calls context-parallel share the rows of a pic
 import os
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import set_seed
@@ -44,6 +45,8 @@ def main() -> None:
             total += loss.detach() / len(loader)
         accelerator.print(f"epoch {epoch}: mean squared error {accelerator.reduce(total, 'mean'):.5f}")
     accelerator.end_training()
+    if dist.is_initialized():  # accelerate leaves it open on CPUs, and gloo's threads then race with the end of Python
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

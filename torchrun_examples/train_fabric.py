@@ -10,6 +10,7 @@ its own. ``fully_shard`` keeps a part of the weights on each rank.
 import os
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric import Fabric, seed_everything
 from lightning.fabric.strategies import ModelParallelStrategy
@@ -50,6 +51,7 @@ def main() -> None:
             optimizer.zero_grad()
             total += loss.detach() / len(loader)
         fabric.print(f"epoch {epoch}: mean squared error {fabric.all_reduce(total):.5f}")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from distpatch.comm.failures import Failures
 
 TICK_S = 0.25
+AT_EXIT_S = 10.0  # for all threads to end, on a busy host
 _running: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 
@@ -37,10 +38,10 @@ class Watch:
         _running.add(self)
         self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self, patience_s: float = TICK_S) -> None:
         self.ended.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(TICK_S)
+            self._thread.join(patience_s)
 
     def tick(self) -> None:
         """One look."""
@@ -67,8 +68,9 @@ def _run(watch: weakref.ref[Watch], failures: Failures, ended: threading.Event) 
 
 
 def _stop_all() -> None:
-    watches = list(_running)
+    """At the end of the process: a thread that comes back from the store when Python has gone would abort it."""
+    watches, last = list(_running), time.monotonic() + AT_EXIT_S
     for watch in watches:
         watch.ended.set()
     for watch in watches:
-        watch.stop()
+        watch.stop(max(last - time.monotonic(), 0))
