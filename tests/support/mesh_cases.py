@@ -39,6 +39,7 @@ GATHERS = {
     "second_order": "cummax scatter_add",
     "shape": "conv1d group_norm reshape shard sort sub unbind",
     "unfold": "reshape",
+    "ways_of_attention": "reshape scaled_dot_product_attention",
 }
 
 

@@ -20,7 +20,7 @@ from distpatch.layout.stencil import Interval
 from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.fallback import computed_on_all
 from distpatch.rules.core.gather_records import record
-from distpatch.rules.core.operands import dim_order, wrap
+from distpatch.rules.core.operands import dim_order, reshard, wrap
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils.memory_format import dense_strides
@@ -110,7 +110,8 @@ def stacked(func: Any, x: PatchTensor, name: str, op: str) -> PatchTensor:
 def beside_no_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function on a rank of an outer axis that has no rows: torch's own result of none.
 
-    Sharded over this axis as it is on the others: as a result of a dummy row says.
+    Sharded over this axis as it is on the others: as a result of a dummy row says; evenly where that has other rows,
+    because there are none on any rank.
     """
     result = computed_on_all(func, args, kwargs)
     with torch.no_grad():
@@ -119,7 +120,11 @@ def beside_no_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     def sharded(tensor: Tensor) -> Tensor:
         layout, full = next(layouts), gather_replicated(tensor)
-        return full if layout is None else shard_in(args[0].region, full, layout)
+        if layout is None:
+            return full
+        if layout.size != full.shape[layout.dim]:
+            return reshard(args[0], full, layout.dim)
+        return shard_in(args[0].region, full, layout)
 
     return map_tensors(sharded, result)
 
