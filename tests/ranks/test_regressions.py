@@ -245,6 +245,11 @@ CASES = {
             "x = x.slice_scatter(x[:, 1:3], 1, 5, 9, 2)",
         ),
     ),
+    "a norm of rows in blocks, of which none come along": Chain(
+        3,
+        (Input((1, 8, 8, 7), 2, (0, 2, 4, 8)), Input((2,)), Input((2,)), Input((1, 2, 2, 1, 112))),
+        ("x = x.view(1, 2, 2, 1, 112)", "x = F.group_norm(x, 2, t1, t2)"),
+    ),
 }
 
 

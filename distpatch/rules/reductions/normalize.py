@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distpatch.comm.collectives import replicated_operand, sum_partials
 from distpatch.comm.moments_exchange import may_bring_rows
-from distpatch.layout.rows import Needs
+from distpatch.layout.rows import BlockLayout, Needs
 from distpatch.layout.stencil import WindowStencil
 from distpatch.layout.transfers import plan_stencil
 from distpatch.lazy.deferred_ops import Step
@@ -72,7 +72,12 @@ def _halo_of(x: PatchTensor) -> Needs | None:
     layout = x.row_layout
     if x.ndim < 4 or layout.dim < 2 or layout.is_tiny or layout.world_size == 1 or x.row_stride:
         return None
-    if x.region.inner is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        isinstance(layout, BlockLayout)
+        or x.region.inner is not None
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
