@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.communicator import communicator_of
-from distpatch.comm.row_exchange import add_rows, alias, fetch_rows, plan_of, simulate
+from distpatch.comm.row_exchange import NAME, add_rows, alias, fetch_rows, plan_of, simulate
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.stencil import Interval
 from distpatch.layout.transfers import flat_needs, wire_order
@@ -41,7 +41,7 @@ def fetch_around(
 class _Around(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, strips: tuple[Interval, ...], *plan: Any) -> tuple[Tensor, ...]:
-        ctx.plan = strips, *plan
+        ctx.plan, ctx.name = (strips, *plan), plan[NAME]
         copied = [local.narrow(plan[0], lo, hi - lo).clone() for lo, hi in strips]
         return alias(local), *copied, *fetch_rows(local, *plan)
 
@@ -55,8 +55,8 @@ class _ReturnAround(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: tuple[Any, ...], grad: Tensor, *others: Tensor) -> Tensor:
-        ctx.plan = plan
         strips, dim, bounds, needs, name, op, channels_last = plan
+        ctx.plan, ctx.name = plan, name
         of_strips, pieces = others[: len(strips)], list(others[len(strips) :])
         total: Tensor = _add_returned(grad, pieces, dim, list(bounds), flat_needs(needs), name, op, channels_last)
         for (lo, hi), rows in zip(strips, of_strips, strict=True):
@@ -87,16 +87,8 @@ def _add_returned(
 
 
 @_add_returned.register_fake
-def _(
-    grad: Tensor,
-    pieces: Sequence[Tensor],
-    dim: int,
-    bounds: Sequence[int],
-    needs: Sequence[int],
-    name: str,
-    op: str,
-    channels_last: bool,
-) -> Tensor:
+def _(grad: Tensor, pieces: Sequence[Tensor], *plan_given: Any) -> Tensor:
+    dim, bounds, needs, name, op, _ = plan_given
     comm = communicator_of(name)
     plan = plan_of(bounds, needs, comm)
     sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)

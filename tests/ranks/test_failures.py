@@ -100,6 +100,38 @@ def test_gradients_on_one_rank_only() -> None:
     assert_all(errors_then_right(bad), distpatch.RankError, "called differently", "with gradients")
 
 
+@pytest.mark.parametrize("kind", ["convolution", "transposed", "pooling", "resize", "unfold"])
+def test_backward_of_nothing_but_halos(kind: str) -> None:
+    """Of frozen weights no gradient is summed: the halo's own exchange says whom a failing rank has to tell."""
+    layer: nn.Module = {
+        "convolution": nn.Conv2d(2, 2, 3, padding=1),
+        "pooling": nn.MaxPool2d(3, 1, 1),
+        "resize": nn.Upsample(scale_factor=2, mode="bilinear"),
+        "transposed": nn.ConvTranspose2d(2, 2, 3, padding=1),
+        "unfold": nn.Unfold(3, padding=1),
+    }[kind]
+    net = nn.Sequential(nn.Identity(), layer).double().requires_grad_(False)
+
+    def body(rank: int) -> str:
+        group = dist.group.WORLD
+        model = distpatch.convert_model(copy.deepcopy(net), group, output="shard", liveness=None)
+        x = random_tensor((1, 2, 9, 5))
+        rows = distpatch.shard(x, group).local.clone().requires_grad_()
+
+        def fail(gradient: Tensor) -> None:
+            if rank == 1:
+                raise ValueError("on purpose")
+
+        out = model(distpatch.PatchTensor.from_local(rows, group))
+        out.local.register_hook(fail)
+        with pytest.raises((distpatch.RankError, ValueError)) as error:
+            out.local.sum().backward()
+        torch.testing.assert_close(distpatch.gather(model(x)), net(x))
+        return str(error.value)
+
+    assert all("on purpose" in message for message in run_ranks(3, body))
+
+
 BAD_ARGUMENTS: dict[str, tuple[Tensor, str]] = {
     "3 dims": (random_tensor((4, 7, 5)), "(4, 7, 5)"),
     "integers": (torch.ones(Z, dtype=torch.long), "torch.int64"),

@@ -53,23 +53,14 @@ def fetched(
 
 @rule(fetch_around, any_order=True)
 def fetched_around(
-    func: Any,
-    local: PatchTensor,
-    strips: Sequence[Interval],
-    dim: int,
-    bounds: Bounds,
-    needs: Needs,
-    name: str,
-    op: str,
-    channels_last: bool,
+    func: Any, local: PatchTensor, strips: Sequence[Interval], dim: int, *rest: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    _, _, name, op, _ = rest
     if local.row_layout.dim == dim:
-        parts: tuple[Tensor, list[Tensor], list[Tensor]] = func(
-            _whole(local, op), strips, dim, bounds, needs, name, op, channels_last
-        )
+        parts: tuple[Tensor, list[Tensor], list[Tensor]] = func(_whole(local, op), strips, dim, *rest)
         return parts
     _note(name, op, local)
-    own, copied, edges = func(local.local, strips, dim, bounds, needs, name, op, channels_last)
+    own, copied, edges = func(local.local, strips, dim, *rest)
     return wrap(own, local), [_part(t, local) for t in copied], [_part(t, local) for t in edges]
 
 
