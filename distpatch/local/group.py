@@ -96,7 +96,9 @@ class LocalGroup:
             check_room([*given.tensors, *(fresh.tensors if fresh else [])], what)
             result, drawn = self._exchange([request] * self.size, what)
             set_random_state(drawn, home)
-            self._known[model] = known if known and fresh is None else (number, State(packed))
+            if known is None or fresh is not None:
+                known = number, State(packed, shared=self.device.type == "cpu")
+            self._known[model] = known
         return map_tensors(lambda t: t.to(home), result.open())
 
     def close(self) -> None:

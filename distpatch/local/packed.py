@@ -86,16 +86,16 @@ def pack(value: Any, what: str) -> Packed:
 class State:
     """What was sent, to tell whether it is still what the caller has.
 
-    Tensors and their storages are held, so that no new one can be taken for them. Weights on a CPU are shared, and the
-    ranks see what is written there; of others, which the ranks have copies of, the words of memory are summed up: a
-    write through ``.data`` counts no version.
+    Tensors and their storages are held, so that no new one can be taken for them. Of what the ranks have copies of, the
+    words of memory are summed up: a write through ``.data`` counts no version. ``shared``: the ranks compute on the
+    CPU, and see themselves what is written to the caller's weights there.
     """
 
-    def __init__(self, packed: Packed) -> None:
-        self.rest, self.tensors = packed.rest, packed.tensors
+    def __init__(self, packed: Packed, *, shared: bool) -> None:
+        self.rest, self.tensors, self.shared = packed.rest, packed.tensors, shared
         self.parts = [part for tensor in packed.tensors for part in _plain_parts(tensor)]
         self.storages = [part.untyped_storage() for part in self.parts]
-        self.sums = _sums(self.parts)
+        self.sums = self._sums(self.parts)
 
     def is_of(self, packed: Packed) -> bool:
         if self.rest != packed.rest or len(self.tensors) != len(packed.tensors):
@@ -103,7 +103,15 @@ class State:
         parts = [part for tensor in packed.tensors for part in _plain_parts(tensor)]
         same = all(map(operator.is_, self.tensors, packed.tensors)) and len(parts) == len(self.parts)
         storages = zip(self.storages, parts)
-        return same and all(s._cdata == p.untyped_storage()._cdata for s, p in storages) and self.sums == _sums(parts)
+        return (
+            same and all(s._cdata == p.untyped_storage()._cdata for s, p in storages) and self.sums == self._sums(parts)
+        )
+
+    @torch.no_grad()
+    def _sums(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Of the memory that the ranks do not see: another number when any word of it has changed."""
+        copied = [t for t in tensors if not (self.shared and isinstance(t, nn.Parameter) and t.is_cpu)]
+        return [int(total) for total in [total for t in copied for total in _words(t)]]  # all are launched, then read
 
 
 def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -113,13 +121,6 @@ def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
             yield from _plain_parts(getattr(tensor, name))
     else:
         yield tensor
-
-
-@torch.no_grad()
-def _sums(tensors: Sequence[Tensor]) -> list[int]:
-    """A number for the memory of each that its ranks do not see, another one when any word of it has changed."""
-    copied = [t for t in tensors if not (isinstance(t, nn.Parameter) and t.is_cpu)]
-    return [int(total) for total in [total for t in copied for total in _words(t)]]  # all are launched, then read
 
 
 def _words(tensor: Tensor) -> Iterator[Tensor]:

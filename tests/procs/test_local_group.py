@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import distpatch
 from distpatch import DistPatchError, RankError
+from distpatch.local.packed import State, pack
 from tests.procs.served import Deadly, Net
 from tests.support.oracle import random_tensor
 from tests.support.zoo.models import tiny_kl
@@ -104,6 +105,27 @@ def test_what_changes_is_sent(ranks: distpatch.LocalGroup) -> None:
     gc.collect()
     check(ranks, other)
     assert len(ranks._known) <= 2
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["ranks on GPUs", "ranks on the CPU"])
+def test_what_is_written_to_weights(shared: bool) -> None:
+    """Ranks with GPUs have copies of weights that the caller has on the CPU; those on the CPU see them."""
+    model = net()
+    state = State(pack(model, "a net"), shared=shared)
+    assert state.is_of(pack(model, "a net"))
+    for write in (
+        lambda w: w.mul_(2),
+        lambda w: w.data.mul_(2),
+        lambda w: w.data.copy_(w.flip(0)),
+        lambda w: w.data.view(-1)[3:4].add_(1e-12),
+        lambda w: w.detach().numpy().fill(3),
+    ):
+        with torch.no_grad():
+            write(model.last.weight)
+        assert state.is_of(pack(model, "a net")) == shared
+        state = State(pack(model, "a net"), shared=shared)
+    model.last.weight.data = model.last.weight.data.clone()
+    assert not state.is_of(pack(model, "a net"))
 
 
 def test_arguments_are_copied(ranks: distpatch.LocalGroup) -> None:
