@@ -45,7 +45,7 @@ class WholeInferer(Inferer):  # type: ignore[misc]
             convert_model(network, self.group, output=output, **self.options)
             self._converted.add(network)
         result = network(inputs, *args, **kwargs)
-        return map_tensors(_labels, result) if self.labels else result
+        return gather(map_tensors(_labels, result) if self.labels else result)  # however it was converted
 
     def restore(self) -> None:
         """Undo the conversion of all networks that it has converted; every rank calls it."""
@@ -55,5 +55,4 @@ class WholeInferer(Inferer):  # type: ignore[misc]
 
 
 def _labels(logits: Tensor) -> Tensor:
-    labels: Tensor = gather(torch.argmax(logits, 1, keepdim=True))
-    return labels
+    return torch.argmax(logits, 1, keepdim=True)

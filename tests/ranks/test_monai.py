@@ -54,6 +54,9 @@ def test_whole_volume(name: str, dim: int) -> None:
             with distpatch.trace() as seen:
                 found = labels(MetaTensor(VOLUME, meta={"spacing": 2}), net)
             assert torch.equal(torch.as_tensor(found), right.argmax(1, keepdim=True))
+            whole = inferer(VOLUME, net)  # of a net that the other one has converted
+            assert type(whole) is torch.Tensor
+            torch.testing.assert_close(whole, right, rtol=1e-10, atol=1e-10)
             sent = sum(traffic.sent_bytes for traffic in seen.traffic() if traffic.op in {"gather", "output"})
             assert 0 < sent < found.numel() * found.element_size(), "labels are gathered, not logits"
 
