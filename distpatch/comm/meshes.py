@@ -109,7 +109,7 @@ class Ranks:
                 raise RankError(
                     f"{what}: in the call before it the ranks of axis {axis} of the mesh had different parts of one "
                     f"tensor, and sent what does not fit: its result is wrong (this is rank {self.whole.rank}). It is "
-                    "a fault of distpatch, please report it; along one dim the model runs as ever."
+                    "a fault of distpatch, please report it; along one dim alone the model is computed right."
                 )
 
     @contextmanager

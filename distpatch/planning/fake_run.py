@@ -205,7 +205,7 @@ class Subject:
         self.args, self.kwargs = map_tensors(self._fake, (args, kwargs))
         function, chosen = getattr(self.model, self.method), {**self.options}
         if chosen.get("dim") == AUTO:
-            del chosen["dim"]  # which is settled when the ranks are known
+            del chosen["dim"]  # it is chosen by the number of ranks
         dims = Entrance(self.name, function, self.model, Options(**chosen)).dims(self.args, self.kwargs)
         sharded = {t: dim for t in tensors_in((self.args, self.kwargs)) if (dim := dims.of(t)) is not None}
         self.shapes = tuple(tuple(t.shape) for t in sharded)
