@@ -308,3 +308,35 @@ def test_one_collective() -> None:
         of_tokens, of_image = t.records
         assert (of_tokens.kind, of_tokens.op, of_tokens.sent_bytes) == ("all_gather", "group_norm", moments)
         assert (of_image.kind, of_image.op, of_image.sent_bytes) == ("p2p", "group_norm", moments + row)
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    """(2, 2, 2, 1, 112) of (2, 8, 8, 7): channels and rows in one dim, of which a rank has some in each block."""
+    return x.view(2, 2, 2, 1, 112)
+
+
+OF_BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "group": lambda x: F.group_norm(in_blocks(x), 2, x[0, 0, 0, :2], x[0, 0, 0, 2:4]),
+    "group, of 4 dims": lambda x: F.group_norm(x.view(2, 2, 1, 224), 2),
+    "group, then a convolution": lambda x: F.conv3d(F.group_norm(in_blocks(x), 2), x[:2, :2, :1, None, :3]),
+    "instance": lambda x: F.instance_norm(in_blocks(x)),
+    "batch": lambda x: F.batch_norm(in_blocks(x), None, None, training=True),
+    "layer": lambda x: F.layer_norm(in_blocks(x), (112,)),
+    "RMS": lambda x: F.rms_norm(in_blocks(x), (112,)),
+    "local response": lambda x: F.local_response_norm(in_blocks(x), 2),
+}
+
+
+@pytest.mark.parametrize("name", OF_BLOCKS)
+def test_rows_in_blocks_bring_none_along(name: str) -> None:
+    """Without gradients a norm's moments travel with an image's edge rows; rows in blocks have none."""
+    x, norm = random_tensor((2, 8, 8, 7)), OF_BLOCKS[name]
+    right = norm(x)
+
+    def body(rank: int) -> None:
+        for bounds in ((0, 2, 4, 8), (0, 0, 5, 8), (0, 8, 8, 8)):
+            with torch.no_grad():
+                found = norm(distpatch.shard(x, dist.group.WORLD, bounds=bounds))
+            torch.testing.assert_close(distpatch.gather(found), right, rtol=1e-10, atol=1e-10)
+
+    run_ranks(3, body)
