@@ -49,11 +49,10 @@ class MeshChoice:
 def choose_mesh(shape: Sequence[int], ranks: int, dims: Sequence[int] = (-2, -1)) -> MeshChoice:
     """How to share out an image (B, C, ..., H, W) of this shape among so many ranks.
 
-    Taken is what is sent least at the seams of the rank with most, among the meshes whose largest part is at most a
-    twentieth above that of the best; of equal ones the one of fewer axes,
-    whose rounds are fewer, and of rows before columns. Choose by the
-    smallest image in the model (the latent one): its parts are uneven first. Raises ``ValueError`` where no mesh gives
-    each rank a pixel.
+    Among the meshes whose largest part is at most a twentieth above that of the most even one, that which sends least
+    at the seams of the rank with most; of equal ones that of fewer axes, whose rounds are fewer, and of rows before
+    columns. Choose by the smallest image in the model (the latent one): its parts are uneven first. Raises
+    ``ValueError`` where no mesh gives each rank a pixel.
     """
     found = [_choice(shape, mesh, dims) for mesh in _meshes(ranks, [shape[d] for d in dims])]
     if not found:

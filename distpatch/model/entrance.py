@@ -31,8 +31,11 @@ def is_image(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Dims:
-    """Of one call. ``named``: dims by id, of tensors and iterators; None: images are sharded, along ``dim``."""
+class ArgumentDims:
+    """Along which dims the arguments of one call are sharded.
+
+    ``named``: dims by id, of tensors and iterators; None: images are sharded, along ``dim``.
+    """
 
     dim: meshes.Dims
     named: dict[int, int] | None = None
@@ -81,11 +84,11 @@ class Entrance:
                 found[name] = value, dim
         return found
 
-    def dims(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dims:
+    def dims(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentDims:
         named = self.named(args, kwargs)
         if named is None:
-            return Dims(self.dim)
-        return Dims(self.dim, {id(leaf): dim for value, dim in named.values() for leaf in leaves_in(value)})
+            return ArgumentDims(self.dim)
+        return ArgumentDims(self.dim, {id(leaf): dim for value, dim in named.values() for leaf in leaves_in(value)})
 
     def mapped(self, enter: Callable[[Tensor, Any], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with ``enter`` applied to what is sharded, in a form that Dynamo can trace."""
