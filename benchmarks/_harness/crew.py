@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -13,12 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).parents[2]
 Answer = dict[str, Any]
 PATIENCE_SECONDS = 60
-WIDE = 120  # columns of a table that goes to a file
 
 
 class Crew:
@@ -121,23 +117,3 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-def wide_console() -> Any:
-    """Where a benchmark prints: a terminal as it is, a file with lines that hold a table."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
-
-
-def machine() -> dict[str, Any]:
-    """What a measurement has to be read with."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    about = {"cpu": model, "cores": cores, "gpus": gpus, "torch": torch.__version__}
-    return {**about, "python": platform.python_version()}

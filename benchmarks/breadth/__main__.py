@@ -15,20 +15,23 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.progress import track
 
-from benchmarks._harness.crew import Crew, machine, wide_console
-from benchmarks._harness.resident import MIB, PROMPT_FREE
+from benchmarks._harness.crew import Crew
+from benchmarks._harness.plots import OTHERS, OURS, drawing
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
+from benchmarks._harness.resident import PROMPT_FREE
 from benchmarks.breadth.nets import NETS
 
 WORKER = "benchmarks.breadth.worker"
 LEGEND = (
-    "x: time of one process over that of the ranks, median of the rounds (range), above 1 the ranks are faster; live, "
-    "resident: of the rank with the most / of one process; error: largest, over the result's largest value; rounds of "
-    "messages, and the share of a traced call's time that the rank that waits most waited for them"
+    "x: time of one process over that of the ranks, median of the rounds (range), above 1 the ranks are faster; s: of "
+    "the ranks, and before, of one process; live, resident: of the rank with the most over one process's; error: "
+    "largest, over the result's largest value; rounds of messages, and the share of a traced call's time that the rank "
+    "that waits most waited for them"
 )
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -83,18 +86,19 @@ def measure(net: str, ranks: int, rounds: int, resident: bool) -> Result:
     return result
 
 
-def show(result: Result, console: Console) -> None:
-    ratios, (before, after) = result.ratios, result.live_bytes
-    alone, shared = (median(each) for each in zip(*result.seconds))
-    resident = ""
-    if result.resident_bytes is not None:
-        resident = f"{result.resident_bytes[1] / MIB:.0f}/{result.resident_bytes[0] / MIB:.0f}"
-    console.print(
-        f"{result.net:22}{median(ratios):6.2f} ({min(ratios):.2f}-{max(ratios):.2f}){shared:8.3f} /{alone:7.3f} s"
-        f"{after / MIB:8.0f} /{before / MIB:5.0f} MiB{resident:>12}{result.fallbacks:6}{result.error:10.0e}"
-        f"{result.rounds:6}{result.waited:6.0%}",
-        highlight=False,
-    )
+def table(results: list[Result], ranks: int) -> Any:
+    headings = ("x (range)", "s", "s before", "live", "resident", "fallbacks", "error", "rounds", "waited")
+    shown = markdown_table(f"{ranks} ranks of one thread, one process of {ranks}", "net", *headings)
+    for result in results:
+        ratios, (before, after) = result.ratios, result.live_bytes
+        alone, shared = (f"{median(each):.3f}" for each in zip(*result.seconds))
+        resident = ""
+        if result.resident_bytes is not None:
+            resident = f"{result.resident_bytes[1] / result.resident_bytes[0]:.2f}"
+        times = f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        kept = (f"{after / before:.2f}", resident, str(result.fallbacks), f"{result.error:.0e}")
+        shown.add_row(result.net, times, shared, alone, *kept, str(result.rounds), f"{result.waited:.0%}")
+    return shown
 
 
 @app.command()
@@ -113,15 +117,14 @@ def main(
     known = json.loads(from_file.read_text()) if from_file else {"machine": machine(), "ranks": ranks, "results": []}
     console, about, ranks = wide_console(), known["machine"], known["ranks"]
     results = [Result(**numbers) for numbers in known["results"]]
-    console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {ranks} ranks, {rounds} rounds")
-    console.print("net, x (range), time, live, resident, fallbacks, error, rounds, waited")
-    for result in results:
-        show(result, console)
-    for net in NETS if from_file is None else ():
-        if only is None or any(part in net for part in only):
-            results.append(measure(net, ranks, rounds, resident))
-            show(results[-1], console)
-    console.print(f"median {median(median(result.ratios) for result in results):.2f}. {LEGEND}")
+    console.print(said(about, f"{rounds} rounds"))
+    chosen = [net for net in NETS if only is None or any(part in net for part in only)]
+    for net in track(chosen, console=console, transient=True) if from_file is None else ():
+        results.append(measure(net, ranks, rounds, resident))
+    console.print(table(results, ranks))
+    middle = [median(result.ratios) for result in results]
+    at_least = sum(value >= 1 for value in middle)
+    console.print(f"median {median(middle):.2f}; {at_least} of {len(middle)} nets at least as fast. {LEGEND}")
     if json_file is not None:
         numbers = [asdict(result) for result in results]
         json_file.write_text(json.dumps({"machine": about, "ranks": ranks, "results": numbers}, indent=1) + "\n")
@@ -131,20 +134,16 @@ def main(
 
 def plot(results: list[Result], title: str, path: Path) -> None:
     """A bar a net: how many times faster the ranks are."""
-    from matplotlib.figure import Figure
-
     ordered = sorted(results, key=lambda result: median(result.ratios))
     middle = [median(result.ratios) for result in ordered]
     below = [value - min(result.ratios) for value, result in zip(middle, ordered)]
     above = [max(result.ratios) - value for value, result in zip(middle, ordered)]
-    figure = Figure(figsize=(8, 0.28 * len(ordered) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    colors = ["tab:blue" if value >= 1 else "tab:gray" for value in middle]
-    axes.barh([result.net for result in ordered], middle, xerr=(below, above), color=colors, ecolor="lightgray")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel("times as fast as one process; the thin line is the range of the rounds")
-    axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    with drawing(path, 8, 0.28 * len(ordered) + 1.2, title) as figure:
+        axes = figure.subplots()
+        colors = [OURS if value >= 1 else OTHERS for value in middle]
+        axes.barh([result.net for result in ordered], middle, xerr=(below, above), color=colors, ecolor="black")
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xlabel("times as fast as one process; the thin line is the range of the rounds")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress
-from rich.table import Table
 
-from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.crew import Crew
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
 from benchmarks._harness.resident import MIB, PROMPT_FREE
 
 WORKER = "benchmarks.decode.worker"
@@ -147,13 +147,11 @@ def orders_given(contestants: tuple[Contestant, ...], rounds: int) -> int:
     return timed * (1 + rounds) + 2 * len(contestants)
 
 
-def results_table(results: list[Result]) -> Table:
+def results_table(results: list[Result]) -> Any:
     """One line a contestant of one size and format."""
     side, layout = results[0].size, results[0].memory_format
-    table = Table(title=f"{side} x {side}, {layout}", title_justify="left")
-    table.add_column("contestant")
-    for heading in ("time s", "x", "live MiB", "resident +MiB", "sent MiB", "messages", "error"):
-        table.add_column(heading, justify="right")
+    headings = ("contestant", "time s", "x", "live MiB", "resident +MiB", "sent MiB", "messages", "error")
+    table = markdown_table(f"{side} x {side}, {layout}", *headings)
     for result in results:
         ratios = result.ratios
         table.add_row(
@@ -191,7 +189,7 @@ def main(
     layouts = ("NCHW", "channels_last") if memory_format == "both" else (memory_format,)
     cells = list(product(size or [512], layouts))
     about = machine()
-    console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {rounds} rounds")
+    console.print(said(about, f"{rounds} rounds"))
     results: list[Result] = []
     with Progress(console=console, transient=True) as bar:
         bar.add_task("decoding", total=len(cells) * orders_given(contestants, rounds))

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks._harness.crew import machine
+from benchmarks._harness.printed import machine, said
 from benchmarks.failures import handshake as meetings
 from benchmarks.failures.cases import AGENT, TRANSPORTS, Case, Outcome, all_cases, run
 
@@ -35,7 +35,7 @@ def main(
 ) -> None:
     """Three ranks, of which one fails in every way; or, with --handshake, the cost of the ranks' meetings."""
     about = machine()
-    print(f"{about['cpu']}, {about['cores']} cores; torch {about['torch']}\n")
+    print(said(about) + "\n")
     if handshake:
         found: list[Any] = meetings.measure()
         print(meetings.table(found))

@@ -27,11 +27,11 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from rich.table import Table
 from torch import nn
 
 import distpatch
-from benchmarks._harness.crew import machine, wide_console
+from benchmarks._harness.crew import ROOT
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
 from benchmarks.host.by_function import milliseconds_by_function
 from benchmarks.host.nets import NETS, Net
 from benchmarks.host.no_links import rank_without_links
@@ -79,9 +79,9 @@ def measure(net: Net, model: Any, who: str, rounds: int) -> Cost:
 
 
 @torch.no_grad()
-def without_links(net: Net, world: int, rounds: int, compiled: bool, by_rule: bool) -> tuple[list[Cost], Table]:
+def without_links(net: Net, world: int, rounds: int, compiled: bool, by_rule: bool) -> tuple[list[Cost], Any]:
     """Plain, alone, and on so many ranks, round by round; eager, and compiled."""
-    plain, shown = net.build(), Table(title=f"{net.name}: host ms by torch function, eager", title_justify="left")
+    plain, shown = net.build(), None
     calls: dict[str, Callable[[], object]] = {PLAIN: partial(net.call, plain)}
     with rank_without_links(world) as pg:
         for who, group in ((ALONE, None), (f"{world} ranks", pg)):
@@ -98,7 +98,8 @@ def without_links(net: Net, world: int, rounds: int, compiled: bool, by_rule: bo
             for name, call in calls.items():
                 least[name] = min(least[name], _cpu_seconds(call))
         if by_rule:
-            _add_functions(shown, {name: call for name, call in calls.items() if not name.startswith(COMPILED)}, rounds)
+            eager = {name: call for name, call in calls.items() if not name.startswith(COMPILED)}
+            shown = table_of_functions(f"{net.name}: host ms by torch function, eager", eager, rounds)
     return [Cost(net.name, name, 0, 0, 1e3 * least[name]) for name in sorted(least, key=_place)], shown
 
 
@@ -114,16 +115,16 @@ def _compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def _add_functions(shown: Table, calls: dict[str, Callable[[], object]], rounds: int) -> None:
+def table_of_functions(title: str, calls: dict[str, Callable[[], object]], rounds: int) -> Any:
     """A row a torch function that takes longer than in plain torch: milliseconds."""
     found = {name: milliseconds_by_function(calls[name], rounds) for name in sorted(calls, key=_place)}
-    for heading in ("torch function", *found, "calls", "more than plain"):
-        shown.add_column(heading, justify="left" if heading == "torch function" else "right", no_wrap=True)
+    shown = markdown_table(title, "torch function", *found, "calls", "more than plain")
     (plain, _), (last, counts) = found[PLAIN], list(found.values())[-1]
     for name in sorted(last, key=lambda name: plain.get(name, 0.0) - last[name]):
         each, more = [f"{times.get(name, 0.0):.2f}" for times, _ in found.values()], last[name] - plain.get(name, 0.0)
         if more >= LEAST_SHOWN_MS:
             shown.add_row(name, *each, str(counts[name] or ""), f"{more:.2f}")
+    return shown
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
@@ -148,11 +149,9 @@ def costs(net: Net, worlds: list[int], rounds: int) -> list[Cost]:
     return found + [of_ranks(world) for world in worlds]
 
 
-def table_of_times(found: list[Cost]) -> Table:
+def table_of_times(found: list[Cost]) -> Any:
     """Compiled calls over plain torch's compiled ones."""
-    shown = Table(title="one call, without links", title_justify="left")
-    for heading in ("net", "", "host ms", "x plain"):
-        shown.add_column(heading, justify="right" if heading.strip("net") else "left", no_wrap=True)
+    shown = markdown_table("one call, without links", "net", "", "host ms", "x plain", texts=2)
     times = {(cost.net, cost.who): cost.host_ms for cost in found}
     for cost in found:
         plain = times[cost.net, COMPILED + PLAIN if cost.who.startswith(COMPILED) else PLAIN]
@@ -160,10 +159,9 @@ def table_of_times(found: list[Cost]) -> Table:
     return shown
 
 
-def table(found: list[Cost], by_kernel: bool) -> Table:
-    shown = Table(title="one call, the rank that launches most", title_justify="left")
-    for heading in ("net", "", "kernels", "x plain", "rounds", "host ms", "x plain"):
-        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+def table(found: list[Cost], by_kernel: bool) -> Any:
+    headings = ("net", "", "kernels", "x plain", "rounds", "host ms", "x plain")
+    shown = markdown_table("one call, the rank that launches most", *headings, texts=2)
     if by_kernel:
         shown.add_column("kernels by torch function; by operator")
     for cost in found:
@@ -194,13 +192,14 @@ def main(
     chosen = [one for one in NETS if not net or one.name in net]
     console, about = wide_console(), machine()
     package = find_spec("distpatch")
-    console.print(f"{about['cpu']}, torch {about['torch']}; {package.origin if package else ''}")
+    folder = Path(package.origin).parents[1] if package and package.origin else None
+    console.print(said(about, *([str(folder)] if folder and folder != ROOT else [])))
     if no_links:
         found = []
         for one in chosen:
             costs_of_one, functions = without_links(one, max(world or [2]), rounds, compiled, by_rule)
             found += costs_of_one
-            if by_rule:
+            if functions is not None:
                 console.print(functions)
         console.print(table_of_times(found))
     else:

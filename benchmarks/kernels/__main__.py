@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks._harness.crew import machine, wide_console
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
 from tests.support.convolving import conv_backend, convolve
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -95,10 +95,21 @@ def main(threads: Annotated[int, typer.Option(min=1)] = 1) -> None:
     torch.set_num_threads(threads)
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)  # as lazy/deferred_ops.py: pages are kept
     console, about, wrong = wide_console(), machine(), []
-    console.print(f"{about['cpu']}, torch {about['torch']}, {threads} threads")
-    console.print(
-        "channels, sizes, kernel, stride, dilation, groups; kernel of torch, MFLOP, ms of torch / oneDNN, chosen"
+    console.print(said(about, f"{threads} threads"))
+    headings = (
+        "sizes",
+        "kernel",
+        "stride",
+        "dilation",
+        "groups",
+        "torch's",
+        "MFLOP",
+        "ms",
+        "ms of oneDNN",
+        "x",
+        "chosen",
     )
+    shown = markdown_table("convolutions that torch does not give to oneDNN", "channels", *headings)
     for case in cases():
         x = torch.randn(1, case.channels, *case.sizes)
         weight = torch.randn(case.out, case.channels // case.groups, *case.kernel)
@@ -119,12 +130,12 @@ def main(threads: Annotated[int, typer.Option(min=1)] = 1) -> None:
         elif chosen and of_onednn > 1.1 * of_torch:
             wrong.append(of_onednn / of_torch)
         flop = 2 * result.numel() * prod(weight.shape[1:])
-        console.print(
-            f"{case.channels:4} -> {case.out:4} {case.sizes!s:15}{case.kernel!s:10}{case.stride}{case.dilation:3}"
-            f"{case.groups:4} {backend:14}{flop / 1e6:9.2f}{1e3 * of_torch:9.3f} /{1e3 * of_onednn:7.3f}"
-            f"{of_torch / of_onednn:7.2f}  {'oneDNN' if chosen else 'torch'}",
-            highlight=False,
+        what = (case.sizes, case.kernel, case.stride, case.dilation, case.groups)
+        took = (f"{flop / 1e6:.2f}", f"{1e3 * of_torch:.3f}", f"{1e3 * of_onednn:.3f}", f"{of_torch / of_onednn:.2f}")
+        shown.add_row(
+            f"{case.channels} to {case.out}", *map(str, what), backend, *took, "oneDNN" if chosen else "torch"
         )
+    console.print(shown)
     console.print(f"{len(wrong)} chosen wrongly by more than a tenth, at worst {max(wrong, default=1):.2f}")
 
 

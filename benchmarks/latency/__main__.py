@@ -16,9 +16,9 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.crew import Crew
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,10 +46,9 @@ def ways() -> list[Way]:
     ]
 
 
-def table(found: list[Way], delay_s: float) -> Table:
-    shown = Table(title="2 ranks, medians", title_justify="left")
-    for heading in ("", "s", "excess s", "x before's", "rounds", "begun early", "waited s", "s / max(compute, delays)"):
-        shown.add_column(heading, justify="right" if heading else "left")
+def table(found: list[Way], delay_s: float) -> Any:
+    headings = ("s", "excess s", "x before's", "rounds", "begun early", "waited s", "s / max(compute, delays)")
+    shown = markdown_table("2 ranks, medians", "", *headings)
     compute, before = median(found[0].seconds), median(found[1].seconds)
     for way in found:
         seconds = median(way.seconds)
@@ -88,7 +87,7 @@ def main(
                 way.rounds, way.hidden = answers[0]["rounds"], answers[0]["hidden"]
         error = max(answer["error"] for answer in crew.ask("compare"))
     console, about = wide_console(), machine()
-    console.print(f"{about['cpu']}, torch {about['torch']}; {size}², {delay_ms} ms on every message")
+    console.print(said(about, f"{size} x {size}", f"{delay_ms:g} ms on every message"))
     console.print(table(found, delay_s))
     console.print(f"largest difference between the last way and the one before: {error:.1e} of the largest value")
     if json_file is not None:

@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress
-from rich.table import Table
 
-from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.crew import Crew
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
 from benchmarks._harness.resident import MIB, PROMPT_FREE
 from benchmarks.memory.worker import CONV_CHANNELS
 
@@ -170,14 +170,12 @@ def ask(crew: Crew, order: str, **details: Any) -> list[dict[str, Any]]:
     return answers
 
 
-def results_table(results: list[Result], memory_format: str) -> Table:
+def results_table(results: list[Result], memory_format: str) -> Any:
     """One line a contestant; the first is plain torch."""
     first = results[0]
     what = f"{CONV_CHANNELS} to {CONV_CHANNELS}, 3 x 3 convolution" if first.case == "conv" else "decode"
-    table = Table(title=f"{what}, {first.size} x {first.size}, {memory_format}", title_justify="left")
-    table.add_column("contestant")
-    for heading in ("time s", "x", "live MiB", "x", "resident +MiB", "x", "error"):
-        table.add_column(heading, justify="right")
+    headings = ("contestant", "time s", "x", "live MiB", "x", "resident +MiB", "x", "error")
+    table = markdown_table(f"{what}, {first.size} x {first.size}, {memory_format}", *headings)
     for result in results:
         if result.failure:
             table.add_row(result.contestant.name, "failed")
@@ -217,7 +215,7 @@ def main(
     sizes = {"conv": conv_size or SIZES["conv"], "decode": decode_size or SIZES["decode"]}
     cells = [(one, size) for one in ("conv", "decode") if case in (one, "both") for size in sizes[one]]
     about = machine()
-    console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {rounds} rounds")
+    console.print(said(about, f"{rounds} rounds"))
     results: list[Result] = []
     with Progress(console=console, transient=True) as bar:
         passes = sum(

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-import matplotlib as mpl
 import typer
+
+from benchmarks._harness.plots import drawing
 
 MIB = 1 << 20
 TITLES = {
@@ -24,32 +25,26 @@ STYLES = {"plain": "k-o", "patch_conv": "--s", "tiling": ":x", "DistVAE": ":D", 
 
 def draw(results: Iterable[Any], path: Path) -> None:
     """One panel a case: the resident peak over what was there before, of the rank with the most."""
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     results = [result for result in results if not result.failure]
     cases = list(dict.fromkeys(result.case for result in results))
-    figure, axes = plt.subplots(1, len(cases), figsize=(6.5 * len(cases), 5), squeeze=False, layout="constrained")
-    for axis, case in zip(axes[0], cases):
-        lines: dict[str, list[Any]] = {}
-        for result in results:
-            if result.case == case:
-                lines.setdefault(result.contestant.name, []).append(result)
-        for name, points in lines.items():
-            points.sort(key=lambda point: point.activation_bytes)
-            x, y = zip(*((point.activation_bytes / MIB, point.resident_bytes / MIB) for point in points))
-            axis.plot(x, y, STYLES[points[0].contestant.kind], label=name, markersize=4, linewidth=1.2)
-        title, label = TITLES[case]
-        axis.set(title=title, xlabel=label, ylabel="peak memory of one process beyond its input, MiB")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with drawing(path, 6.5 * len(cases), 5) as figure:
+        axes = figure.subplots(1, len(cases), squeeze=False)
+        for axis, case in zip(axes[0], cases):
+            lines: dict[str, list[Any]] = {}
+            for result in results:
+                if result.case == case:
+                    lines.setdefault(result.contestant.name, []).append(result)
+            for name, points in lines.items():
+                points.sort(key=lambda point: point.activation_bytes)
+                x, y = zip(*((point.activation_bytes / MIB, point.resident_bytes / MIB) for point in points))
+                axis.plot(x, y, STYLES[points[0].contestant.kind], label=name, markersize=4, linewidth=1.2)
+            title, label = TITLES[case]
+            axis.set(title=title, xlabel=label, ylabel="peak memory of one process beyond its input, MiB")
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.legend(fontsize=7)
 
 
 def _read(numbers: dict[str, Any]) -> Any:

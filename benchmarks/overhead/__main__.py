@@ -15,20 +15,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import distpatch
-from benchmarks._harness.crew import machine
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
 from distpatch import launch
 
 SHAPE = (1, 4, 8, 8)
@@ -134,13 +133,9 @@ def measure(
     return results
 
 
-def results_table(results: list[Result], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def results_table(results: list[Result], title: str) -> Any:
     kinds = list(dict.fromkeys(result.kind for result in results))
-    table.add_column("operation")
-    table.add_column(f"{PLAIN}, µs", justify="right")
-    for kind in kinds[1:]:
-        table.add_column(f"{kind}, + µs", justify="right")
+    table = markdown_table(title, "operation", f"{PLAIN}, µs", *(f"{kind}, + µs" for kind in kinds[1:]))
     for operation in OPERATIONS:
         plain, *others = [result for result in results if result.operation == operation]
         over = (r.problem if r.over_plain is None else f"{r.problem} {r.over_plain:.1f}" for r in others)
@@ -162,16 +157,14 @@ def main(
     """Overhead per operation of PatchTensor and DTensor."""
     results: list[Result] = []
     with launch.process_group(device="cpu", threads=1) as (group, _):
-        console = launch.console(group)
+        console = wide_console(quiet=group.rank() != 0)
         kinds = operands(group)
         with Progress(console=console, disable=console.quiet, transient=True, refresh_per_second=1) as bar:
             task = bar.add_task("calling", total=len(OPERATIONS) * rounds)
             for operation in OPERATIONS:
                 results += measure(operation, kinds, rounds, calls, lambda: bar.advance(task))
         about = machine()
-        console.print(
-            results_table(results, f"{about['cpu']}, torch {about['torch']}, {group.size()} rank(s), no_grad")
-        )
+        console.print(results_table(results, said(about, f"{group.size()} rank(s), no_grad")))
         if json_file is not None and group.rank() == 0:
             report = {"machine": about, "ranks": group.size(), "results": [asdict(r) for r in results]}
             json_file.write_text(json.dumps(report, indent=1) + "\n")

@@ -24,7 +24,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.crew import Crew
+from benchmarks._harness.printed import machine, said, wide_console
 from benchmarks._harness.resident import PROMPT_FREE
 from benchmarks.peers.report import LEGEND, Result, plot, show
 
@@ -218,10 +219,7 @@ def main(
         report = {"machine": machine(), "ranks": ranks, "rounds": rounds, "memory_format": memory_format}
         results = []
     about = report["machine"]
-    console.print(
-        f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {report['ranks']} ranks, "
-        f"{report['rounds']} rounds"
-    )
+    console.print(said(about, f"{report['ranks']} ranks", f"{report['rounds']} rounds"))
     if read_file is not None:
         for name in dict.fromkeys(result.workload for result in results):
             show([result for result in results if result.workload == name], console)

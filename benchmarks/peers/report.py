@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks._harness.plots import FAILED, OTHERS, OURS, drawing
+from benchmarks._harness.printed import markdown_table
 from benchmarks._harness.resident import MIB
 
 NOT_FOR_IT = "NotImplementedError"  # raised in peer_runs.py, where a peer does not do such networks
@@ -38,11 +40,10 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def table(results: list[Result]) -> Table:
+def table(results: list[Result]) -> Any:
     """One line a peer."""
-    lines = Table(title=f"{results[0].workload}, {results[0].size} x {results[0].size}", title_justify="left")
-    for heading in ("peer", "ranks", "time s", "x", "live MiB", "resident +MiB", "sent MiB", "calls", "error"):
-        lines.add_column(heading, justify="left" if heading == "peer" else "right", no_wrap=True)
+    headings = ("peer", "ranks", "time s", "x", "live MiB", "resident +MiB", "sent MiB", "calls", "error")
+    lines = markdown_table(f"{results[0].workload}, {results[0].size} x {results[0].size}", *headings)
     base = median(results[0].seconds) if results[0].seconds else None
     for result in results:
         if result.problem:
@@ -74,12 +75,14 @@ def show(results: list[Result], console: Console) -> None:
 
 def plot(results: list[Result], path: Path) -> None:
     """Time, memory and error of every peer, one row of panels a network."""
-    from matplotlib.figure import Figure
-
     workloads = list(dict.fromkeys(result.workload for result in results))
     names = list(dict.fromkeys(result.peer for result in results))[::-1]
-    figure = Figure(figsize=(11, 0.5 + 2.6 * len(workloads)), layout="constrained")
-    axes = figure.subplots(len(workloads), 3, squeeze=False, sharey=True)
+    with drawing(path, 11, 0.5 + 2.6 * len(workloads)) as figure:
+        axes = figure.subplots(len(workloads), 3, squeeze=False, sharey=True)
+        _fill(axes, workloads, names, results)
+
+
+def _fill(axes: Any, workloads: list[str], names: list[str], results: list[Result]) -> None:
     for row, workload in zip(axes, workloads, strict=True):
         here = {result.peer: result for result in results if result.workload == workload}
         size = next(iter(here.values())).size
@@ -93,7 +96,7 @@ def plot(results: list[Result], path: Path) -> None:
             strict=True,
         ):
             values = [0 if here[name].problem else value(here[name]) for name in names]
-            colours = ["tab:blue" if name == "distpatch" else "tab:gray" for name in names]
+            colours = [OURS if name == "distpatch" else OTHERS for name in names]
             panel.barh(names, values, color=colours)
             if "error" in title:
                 panel.set_xscale("log")
@@ -106,7 +109,6 @@ def plot(results: list[Result], path: Path) -> None:
                 if failed:
                     text = "not for it" if NOT_FOR_IT in failed else "failed"
                 at = panel.get_xlim()[0] if failed else found
-                panel.annotate(f" {text}", (at, index), va="center", fontsize=8, color="tab:red" if failed else "black")
+                panel.annotate(f" {text}", (at, index), va="center", fontsize=8, color=FAILED if failed else "black")
             panel.set_title(f"{workload}, {size} x {size}: {title}", fontsize=8)
             panel.tick_params(labelsize=8)
-    figure.savefig(path, dpi=120)

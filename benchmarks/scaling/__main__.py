@@ -18,11 +18,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import Progress
-from rich.table import Table
 
 import distpatch
-from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.crew import Crew
 from benchmarks._harness.decoder import FORMATS, build_decoder, draw_latents
+from benchmarks._harness.plots import OTHERS, drawing
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
 
 WORKER = "benchmarks.scaling.worker"
 MIB = 1 << 20
@@ -62,18 +63,16 @@ def run(world_size: int, size: int, rounds: int) -> Measured:
     )
 
 
-def table(measured: dict[int, Measured], plans: distpatch.Scaling) -> Table:
-    found = Table(title="planned | measured, the rank that has most", title_justify="left")
+def table(measured: dict[int, Measured], plans: distpatch.Scaling) -> Any:
     headings = ("ranks", "activations MiB", "sent MiB", "messages", "GFLOPs", "CPU s a rank", "CPU s in all", "wall s")
-    for heading in headings:
-        found.add_column(heading, justify="right", no_wrap=True)
+    found = markdown_table("planned / measured, the rank that has most", *headings, texts=0)
     for plan in plans:
         real = measured.get(plan.world_size)
         flops = max(rank.flops for rank in plan.ranks)
         compute = plan.compute_seconds_of(plan.busiest)
 
         def pair(planned: str, seen: str | None) -> str:
-            return planned if seen is None else f"{planned} | {seen}"
+            return planned if seen is None else f"{planned} / {seen}"
 
         found.add_row(
             str(plan.world_size),
@@ -89,9 +88,6 @@ def table(measured: dict[int, Measured], plans: distpatch.Scaling) -> Table:
 
 
 def plot(path: Path, measured: dict[int, Measured], plans: distpatch.Scaling, title: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
     sizes = [plan.world_size for plan in plans]
     real = [measured[size] for size in sizes if size in measured]
     where = [one.world_size for one in real]
@@ -113,18 +109,16 @@ def plot(path: Path, measured: dict[int, Measured], plans: distpatch.Scaling, ti
             [one.cpu_seconds if one.device == "cpu" else one.seconds for one in real],
         ),
     ]
-    for axes, (label, planned, seen) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.plot(sizes, planned, "-", label="planned")
-        axes.plot(where, seen, "o", label="measured")
-        if planned[0] > 0:
-            axes.plot(sizes, [planned[0] / size for size in sizes], color="grey", lw=0.8, ls=":", label="1/N")
-        axes.set(xlabel="ranks", title=label, xscale="log", yscale="log" if planned[0] > 0 else "linear")
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    with drawing(path, 12, 3.8, title) as figure:
+        for axes, (label, planned, seen) in zip(figure.subplots(1, 3), panels, strict=True):
+            axes.plot(sizes, planned, "-", label="planned")
+            axes.plot(where, seen, "o", label="measured")
+            if planned[0] > 0:
+                axes.plot(sizes, [planned[0] / size for size in sizes], color=OTHERS, lw=0.8, ls=":", label="1/N")
+            axes.set(xlabel="ranks", title=label, xscale="log", yscale="log" if planned[0] > 0 else "linear")
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.minorticks_off()
+            axes.legend()
 
 
 @app.command()
@@ -139,7 +133,7 @@ def main(
     """Memory, traffic and work of a rank against the number of ranks, planned and measured."""
     console = wide_console()
     about: dict[str, Any] = machine()
-    console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}; {size} x {size}, float32")
+    console.print(said(about, f"{size} x {size}, float32"))
     worlds = sorted(set(world or [1, 2, 4, 8]))
     planned = sorted({*worlds, *(1 << n for n in range(most.bit_length()))})
     torch.set_num_threads(1)

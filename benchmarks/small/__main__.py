@@ -13,11 +13,13 @@ import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.progress import track
 
-from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.crew import Crew
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
 from benchmarks.breadth.nets import NETS
 
 WORKER = "benchmarks.breadth.worker"
@@ -68,6 +70,16 @@ def measure(net: str, side: int, rounds: int) -> Result:
     return result
 
 
+def table(results: list[Result]) -> Any:
+    names = [name for name, *_ in CONTESTANTS]
+    shown = markdown_table("ms, times as fast as one process of 2 threads", "net", "side", *names, "auto is")
+    for result in results:
+        least = [result.fastest(name) for name in names]
+        cells = [f"{1e3 * seconds:.2f} ({least[0] / seconds:.2f})" for seconds in least]
+        shown.add_row(result.net, str(result.side), *cells, "whole" if result.whole else "sharded")
+    return shown
+
+
 @app.command()
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed, once the way is chosen.")] = 20,
@@ -77,18 +89,11 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
 ) -> None:
     """Do two ranks lose time on small pictures?"""
-    console, about, results = wide_console(), machine(), []
-    console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {rounds} rounds")
-    names = [name for name, *_ in CONTESTANTS]
-    console.print(f"{'net':20}{'side':>5}" + "".join(f"{name:>24}" for name in names) + "  way", highlight=False)
-    for net in SMALL:
-        for side in SIDES if only is None or any(part in net for part in only) else ():
-            results.append(result := measure(net, side, rounds))
-            times = "".join(
-                f"{1e3 * result.fastest(name):12.2f} ms {result.fastest(names[0]) / result.fastest(name):5.2f} x "
-                for name in names
-            )
-            console.print(f"{net:20}{side:5} {times}  {'whole' if result.whole else 'sharded'}", highlight=False)
+    console, about = wide_console(), machine()
+    console.print(said(about, f"{rounds} rounds"))
+    chosen = [(net, side) for net in SMALL if only is None or any(part in net for part in only) for side in SIDES]
+    results = [measure(net, side, rounds) for net, side in track(chosen, console=console, transient=True)]
+    console.print(table(results))
     if json_file is not None:
         numbers = [asdict(result) for result in results]
         json_file.write_text(json.dumps({"machine": about, "results": numbers}, indent=1) + "\n")

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks._harness.crew import Crew, machine, wide_console
+from benchmarks._harness.crew import Crew
+from benchmarks._harness.printed import machine, markdown_table, said, wide_console
 from benchmarks.breadth.nets import NETS
 
 WORKER = "benchmarks.unequal.worker"
@@ -31,8 +32,7 @@ def main(
 ) -> None:
     """How near is what ``weights`` finds to the best split?"""
     console, about = wide_console(), machine()
-    console.print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {rounds} rounds")
-    console.print(f"{net} {NETS[net].shapes}, two ranks of one thread, rank 1 runs every kernel {times} times")
+    console.print(said(about, f"{rounds} rounds"))
     splits: dict[str, Any] = {f"{share:.2f}": (share, 1 - share) for share in SHARES}
     splits |= {"even": None, "given": (times, 1), "measured": "measured"}
     with Crew(WORKER, {"net": net, "slow_rank": 1, "times": times}, 2, 1) as crew:
@@ -47,9 +47,11 @@ def main(
                 shares[name] = answers[0]["share"]
     fastest = {name: min(each[1:]) for name, each in seconds.items()}  # the first calls load kernels and make plans
     best = min((f"{share:.2f}" for share in SHARES), key=fastest.__getitem__)
-    console.print("split, rank 0's share, seconds (minimum of the rounds), times the best of the grid")
+    title = f"{net} {NETS[net].shapes}, two ranks of one thread, rank 1 runs every kernel {times} times"
+    shown = markdown_table(title, "split", "rank 0's share", "s, least of the rounds", "x the best of the grid")
     for name, least in fastest.items():
-        console.print(f"{name:10}{shares[name]:8.3f}{least:10.4f}{least / fastest[best]:8.2f}", highlight=False)
+        shown.add_row(name, f"{shares[name]:.3f}", f"{least:.4f}", f"{least / fastest[best]:.2f}")
+    console.print(shown)
     if json_file is not None:
         numbers = {"net": net, "times": times, "shares": shares, "seconds": seconds}
         json_file.write_text(json.dumps({"machine": about, **numbers}, indent=1) + "\n")
