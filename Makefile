@@ -52,8 +52,8 @@ site: $(VENV)/installed  ## the documentation, in out/site; a warning is an erro
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "out/site/index.html; to read it: $(BIN)/mkdocs serve"
 
-drawings: $(VENV)/installed  ## docs/figures/*.svg
-	$(BIN)/python docs/figures.py
+drawings: $(VENV)/installed  ## docs/drawings/*.svg
+	$(BIN)/python docs/drawings.py
 
 release-check: $(VENV)/installed  ## wheel and sdist: built, checked, installed with each extra and tried (minutes)
 	.ci/release-check

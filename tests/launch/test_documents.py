@@ -105,11 +105,11 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 140
 
 
-def test_figures_are_drawn_by_their_program(tmp_path: Path) -> None:
-    program = f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import figures, pathlib; "
-    drawn = f"figures.FOLDER = pathlib.Path({str(tmp_path)!r}); figures.main()"
+def test_drawings_are_drawn_by_their_program(tmp_path: Path) -> None:
+    program = f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import drawings, pathlib; "
+    drawn = f"drawings.FOLDER = pathlib.Path({str(tmp_path)!r}); drawings.main()"
     subprocess.run([sys.executable, "-c", program + drawn], check=True, timeout=60)
-    for path in (ROOT / "docs" / "figures").iterdir():
+    for path in (ROOT / "docs" / "drawings").iterdir():
         assert (tmp_path / path.name).read_text() == path.read_text(), f"{path.name}: run make drawings"
 
 

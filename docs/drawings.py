@@ -1,11 +1,11 @@
-"""Draws docs/figures/*.svg: python docs/figures.py (make drawings). Plain SVG, no library."""
+"""Draws docs/drawings/*.svg: python docs/drawings.py (make drawings). Plain SVG, no library."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-FOLDER = Path(__file__).parent / "figures"
+FOLDER = Path(__file__).parent / "drawings"
 RANKS = ("#2a9d8f", "#e9c46a", "#e76f51")
 INK, PALE, GRID = "#22303c", "#eef2f4", "#ffffff"
 STYLE = "font-family: system-ui, 'DejaVu Sans', sans-serif; font-size: 14px"
