@@ -8,7 +8,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench gpu memory peers displaced coverage clean autoencoders transformers site drawings release-check
+.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench figures gpu memory peers displaced coverage clean autoencoders transformers site drawings release-check
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,9 @@ hooks: $(VENV)/installed  ## make lint before every commit
 site: $(VENV)/installed  ## the documentation, in out/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "out/site/index.html; to read it: $(BIN)/mkdocs serve"
+
+figures: $(VENV)/installed  ## every figure of the documents, measured again and written into its page (about an hour)
+	$(BIN)/python -m benchmarks.figures
 
 drawings: $(VENV)/installed  ## docs/drawings/*.svg
 	$(BIN)/python docs/drawings.py

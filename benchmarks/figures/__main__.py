@@ -10,6 +10,7 @@ A command that fails leaves its figures as they are, is named, and makes this en
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -94,6 +95,8 @@ def measure(section: Section, about: dict[str, Any], commit: str, page: Path) ->
     with WRITING:
         text = page.read_text(encoding="utf-8")
         page.write_text(put(text, section.name, body(section, printed, seconds, about, commit)), encoding="utf-8")
+    for source, name in section.pictures:
+        shutil.copyfile(ROOT / source, ROOT / "docs" / name)
     print(f"{section.name}: {seconds / 60:.1f} minutes", file=sys.stderr, flush=True)
     return ""
 

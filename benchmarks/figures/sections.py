@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Section:
-    """``commands`` run one after the other, and what the last ones print is shown: ``shown`` of them.
+    """``commands`` run one after the other; what the last ``shown`` of them print goes into the page.
 
     ``timed``: it measures time or memory, so nothing else runs beside it. ``fenced``: its output is text, no Markdown.
-    ``plots``: the pictures that it draws, below ``docs``.
+    ``pictures``: what it draws elsewhere, and the name in ``docs`` to which that is copied.
     """
 
     name: str
@@ -24,66 +24,78 @@ class Section:
     timed: bool = True
     fenced: bool = False
     shown: int = 1
-    plots: tuple[str, ...] = ()
+    pictures: tuple[tuple[str, str], ...] = ()
 
 
-def _section(name: str, *commands: str, **more: object) -> Section:
-    return Section(name, commands, **more)  # type: ignore[arg-type]
+def timed(name: str, *commands: str) -> Section:
+    return Section(name=name, commands=commands)
 
 
-DISPLACED = "torchrun --standalone --nproc_per_node=2 -m benchmarks.displaced"
+def untimed(name: str, *commands: str) -> Section:
+    return Section(name=name, commands=commands, timed=False)
+
+
+OUT = "out/figures"
+TWO_RANKS = "torchrun --standalone --nproc_per_node=2"
 SEGMENTATION = "torchrun_examples/train_segmentation.py"
 SECTIONS = (
     # Seconds and bytes of this machine, one after the other.
-    _section("decode", "python -m benchmarks.decode --size 512 --rounds 3 --patch-conv"),
-    _section("conv", "python -m benchmarks.memory --case conv --conv-size 1024 --only 'splits 16' --only lazy"),
-    _section("overhead", "python -m benchmarks.overhead"),
-    _section(
+    timed("decode", "python -m benchmarks.decode --size 512 --rounds 3 --patch-conv"),
+    timed("conv", "python -m benchmarks.memory --case conv --conv-size 1024 --only 'splits 16' --only lazy"),
+    timed("overhead", "python -m benchmarks.overhead"),
+    timed(
         "peers",
         "python -m benchmarks.peers --install",
         "python -m benchmarks.peers --size 256 --rounds 3 --plot docs/peers.png",
-        plots=("peers.png",),
     ),
-    _section("breadth", "python -m benchmarks.breadth --rounds 3 --plot docs/breadth.png", plots=("breadth.png",)),
-    _section("small", "python -m benchmarks.small --rounds 20"),
-    _section("unequal", "python -m benchmarks.unequal --rounds 5"),
-    _section("host", "python -m benchmarks.host"),
-    _section("no-links", "python -m benchmarks.host --no-links --compiled --by-rule --rounds 30"),
-    _section("latency", "python -m benchmarks.latency --size 256 --rounds 7"),
-    _section("scaling", "python -m benchmarks.scaling --plot docs/scaling.png", plots=("scaling.png",)),
-    _section("displaced-hidden", f"{DISPLACED} hidden --delay-ms 5"),
-    _section("failures", "python -m benchmarks.failures"),
-    _section("handshake", "python -m benchmarks.failures --handshake"),
-    _section(
-        "demo",
-        "torchrun --standalone --nproc_per_node=2 torchrun_examples/decode_vae.py --out out/figures",
+    timed("breadth", "python -m benchmarks.breadth --rounds 3 --plot docs/breadth.png"),
+    timed("small", "python -m benchmarks.small --rounds 20"),
+    timed("unequal", "python -m benchmarks.unequal --rounds 5"),
+    timed("host", "python -m benchmarks.host"),
+    timed("no-links", "python -m benchmarks.host --no-links --compiled --by-rule --rounds 30"),
+    timed("latency", "python -m benchmarks.latency --size 256 --rounds 7"),
+    timed("scaling", "python -m benchmarks.scaling --plot docs/scaling.png"),
+    timed("displaced-hidden", f"{TWO_RANKS} -m benchmarks.displaced hidden --delay-ms 5"),
+    timed("failures", "python -m benchmarks.failures"),
+    timed("handshake", "python -m benchmarks.failures --handshake"),
+    Section(
+        name="demo",
+        commands=(f"{TWO_RANKS} torchrun_examples/decode_vae.py --out {OUT}",),
         fenced=True,
+        pictures=((f"{OUT}/decode_vae_2_ranks.png", "demo.png"),),
     ),
     # Values, counts and plans, which are the same on a busy machine.
-    _section("displaced", "python -m benchmarks.displaced.train_denoiser", f"{DISPLACED} quality", timed=False),
-    _section("autoencoders", "python -m benchmarks.autoencoders", timed=False),
-    _section("transformers", "python -m benchmarks.transformers", timed=False),
-    _section("attention", "python -m benchmarks.transformers.attention", timed=False),
-    _section("foreign", "python -m benchmarks.foreign --install", "python -m benchmarks.foreign", timed=False),
-    _section("meshes", "python -m benchmarks.planned meshes", timed=False),
-    _section("launches", "python -m benchmarks.planned launches", timed=False),
-    _section("plan", "distpatch plan --shape 1,4,1024,1024 --world-size 8", timed=False, fenced=True),
-    _section(
-        "training",
-        f"python {SEGMENTATION} --out out/figures/one",
-        f"torchrun --standalone --nproc_per_node=4 {SEGMENTATION} --out out/figures/first --steps 20",
-        f"torchrun --standalone --nproc_per_node=2 {SEGMENTATION} --out out/figures/second "
-        "--resume out/figures/first --beside out/figures/one",
+    untimed(
+        "displaced",
+        "python -m benchmarks.displaced.train_denoiser",
+        f"{TWO_RANKS} -m benchmarks.displaced quality",
+    ),
+    untimed("autoencoders", "python -m benchmarks.autoencoders"),
+    untimed("transformers", "python -m benchmarks.transformers"),
+    untimed("attention", "python -m benchmarks.transformers.attention"),
+    untimed("foreign", "python -m benchmarks.foreign --install", "python -m benchmarks.foreign"),
+    untimed("meshes", "python -m benchmarks.planned meshes"),
+    untimed("launches", "python -m benchmarks.planned launches"),
+    untimed("kit", "python -m benchmarks.gpu --device cpu"),
+    Section(
+        name="plan",
+        commands=("distpatch plan --shape 1,4,1024,1024 --world-size 8",),
+        timed=False,
+        fenced=True,
+    ),
+    Section(
+        name="training",
+        commands=(
+            f"python {SEGMENTATION} --out {OUT}/one",
+            f"torchrun --standalone --nproc_per_node=4 {SEGMENTATION} --out {OUT}/first --steps 20",
+            f"{TWO_RANKS} {SEGMENTATION} --out {OUT}/second --resume {OUT}/first --beside {OUT}/one",
+        ),
         timed=False,
         fenced=True,
         shown=3,
+        pictures=((f"{OUT}/second/losses.png", "training.png"),),
     ),
-    _section(
-        "volume",
-        "torchrun --standalone --nproc_per_node=2 torchrun_examples/segment_volume.py",
-        timed=False,
-        fenced=True,
-    ),
+    Section(name="volume", commands=(f"{TWO_RANKS} torchrun_examples/segment_volume.py",), timed=False, fenced=True),
 )
 
 
@@ -118,11 +130,16 @@ def names_on(text: str) -> list[str]:
     return [line[len(begin) : -len(end)] for line in text.splitlines() if line.startswith(begin) and line.endswith(end)]
 
 
+def figures_on(text: str, name: str) -> str:
+    """What stands between the two marks of a section."""
+    _, _, rest = text.partition(BEGIN.format(name))
+    inside, found, _ = rest.partition(END.format(name))
+    if not found:
+        raise ValueError(f"{BEGIN.format(name)} is not followed by {END.format(name)}")
+    return inside
+
+
 def put(text: str, name: str, body: str) -> str:
     """The page with other figures between the two marks of a section."""
     begin, end = BEGIN.format(name), END.format(name)
-    before, _, rest = text.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{begin} is not followed by {end}")
-    return f"{before}{begin}\n{body.strip()}\n{end}{after}"
+    return text.replace(f"{begin}{figures_on(text, name)}{end}", f"{begin}\n{body.strip()}\n{end}")

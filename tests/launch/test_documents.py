@@ -16,6 +16,8 @@ import pytest
 import typer
 
 import distpatch
+from benchmarks.figures.sections import SECTIONS, figures_on, names_on, put
+from benchmarks.figures.sections import pages as figure_pages
 from distpatch.cli import app
 from tests.launch.pages import ROOT, pages
 
@@ -103,6 +105,22 @@ def test_the_reference_has_every_public_name() -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 140
+
+
+def test_figures_are_those_of_their_commands() -> None:
+    """Every section has one place, filled by its own command; outside of these no page names a machine."""
+    where = figure_pages(ROOT)
+    assert sorted(where) == sorted(section.name for section in SECTIONS)
+    for section in SECTIONS:
+        text = figures_on(where[section.name].read_text(encoding="utf-8"), section.name)
+        first, _, rest = text.strip().partition("\n")
+        assert all(f"`{command}`" in first for command in section.commands[-section.shown :]), text
+        assert re.search(r"at commit [0-9a-f]{7,} on 20\d\d-\d\d-\d\d\. .*torch 2", first) and len(rest) > 50, text
+    for page in PAGES:
+        outside = page.read_text(encoding="utf-8")
+        for name in names_on(outside):
+            outside = put(outside, name, "")
+        assert not re.search(r"\bAMD\b|EPYC|\bXeon\b", outside), f"{page}: figures that no command makes"
 
 
 def test_drawings_are_drawn_by_their_program(tmp_path: Path) -> None:
