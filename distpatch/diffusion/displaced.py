@@ -107,9 +107,9 @@ def _check(model: nn.Module, warmup_steps: int, policy: str, layers_per_message:
         )
     if conversion.steps is not None:
         raise DistPatchError(f"displaced: the steps of this {type(model).__name__} are displaced already")
-    if conversion.options.attention == "all_to_all":
+    if (attention := conversion.options.attention) in {"all_to_all", "auto"}:
         raise DistPatchError(
-            f'displaced: this {type(model).__name__} is converted with attention="all_to_all", which moves queries: '
+            f'displaced: this {type(model).__name__} is converted with attention="{attention}", which moves queries: '
             'each rank would answer those of the last step. Convert it with attention="gather" or "ring"'
         )
     if policy not in POLICIES:

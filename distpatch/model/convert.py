@@ -102,8 +102,8 @@ def convert_model(
     ``attention``: how the keys and values of all ranks meet a rank's queries: "gather" (all at once; of large ones
     some heads at a time), "ring" (one rank's after the other: in inference no rank ever holds all; with gradients or a
     mask scores are made in plain products) or "all_to_all" (each rank attends with all queries of some heads: fewer
-    bytes from three ranks on). All are exact; what does not fit them (fewer heads than ranks, replicated keys) is
-    gathered.
+    bytes from three ranks on); "auto": of these, for each attention, what its sizes speak for. All are exact; what does
+    not fit them (fewer heads than ranks, replicated keys) is gathered.
 
     ``compile=True``: each entry point is one graph of ``torch.compile``, made at the first call of each shape, in which
     the ranks meet as in a plain call: rules run when it is made, and not again. A dict: what ``torch.compile`` is

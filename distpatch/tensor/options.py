@@ -12,7 +12,7 @@ from distpatch.layout.shares import Weights, weights_of
 OUTPUTS = ("gather", "shard", "rank0")
 FALLBACKS = ("warn", "allow", "error")
 POLICIES = ("shard", "auto")
-ATTENTIONS = ("gather", "ring", "all_to_all")
+ATTENTIONS = ("gather", "ring", "all_to_all", "auto")
 Shard = tuple[tuple[str, int], ...]
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distpatch
-from distpatch.rules.linalg import attention
+from distpatch.rules.linalg import attention, ring_attention
 from distpatch.rules.linalg.kept_scores import with_sums
 from distpatch.tensor import options
 from tests.ranks.test_attention import CASES
@@ -65,16 +65,21 @@ def test_transformers(name: str, backward: bool) -> None:
         oracle.compared += 1
 
 
+def operands(heads: int, tokens: int, chosen: str, queries: int | None = None) -> list[distpatch.PatchTensor]:
+    """Queries, keys and values, sharded along their tokens."""
+    region = distpatch.shard(torch.zeros(2, 2), dist.group.WORLD).region
+    region = replace(region, options=options.Options(attention=chosen))
+    sharded = []
+    for seed, count in enumerate((queries or tokens, tokens, tokens)):
+        x = distpatch.shard(random_tensor((1, heads, count, 8), seed), dist.group.WORLD)
+        x.region = region
+        sharded.append(x)
+    return sharded
+
+
 def traced(heads: int, tokens: int, world: int, chosen: str, call: Callable[..., Tensor]) -> list[Any]:
     def body(rank: int) -> Any:
-        region = replace(
-            distpatch.shard(torch.zeros(2, 2), dist.group.WORLD).region, options=options.Options(attention=chosen)
-        )
-        sharded = []
-        for seed in range(3):
-            x = distpatch.shard(random_tensor((1, heads, tokens, 8), seed), dist.group.WORLD)
-            x.region = region
-            sharded.append(x)
+        sharded = operands(heads, tokens, chosen)
         with torch.no_grad(), distpatch.trace() as t:
             result = call(*sharded)
             records = [record for record in t.records if record.kind == "p2p"]
@@ -88,7 +93,7 @@ def test_bytes_and_rounds() -> None:
     call = F.scaled_dot_product_attention
     right = call(*(random_tensor((1, 4, 32, 8), seed) for seed in range(3)))
     sent = {}
-    for chosen in options.ATTENTIONS:
+    for chosen in ("gather", *WAYS):
         for result, size_bytes, rounds in traced(4, 32, 4, chosen, call):
             torch.testing.assert_close(result, right, rtol=1e-10, atol=1e-10)
             sent[chosen] = size_bytes, rounds
@@ -116,8 +121,43 @@ def test_a_ring_holds_the_keys_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> N
     assert max(largest) <= 3 * 4 * 6 * 8
 
 
-def test_queries_of_the_last_step_are_refused() -> None:
-    model = distpatch.convert_model(torch.nn.Conv2d(1, 1, 1), attention="all_to_all")
+def test_memory_of_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond its own keys and values a rank holds as many as one rank has; a gather holds those of all."""
+    monkeypatch.setattr(ring_attention, "PART_BYTES", 1)
+    world, heads, tokens = 8, 2, 768
+    of_a_rank = 2 * heads * tokens * 8 * 8 // world
+
+    def body(rank: int, chosen: str) -> int:
+        given = operands(heads, tokens, chosen, queries=world)  # of whose results there are few
+        with torch.no_grad(), distpatch.LivePeak() as live, distpatch.trace() as t:
+            F.scaled_dot_product_attention(*given)
+        assert bool(t.waits) == (chosen == "ring"), "it is posted before what came last is attended to"
+        return live.peak_bytes
+
+    held = {chosen: max(run_ranks(world, partial(body, chosen=chosen))) for chosen in ("ring", "gather")}
+    assert held["ring"] <= 1.2 * of_a_rank and held["gather"] >= world * of_a_rank
+
+
+def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bytes: turned to heads, by ring where there is one head, gathered where little is sent."""
+    call = F.scaled_dot_product_attention
+    for heads, few, most, same_as in (
+        (4, 1, 1 << 30, "all_to_all"),
+        (4, 1 << 30, 1 << 30, "gather"),
+        (1, 1, 1, "ring"),
+    ):
+        monkeypatch.setattr(attention, "ROUND_BYTES", few)
+        monkeypatch.setattr(attention, "GATHER_BYTES", most)
+        right = call(*(random_tensor((1, heads, 23, 8), seed) for seed in range(3)))
+        chosen, known = traced(heads, 23, 4, "auto", call), traced(heads, 23, 4, same_as, call)
+        for (result, *sent), (_, *as_known) in zip(chosen, known, strict=True):
+            torch.testing.assert_close(result, right, rtol=1e-10, atol=1e-10)
+            assert sent == as_known, same_as
+
+
+@pytest.mark.parametrize("chosen", ["all_to_all", "auto"])
+def test_queries_of_the_last_step_are_refused(chosen: str) -> None:
+    model = distpatch.convert_model(torch.nn.Conv2d(1, 1, 1), attention=chosen)
     with pytest.raises(distpatch.DistPatchError, match="answer those of the last step"), distpatch.displaced(model):
         pass
 

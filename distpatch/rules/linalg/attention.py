@@ -1,6 +1,7 @@
 """Attention over the sharded dim: queries stay, keys and values are fetched from all ranks.
 
-``convert_model(attention=)`` says how: all at once, one rank's after the other (ring_attention.py), or turned to heads.
+``convert_model(attention=)`` says how: all at once, one rank's after the other (ring_attention.py), or turned to heads;
+"auto": whichever of them the sizes speak for.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 # them, are made for a few queries at a time: no more bytes of either than these.
 GATHER_BYTES = 256 << 20
 SCORE_BYTES = 512 << 20
+ROUND_BYTES = 1 << 20  # that take as long to send as a round more (of NVLink's data sheet; not measured)
 
 
 class Call(NamedTuple):
@@ -222,7 +224,28 @@ def _are_tokens(key: Any, value: Any) -> bool:
     return key.shape[:-1] == value.shape[:-1] and key.row_layout.dim == key.ndim - 2 == value.row_layout.dim
 
 
-_ways: dict[str, Callable[[Call], PatchTensor | None]] = {"ring": _by_ring, "all_to_all": _by_turning}
+def _by_sizes(call: Call) -> PatchTensor | None:
+    """Turned to heads where so many bytes fewer are sent; else by ring where all keys would be too many at once.
+
+    None where they are gathered. By global shapes alone: all ranks choose alike.
+    """
+    query, key, value, ranks = call.query, call.key, call.value, call.query.world_size
+    if not _are_tokens(key, value):
+        return None
+    result_numel = math.prod(query.shape[:-1]) * value.shape[-1]
+    kept = (key.numel() + value.numel()) * key.element_size()
+    turned = kept + (query.numel() + result_numel) * query.element_size()
+    fewer = (ranks - 1) * (kept - turned // ranks) // ranks
+    if fewer >= ROUND_BYTES and (result := _by_turning(call)) is not None:
+        return result
+    return _by_ring(call) if kept > GATHER_BYTES and call.mask is None and not needs_grad(query, key, value) else None
+
+
+_ways: dict[str, Callable[[Call], PatchTensor | None]] = {
+    "ring": _by_ring,
+    "all_to_all": _by_turning,
+    "auto": _by_sizes,
+}
 
 
 def _attend(call: Call) -> Tensor:
