@@ -19,7 +19,8 @@ class RuleEntry:
     """What is known of a torch function. ``rule`` gets the function and its arguments, and may return NotImplemented.
 
     ``any_order``: the rule treats all rows alike, in whichever order a rank holds them (``BlockLayout``); or what
-    tells so of a call.
+    tells so of a call. ``order_free``: where a row stands makes no difference to it, if one argument alone is sharded;
+    or what tells so of a call: rows in blocks are handed to the rule as if they stood in order.
     ``view``: the result is, or may be, a view of the first argument. ``moves_dims``: in place it changes no value,
     but which dim is which. ``keeps_statistics``: it writes to its arguments behind the first, of which neither its
     name nor its schema says anything.
@@ -34,6 +35,7 @@ class RuleEntry:
 
     rule: Rule = no_rule
     any_order: bool | Callable[..., bool] = False
+    order_free: bool | Callable[..., bool] = False
     view: bool = False
     moves_dims: bool = False
     keeps_statistics: bool = False

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
+from distpatch.layout.rows import RowLayout
 from distpatch.lazy.buffer_reuse import pending
 from distpatch.rules.core.aliasing import before_writing, may_write, mutates, protect, through
 from distpatch.rules.core.fallback import computed_on_all, fallback
 from distpatch.rules.core.inner_axes import beside_no_rows
 from distpatch.rules.core.memory_order import as_on_one_device
-from distpatch.rules.core.operands import PLAIN, in_order
+from distpatch.rules.core.operands import PLAIN, in_order, wrap
 from distpatch.rules.core.out_argument import into
 from distpatch.tensor.axes import as_seen_by_outermost
 from distpatch.tensor.halo_rows import let_go, live
@@ -89,6 +90,8 @@ class _Dispatcher:
         entry = RULES[func]
         if _is_any_order(entry, func, args, kwargs):
             return _applied(entry, func, args, kwargs)
+        if entry.order_free and kwargs.get("out") is None and _is_order_free(entry, func, args, kwargs):
+            return _as_if_in_order(func, args, kwargs)
         written = [t for t in tensors_in(mutates(func, args, kwargs)) if isinstance(t, BlockTensor)]
         if written:
             raise UnsupportedOpError(
@@ -114,6 +117,30 @@ def _is_any_order(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: di
         return entry.any_order
     places, named = _normal(entry, func, args, kwargs)
     return entry.any_order(*places, **named)
+
+
+def _is_order_free(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether one argument alone is sharded, and where its rows stand makes no difference to the call."""
+    if sum(isinstance(t, PatchTensor) for t in tensors_in((args, kwargs))) > 1:
+        return False
+    places, named = _normal(entry, func, args, kwargs)
+    return entry.order_free(*places, **named) if callable(entry.order_free) else entry.order_free
+
+
+def _as_if_in_order(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call on the rows as a rank holds them; what is sharded as they are is in the same blocks."""
+    blocks = next(t.row_layout for t in tensors_in((args, kwargs)) if isinstance(t, BlockTensor))
+    bounds = tuple(bound * blocks.blocks for bound in blocks.inner)
+
+    def rows(tensor: Tensor) -> Tensor:
+        return wrap(tensor.local, tensor, RowLayout(blocks.dim, bounds)) if isinstance(tensor, BlockTensor) else tensor
+
+    def in_blocks(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, PatchTensor) or tensor.row_layout.bounds != bounds:
+            return tensor
+        return wrap(tensor.local, tensor, blocks.with_dim(tensor.row_layout.dim))
+
+    return map_tensors(in_blocks, func(*map_tensors(rows, args), **map_tensors(rows, kwargs)))
 
 
 def _are_in_order(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:

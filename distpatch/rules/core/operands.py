@@ -174,9 +174,14 @@ def dim_order(x: PatchTensor) -> Order:
 
 def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     """The same tensor in other rows, or sharded along another dim; one exchange either way."""
-    if layout == x.row_layout:
+    held = x.row_layout
+    if layout == held:
         return x
-    if isinstance(x.row_layout, BlockLayout) and x.region.level:
+    blocks = held.blocks if isinstance(held, BlockLayout) else 0
+    if isinstance(layout, BlockLayout) and (held.dim, blocks) == (layout.dim, layout.blocks):  # others of each block
+        moved = redistribute(unmerge_blocks(x), layout.opened, func)
+        return in_memory_of(moved.local.flatten(layout.dim, layout.dim + 1), x, layout)
+    if isinstance(held, BlockLayout) and x.region.level:
         return in_memory_of(collectives.narrow_rows(_inner_whole(x, func), layout, x.rank), x, layout)
     x = in_order(x)
     if layout.dim != x.row_layout.dim:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.tensor.rule_table import RULES, Rule, RuleEntry
@@ -38,6 +39,17 @@ def describe(*funcs: Any, **properties: Any) -> None:
     for func in funcs:
         assert func not in RULES, f"two entries for {func}"
         RULES[func] = RuleEntry(**properties)
+
+
+def first_dim(input: Tensor, *_: Any, **__: Any) -> bool:
+    """Whether the first dim is sharded, along which there are neither windows nor a resize."""
+    return isinstance(input, PatchTensor) and input.row_layout.dim == 0
+
+
+def beside_rows(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether the one dim that a function works along is given, and is not the sharded one."""
+    dim = kwargs.get("dim", next((a for a in args if type(a) is int), None))
+    return dim is not None and isinstance(input, PatchTensor) and nth(dim, input.ndim) != input.row_layout.dim
 
 
 def register_rule(func: Any) -> Callable[[R], R]:

@@ -78,7 +78,8 @@ def attention(
         return NotImplemented
     if is_causal and attn_mask is not None:
         raise RuntimeError("scaled_dot_product_attention: attn_mask should not be set when is_causal=True")
-    query = in_order(query) if is_causal else query
+    if is_causal and isinstance(query, PatchTensor) and query.row_layout.dim == query.ndim - 2:
+        query = in_order(query)
     if isinstance(query, PatchTensor) and query.row_layout.dim == query.ndim - 2:
         queries: Any = query
         for _ in range(max(key.ndim, value.ndim) - query.ndim):  # the result has as many batch dims as the keys
@@ -266,12 +267,14 @@ def _attend(call: Call) -> Tensor:
         # Below its first row a causal mask is made here, and is as large as the scores.
         kept = first > 0 or keeps_scores(rows, key, value, tall, is_causal, grouped)
         step = at_once if kept and not needs_grad(rows, key, value, mask) else count
+        if step >= count:
+            return some(rows, tall, 0)
         return in_patches(lambda a, b: some(rows.narrow(-2, a, b - a), tall, a), (0, count), step, rows.ndim - 2)
 
     def some(rows: Tensor, mask: Tensor | None, start: int) -> Tensor:
         count = rows.shape[-2]
         if not is_causal:
-            own = mask if mask is None or mask.shape[-2] == 1 else mask.narrow(-2, start, count)
+            own = mask if mask is None or mask.shape[-2] in {1, count} else mask.narrow(-2, start, count)
             return run(rows, key, value, own)
         seen = min(first + start + count, key.shape[-2])
         keys, values = key.narrow(-2, 0, seen), value.narrow(-2, 0, seen)

@@ -111,7 +111,7 @@ def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None)
     return result if bias is None else result + bias  # once, not by every rank
 
 
-@rule(F.bilinear)
+@rule(F.bilinear, any_order=True)
 def bilinear(func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     labels = [batched(input1, "i"), batched(input2, "j"), ["o", "i", "j"]]
     sums = partial(torch.einsum, "...i,...j,oij->...o")  # torch's own refuses a rank without rows
@@ -119,7 +119,7 @@ def bilinear(func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Te
     return result if bias is None else result + bias
 
 
-@rule(*named("inner"))
+@rule(*named("inner"), any_order=True)
 def inner(func: Any, input: Tensor, other: Tensor) -> Any:
     if input.ndim == 0 or other.ndim == 0:
         return input * other
@@ -128,12 +128,12 @@ def inner(func: Any, input: Tensor, other: Tensor) -> Any:
     return contract(func, func, [input, other], [[*left, "k"], [*right, "k"]], [*left, *right])
 
 
-@rule(*named("outer", "ger"))
+@rule(*named("outer", "ger"), any_order=True)
 def outer(func: Any, input: Tensor, vec2: Tensor) -> Any:
     return contract(func, func, [input, vec2], [["n"], ["m"]], ["n", "m"])
 
 
-@rule(torch.tensordot)
+@rule(torch.tensordot, any_order=True)
 def tensordot(func: Any, a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Any:
     if isinstance(dims, Tensor) or out is not None:
         return NotImplemented
@@ -147,7 +147,7 @@ def tensordot(func: Any, a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -
     return contract(func, partial(func, dims=(of_a, of_b)), [a, b], [left, right], kept)
 
 
-@rule(torch.einsum)
+@rule(torch.einsum, any_order=True)
 def einsum(func: Any, equation: str, *operands: Any) -> Any:
     """A sharded letter of the result stays sharded, one that is summed over is summed over ranks."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
@@ -187,7 +187,7 @@ def _letters(term: str, ndim: int) -> Labels:
     return [*before, *range(-count, 0), *after]
 
 
-@rule(torch.cdist)
+@rule(torch.cdist, any_order=True)
 def cdist(func: Any, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Any:
     """Distances of points, (..., N, K) and (..., M, K): of this rank's points from all the others."""
     modes = () if compute_mode is None else (compute_mode,)

@@ -11,7 +11,7 @@ from torch import Tensor
 from distpatch.comm.collectives import share_out, stack_ranks
 from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.operands import kept, needs_grad, normalize_dims, on_some_rows, sum_ranks
-from distpatch.rules.core.registry import named, nth, rule
+from distpatch.rules.core.registry import beside_rows, named, nth, rule
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.rules.reductions.reduction import Dims
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -47,7 +47,7 @@ def extreme(func: Any, input: PatchTensor, dim: Dims = None, keepdim: bool = Fal
     return value if keepdim else value.squeeze(dims)
 
 
-@rule(*named("max", "min"), asks_if_empty=True)
+@rule(*named("max", "min"), asks_if_empty=True, order_free=beside_rows)
 def max_or_min(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     """Of all elements; of two tensors, element by element; or along a dim, with the place of the first."""
     if not args and not kwargs:
@@ -70,7 +70,7 @@ def _along(func: Any, input: PatchTensor, dim: int, keepdim: bool = False) -> An
     return getattr(torch.return_types, op_name(func))((value, index))
 
 
-@rule(*named("argmax", "argmin"), asks_if_empty=True)
+@rule(*named("argmax", "argmin"), asks_if_empty=True, order_free=beside_rows)
 def place(func: Any, input: PatchTensor, dim: int | None = None, keepdim: bool = False) -> Any:
     if dim is None:
         index = _first(input, op_name(func) == "argmax", None)[1]
@@ -103,8 +103,8 @@ def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tens
     return best, torch.where((values == best) | values.isnan(), indices, last).amin(0)
 
 
-@rule(*named("sort", "median", "nanmedian", "mode"), asks_if_empty=True)
-@rule(*named("argsort", "cummax", "cummin"))
+@rule(*named("sort", "median", "nanmedian", "mode"), asks_if_empty=True, order_free=beside_rows)
+@rule(*named("argsort", "cummax", "cummin"), order_free=beside_rows)
 def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     """Along one dim: local unless it is the sharded one. Without a dim, medians are of all elements."""
     whole_by_default = op_name(func).endswith("median")
@@ -112,7 +112,11 @@ def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     return _beside_rows(func, input, dim, args, kwargs, removes=op_name(func) in {"median", "nanmedian", "mode"})
 
 
-@rule(*named("topk", "kthvalue"), asks_if_empty=True)
+@rule(
+    *named("topk", "kthvalue"),
+    asks_if_empty=True,
+    order_free=lambda input, k, *args, **more: beside_rows(input, *args, **more),
+)
 def ranked(func: Any, input: PatchTensor, k: int, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("dim", args[0] if args else -1)
     return _beside_rows(func, input, dim, (k, *args), kwargs, removes=op_name(func) == "kthvalue")

@@ -21,7 +21,7 @@ from distpatch.layout.stencil import Interval
 from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import patches_to_run
 from distpatch.rules.core.operands import needs_grad
-from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.patch_tensor import BlockTensor, PatchTensor
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.private import foreach_copy
 
@@ -43,11 +43,12 @@ def moments(
         local = local.value
     grads = isinstance(local, Tensor) and needs_grad(local)
     whole = grads or torch.compiler.is_compiling()  # a compiler makes its own chunks
+    whole = whole or isinstance(local, BlockTensor)  # of an inner axis, of which some would have to be in order
     rows = local.shape[along]
     intervals = _intervals(rows, rows if whole else _rows_of_a_reading(local, along))
     counts, means, m2s = [], [], []
     for lo, hi in patches_to_run(intervals):
-        chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else local.narrow(along, lo, hi - lo)
+        chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else _narrowed(local, along, lo, hi)
         chunk = chunk.unflatten(1, (groups, -1)) if groups else chunk
         count = math.prod(chunk.shape[d] for d in dims)
         counts.append(count)
@@ -68,6 +69,10 @@ def moments(
     if len(counts) == 1:
         return counts[0], means[0], m2s[0]
     return merge_moments(counts, torch.stack(means), torch.stack(m2s))
+
+
+def _narrowed(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
+    return rows if (lo, hi) == (0, rows.shape[dim]) else rows.narrow(dim, lo, hi - lo)
 
 
 def _deviation_and_mean(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def product(func: Any, input: PatchTensor, dim: Any = None, keepdim: bool = Fals
     return stack_ranks(local, input.comm.name, op_name(func)).prod(0)
 
 
-@rule(*named("var", "std", "var_mean", "std_mean"))
+@rule(*named("var", "std", "var_mean", "std_mean"), order_free=True)
 def variance(
     func: Any,
     input: PatchTensor,
@@ -155,7 +155,7 @@ def _rounding(count: int, mean: Tensor, dtype: torch.dtype) -> Tensor:
     return count * 1024 * eps * (eps * mean).square()
 
 
-@rule(*named("logsumexp"), asks_if_empty=True)
+@rule(*named("logsumexp"), asks_if_empty=True, order_free=True)
 def logsumexp(func: Any, input: PatchTensor, dim: Dims, keepdim: bool = False) -> Any:
     dims = normalize_dims(dim, input.ndim)
     if input.row_layout.dim not in dims:
@@ -166,7 +166,7 @@ def logsumexp(func: Any, input: PatchTensor, dim: Dims, keepdim: bool = False) -
     return result if keepdim else result.squeeze(dims)
 
 
-@rule(torch.linalg.vector_norm, asks_if_empty=True)
+@rule(torch.linalg.vector_norm, asks_if_empty=True, order_free=True)
 def vector_norm(
     func: Any, x: PatchTensor, ord: Any = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:

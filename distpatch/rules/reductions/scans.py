@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distpatch.comm.collectives import replicated_operand, stack_ranks
 from distpatch.rules.core.operands import autocast, precise, wrap
-from distpatch.rules.core.registry import named, nth, rule
+from distpatch.rules.core.registry import beside_rows, named, nth, rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
 
@@ -36,7 +36,7 @@ def softmax(func: Any, input: PatchTensor, dim: int | None = None, _stacklevel: 
     return (exponents / exponents.sum(at, keepdim=True)).to(kind)
 
 
-@rule(*named("cumsum", "cumprod", "logcumsumexp"))
+@rule(*named("cumsum", "cumprod", "logcumsumexp"), order_free=beside_rows)
 def cumulative(func: Any, input: PatchTensor, dim: int, *, dtype: Any = None) -> Any:
     """Each rank's own, on top of the totals of the ranks before it."""
     at, options = nth(dim, input.ndim), {} if dtype is None else {"dtype": dtype}

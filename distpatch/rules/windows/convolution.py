@@ -22,7 +22,20 @@ from distpatch.torch_utils.op_names import op_name
 Sizes = int | Sequence[int]
 
 
-@rule(*named("conv1d", "conv2d", "conv3d"), of_many_kernels=True)
+def _is_order_free(
+    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *_: Any, **__: Any
+) -> bool:
+    """Whether samples are sharded, or a dim along which the kernel sees one place of the input alone."""
+    if not isinstance(input, PatchTensor) or input.ndim != weight.ndim or isinstance(padding, str):
+        return False
+    axis, spatial = input.row_layout.dim - 2, weight.ndim - 2
+    if axis < 0:
+        return axis == -2
+    strides, pads = per_dim(fixed(stride), spatial), per_dim(fixed(padding), spatial)
+    return (weight.shape[axis + 2], strides[axis], pads[axis]) == (1, 1, 0)
+
+
+@rule(*named("conv1d", "conv2d", "conv3d"), of_many_kernels=True, order_free=_is_order_free)
 @batched()
 def convolution(
     func: Any,

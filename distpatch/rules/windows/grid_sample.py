@@ -14,7 +14,12 @@ from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
 
 
-@rule(F.grid_sample, torch.grid_sampler, torch.grid_sampler_2d, torch.grid_sampler_3d)
+def _order_free(input: Tensor, grid: Tensor, *_: Any, **__: Any) -> bool:
+    """Of a grid: each point is a sample of its own."""
+    return isinstance(grid, PatchTensor) and 0 < grid.row_layout.dim < grid.ndim - 1
+
+
+@rule(F.grid_sample, torch.grid_sampler, torch.grid_sampler_2d, torch.grid_sampler_3d, order_free=_order_free)
 def grid_sample(func: Any, input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """``input``: (N, C, H, W), ``grid``: (N, H', W', 2), or both with a depth. All of a sharded input is
     fetched, unless its images or channels are what is sharded."""

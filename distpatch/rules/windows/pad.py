@@ -25,8 +25,15 @@ def _keeps_format(*args: Any, **kwargs: Any) -> bool:
     return (args[2] if len(args) > 2 else kwargs.get("mode", "constant")) in {"reflect", "replicate"}
 
 
+def _order_free(input: Tensor, pad: Sequence[int], *_: Any, **__: Any) -> bool:
+    if not isinstance(input, PatchTensor):
+        return False
+    at = 2 * (input.ndim - 1 - input.row_layout.dim)
+    return not any(pad[at : at + 2])
+
+
 @rule(nn_builtins.pad, asks_if_empty=True)  # Dynamo sees what F.pad calls
-@rule(*named("pad"), asks_if_empty=True, keeps_format=_keeps_format)
+@rule(*named("pad"), asks_if_empty=True, keeps_format=_keeps_format, order_free=_order_free)
 def pad(
     func: Any, input: PatchTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> PatchTensor:

@@ -16,14 +16,14 @@ from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.layout.transfers import plan_rank
 from distpatch.rules.core.halo import fixed, paddings, run_windows, spatial_dims
 from distpatch.rules.core.operands import gather_partial, per_dim, precise, redistribute, wrap
-from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.registry import first_dim, named, rule
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
 from distpatch.torch_utils.op_names import op_name
 
 Sizes = int | Sequence[int]
 
 
-@rule(*named(*(f"max_pool{n}d{suffix}" for n in (1, 2, 3) for suffix in ("", "_with_indices"))))
+@rule(*named(*(f"max_pool{n}d{suffix}" for n in (1, 2, 3) for suffix in ("", "_with_indices"))), order_free=first_dim)
 def max_pool(
     func: Any,
     input: PatchTensor,
@@ -61,7 +61,7 @@ def max_pool(
     return run_windows(func, input, windows, kernel, fill=lowest, pads=not return_indices)
 
 
-@rule(*named("avg_pool1d", "avg_pool2d", "avg_pool3d"))
+@rule(*named("avg_pool1d", "avg_pool2d", "avg_pool3d"), order_free=first_dim)
 def avg_pool(
     func: Any,
     input: PatchTensor,

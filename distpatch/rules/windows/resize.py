@@ -16,14 +16,14 @@ from distpatch.layout.stencil import FilterStencil, Interval, NearestStencil, ce
 from distpatch.rules.core.executor import run_rows
 from distpatch.rules.core.halo import run_stencil
 from distpatch.rules.core.operands import beside_rows, needs_grad, per_dim, precise, wrap
-from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.registry import first_dim, named, rule
 from distpatch.rules.windows.filters import FILTERS, enlarged, filtered
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import in_memory_order, memory_order
 from distpatch.torch_utils.op_names import op_name
 
 
-@rule(*named("interpolate"), of_many_kernels=True)
+@rule(*named("interpolate"), of_many_kernels=True, order_free=first_dim)
 def interpolate(
     func: Any,
     input: PatchTensor,
