@@ -34,6 +34,11 @@ def spread_out(x: Tensor) -> Tensor:
     return x.view(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, h * 2, w * 2)
 
 
+def frames(x: Tensor) -> Tensor:
+    """(B, T, H, C) as B x H samples of C channels and T frames, as the layers over time of video models take them."""
+    return x.permute(0, 2, 3, 1).flatten(0, 1)
+
+
 SHAPES = {
     "permute": case(lambda x: x.permute(2, 0, 3, 1), X),
     "permute, tuple": case(lambda x: torch.permute(x, (0, 2, 3, 1)), X),
@@ -245,6 +250,34 @@ RESHAPES = {
     "merged, dropped out": case(lambda x: F.dropout(x.flatten(1, 2), 0.5, training=False), X, p2p=0),
     "merged, layer norm": case(lambda x: F.layer_norm(x.flatten(1, 2), (6,)), X, p2p=0),
     "merged, many blocks": case(lambda x: x.flatten()[1:], (100, 40, H, 1), heights=(3,), worlds=(3,), fallback="reshape"),
+    # Where rows stand makes no difference to these: none moves. X merged: (2 H, 6, 4), samples of 6 channels.
+    "merged, convolved as samples": case(lambda x, w: F.conv1d(frames(x), w, padding=1), X, (5, 6, 3), p2p=0),
+    "merged, convolved by a kernel of one": case(lambda x, w: F.conv2d(x.flatten(1, 2).unsqueeze(1).movedim(-1, 1), w), X, (5, 6, 1, 1), p2p=0),
+    "merged, convolved along": case(lambda x, w: F.conv1d(x.flatten(1, 2).transpose(1, 2), w, padding=1), X, (5, 6, 3)),
+    "merged, pooled as samples": case(lambda x: F.avg_pool1d(frames(x), 2) + F.max_pool1d(frames(x), 2), X, p2p=0),
+    "merged, resized as samples": case(lambda x: F.interpolate(frames(x), scale_factor=2.0), X, p2p=0),
+    "merged, padded beside": case(lambda x: F.pad(x.flatten(1, 2), (1, 2), value=3.0), X, p2p=0),
+    "merged, padded along": case(lambda x: F.pad(x.flatten(1, 2), (0, 0, 1, 2)), X),
+    "merged, norms and spreads beside": case(
+        lambda x: torch.linalg.vector_norm(x.flatten(1, 2), 3, 2) + x.flatten(1, 2).std(2) + x.flatten(1, 2).logsumexp(-1), X, p2p=0
+    ),
+    "merged, spreads along": case(lambda x: x.flatten(1, 2).var(1) + torch.logsumexp(x.flatten(1, 2), 1), X, p2p=0),
+    "merged, ranked beside": case(
+        lambda x: [x.flatten(1, 2).argmin(2), x.flatten(1, 2).max(-1)[0], x.flatten(1, 2).sort(2)[0], x.flatten(1, 2).topk(2, 2)[0], x.flatten(1, 2).cumsum(2)], X, p2p=0
+    ),
+    "merged, ranked along": case(lambda x: [x.flatten(1, 2).argmin(1), x.flatten(1, 2).max(1)[0], x.flatten(1, 2).cumsum(1)], X),
+    "merged, distances": case(lambda x, y: torch.cdist(x.flatten(1, 2), y), X, (2, 5, 6), p2p=0),
+    "merged, einsum": case(lambda x, w: torch.einsum("bnc,cd->bnd", x.flatten(1, 2), w), X, (6, 3), p2p=0),
+    "merged, attended by einsum": case(
+        lambda x: torch.einsum("bnm,bmc->bnc", torch.einsum("bnc,bmc->bnm", *[x.flatten(1, 2)] * 2).softmax(-1), x.flatten(1, 2)), X
+    ),
+    "merged, causal attention of samples": case(
+        lambda x: F.scaled_dot_product_attention(*[frames(x)[:, None]] * 3, is_causal=True), X, p2p=0
+    ),
+    "merged, sampled at": case(lambda x, y: F.grid_sample(y, x.flatten(1, 2).unsqueeze(1)[..., :2].tanh(), align_corners=False), X, (2, 3, 5, 4), p2p=0),
+    "merged, beside merged of other rows": case(
+        lambda x: x.flatten(1, 2) + F.pad(x, (0, 0, 1, 0))[:, :, 1:].flatten(1, 2), X
+    ),
     "quantized": case(quantize, X, (5, 4)),
     "quantized, one image": case(quantize, ONE, (5, 4)),
     # Windows.
