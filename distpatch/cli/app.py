@@ -22,9 +22,7 @@ HELP = """Run convolutional models on all GPUs of a torch.distributed group, wit
 Exit codes: 0 done, 1 failed, 2 a wrong option or file, 3 doctor found a fault.
 """
 
-app = typer.Typer(
-    help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
+app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for command in (plan, decode, encode, bench, doctor):
     app.command()(command)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +11,12 @@ import numpy as np
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
 
 import distpatch
-from distpatch.cli import app
 from distpatch.cli.autoencoder import check_input
+from tests.launch.commands import invoke, torchrun
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = ("plan", "decode", "encode", "bench", "doctor")
-
-
-def invoke(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def torchrun(*arguments: Any, processes: int = 2, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An autoencoder, as ``save_pretrained`` writes it, in a pipeline's place, and latents."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-    )
-    vae.save_pretrained(path / "vae")
-    np.save(path / "latents.npy", torch.randn(1, 4, 9, 6).numpy())
-    return path
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -15,6 +15,7 @@ import typer
 
 from distpatch import read_shard
 from distpatch.cli import files
+from distpatch.cli.models import locate
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +62,7 @@ def test_arrays(kind: str, tmp_path: Path) -> None:
 def test_models_are_models_of_diffusers(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(typer.BadParameter, match=f"has no model '{name}'"):
-        files.model_class(tmp_path)
+        locate(tmp_path)
 
 
 def test_the_source() -> None:
