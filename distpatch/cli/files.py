@@ -23,8 +23,11 @@ TURNED, ORIENTATION = (5, 6, 7, 8), 0x0112  # EXIF: rows are columns
 Fit = Literal["refuse", "crop", "pad", "keep"]
 
 
-def read_tensor(path: Path, key: str | None = None) -> Tensor:
-    """A tensor of at least 4 dims, floating point, from .npy, .pt or .safetensors (``key``: which of several)."""
+def read_tensor(path: Path, key: str | None = None, *, least: int = 4) -> Tensor:
+    """A tensor of at least ``least`` dims from .npy, .pt or .safetensors (``key``: which of several).
+
+    Floating point, but for volumes (``least=3``).
+    """
     check_exists(path)
     try:
         suffix = path.suffix.lower()
@@ -42,7 +45,7 @@ def read_tensor(path: Path, key: str | None = None) -> Tensor:
     except Exception as error:  # whatever the file's library raises for a broken file
         raise typer.BadParameter(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
     tensor = _choose(path, found, key)
-    if tensor.ndim < 4 or not tensor.is_floating_point():
+    if tensor.ndim < least or (least == 4 and not tensor.is_floating_point()):
         raise typer.BadParameter(
             f"{path}: a tensor is (B, C, H, W) or (B, C, T, H, W) of floating-point numbers; this one is "
             f"{tuple(tensor.shape)} {tensor.dtype}"
@@ -94,7 +97,7 @@ def shape_of(path: Path, size: tuple[int, int] | None = None, key: str | None = 
     check_exists(path)
     if suffix == ".npy":
         return tuple(needed("numpy").load(path, mmap_mode="r", allow_pickle=False).shape)
-    return tuple(read_tensor(path, key).shape)
+    return tuple(read_tensor(path, key, least=3).shape)
 
 
 def fitted(shape: tuple[int, ...], factor: int | None, fit: Fit, path: Path) -> tuple[int, int]:

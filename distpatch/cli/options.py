@@ -36,6 +36,13 @@ KeyOption: TypeAlias = Annotated[
 ShapeOption: TypeAlias = Annotated[
     str, typer.Option(help="Of the tensor that the method gets: batch, channels, (frames,) rows, columns.")
 ]
+NetArgument: TypeAlias = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a transformers model, its id on the hub, or a program: .pt2 (torch.export.save), .pt or .ts "
+        "(TorchScript). A program is code that runs: take none of strangers."
+    ),
+]
 SourcesHelp = "Files, folders, or a list of paths, one a line (.txt)"
 SuffixOption: TypeAlias = Annotated[
     str | None, typer.Option(help="Of outputs in a folder, such as .npy.", show_default=False)

@@ -68,7 +68,8 @@ class Session:
         A model does not say how often it will call its layers, so there is no percentage.
         """
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+        modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # no hooks
+        leaves = [module for module in modules if not any(True for _ in module.children())]
         with Progress(*columns, console=self.notes, transient=True, disable=not self.is_first) as bar:
             task, done = bar.add_task(what), 0
 

@@ -57,7 +57,7 @@ class Work:
 def run(here: Session, request: Request, work: Work, *, check: bool = False) -> None:
     """All inputs, shared out among teams of ranks; a report, and exit code 1 where some of them failed.
 
-    One file that was named by itself ends it with its own error.
+    Of one file that was named by itself, whether it can be read is said first, and ends it with exit code 2.
     """
     alone, items = items_of(here, request, work.reads, work.writes)
     if request.dry_run:
@@ -96,7 +96,7 @@ class Job:
         with Progress(*columns, console=self.here.notes, disable=not shown) as bar:
             task = bar.add_task(self.work.command, total=len(todo))
             for item in todo[self.team.index :: self.team.count]:
-                results.append(self.one(item) if self.alone else self.attempt(item))
+                results.append(self.attempt(item))
                 bar.update(task, completed=store.add(f"{STORE}/done", int(leads)))
             if leads:
                 store.set(f"{STORE}/results/{self.team.index}", json.dumps(results))
@@ -115,7 +115,9 @@ class Job:
         try:
             numbers = self.one(item)
         except Exception as error:  # of the file, the model or the disk: the other inputs are still to be done
-            by_others, note = isinstance(error, distpatch.RankError), one_line(error) or type(error).__name__
+            by_others, note = isinstance(error, distpatch.RankError), one_line(error)
+            if not isinstance(error, (distpatch.DistPatchError, typer.BadParameter)):
+                note = f"{type(error).__name__}: {note}"
         answers = self.team.comm.rendezvous.require_same_call(
             f"distpatch {self.work.command}", str(item.source), {"note": note, "by_others": by_others}
         )
@@ -211,7 +213,7 @@ def _report(
     results: list[dict[str, Any]],
 ) -> bool:
     """Print what was done, on rank 0; whether some of it failed."""
-    if len(items) == len(todo) == 1 and "output" in results[0]:
+    if len(results) == len(items) == 1 and "output" in results[0]:
         numbers = {**numbers, **results[0]}
         here.report(numbers, summary(numbers, work.done))
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
 
 import distpatch
+from distpatch.cli import app
 from distpatch.cli.autoencoder import check_input
 from tests.launch.commands import invoke, torchrun
 
-COMMANDS = ("plan", "decode", "encode", "bench", "doctor")
+COMMANDS = ("plan", "decode", "encode", "upscale", "segment", "bench", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,6 +31,40 @@ def test_help_shows_examples(command: str) -> None:
 
 def test_version() -> None:
     assert invoke("--version").stdout.strip() == distpatch.__version__
+
+
+def test_completion_of_a_shell() -> None:
+    env = {"_DISTPATCH_COMPLETE": "complete_bash", "COMP_CWORD": "1", "COMP_WORDS": "distpatch "}
+    done = CliRunner().invoke(app, prog_name="distpatch", env=env)
+    assert set(COMMANDS) <= set(done.stdout.split()), done.output
+    env |= {"COMP_CWORD": "2", "COMP_WORDS": "distpatch encode --res"}
+    assert CliRunner().invoke(app, prog_name="distpatch", env=env).stdout.split() == ["--resume"]
+    assert "--install-completion" in invoke("--help").stdout
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers gives it
+def test_a_model_of_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its id, out of the cache, without a network; what is not there is said in one line."""
+    from huggingface_hub import constants
+
+    cached = tmp_path / "models--somebody--pipeline"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder / "vae", cached / "snapshots" / ("0" * 40) / "vae")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for model, name in ((folder, "a"), ("somebody/pipeline", "b")):
+        done = invoke("decode", model, folder / "latents.npy", tmp_path / f"{name}.npy")
+        assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(np.load("a.npy"), np.load("b.npy"))
+    done = invoke("decode", "somebody/else", folder / "latents.npy", tmp_path / "c.npy")
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "error: Invalid value: somebody/else: there is no such folder, and no model of this name in the hub's"
+    )
+    assert line.endswith("give the folder that save_pretrained wrote")
 
 
 def test_decode_and_encode(folder: Path, tmp_path: Path) -> None:
