@@ -46,7 +46,7 @@ def to_memmap(x: Tensor, path: str | Path) -> Any:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def save_image(x: Tensor, path: str | Path, *, value_range: Range = (0.0, 1.0), progress: bool = False) -> None:
+def save_image(x: Tensor, path: str | Path, *, value_range: Range | None = (0.0, 1.0), progress: bool = False) -> None:
     """Write a picture as PNG (8 bits) or TIFF (8 bits, or the numbers as they are for ``value_range=None``).
 
     ``x``: (C, H, W) or (1, C, H, W), C of 1, 3 or 4, sharded or plain; floating values in ``value_range``
@@ -59,7 +59,7 @@ def save_image(x: Tensor, path: str | Path, *, value_range: Range = (0.0, 1.0), 
     if Path(path).suffix.lower() in {".tif", ".tiff"}:
         _save_tiff(picture, path, value_range)
     elif Path(path).suffix.lower() == ".png":
-        _save_png(picture, path, value_range, progress)
+        _save_png(picture, path, value_range or (0.0, 255.0), progress)
     else:
         raise ValueError(f"save_image writes .png, .tif and .tiff; got {path}")
 

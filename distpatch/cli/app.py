@@ -12,6 +12,8 @@ from distpatch.cli.decode import decode
 from distpatch.cli.doctor import doctor
 from distpatch.cli.encode import encode
 from distpatch.cli.plan import plan
+from distpatch.cli.segment import segment
+from distpatch.cli.upscale import upscale
 
 HELP = """Run convolutional models on all GPUs of a torch.distributed group, with the values of one.
 
@@ -22,10 +24,8 @@ HELP = """Run convolutional models on all GPUs of a torch.distributed group, wit
 Exit codes: 0 done, 1 failed, 2 a wrong option or file, 3 doctor found a fault.
 """
 
-app = typer.Typer(
-    help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
-for command in (plan, decode, encode, bench, doctor):
+app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+for command in (plan, decode, encode, upscale, segment, bench, doctor):
     app.command()(command)
 
 

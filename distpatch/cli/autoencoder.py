@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import typer
 from torch import Tensor, nn
 
-import distpatch
-from distpatch import launch
-from distpatch.cli.session import Session
-
-Call = Callable[[nn.Module, Tensor], Tensor]
+from distpatch.cli.models import in_dtype
 
 
 def decoded(model: Any, latents: Tensor) -> Tensor:
@@ -70,50 +65,3 @@ def stable_diffusion(dtype: torch.dtype) -> nn.Module:
         latent_channels=4,
     )
     return in_dtype(vae.eval().requires_grad_(False), dtype)
-
-
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in another dtype; diffusers' own ``to`` warns of weights to be kept in fp32, and there are none."""
-    return nn.Module.to(model, dtype)
-
-
-def run(session: Session, model: nn.Module, call: Call, given: Tensor, what: str) -> tuple[Tensor, dict[str, Any]]:
-    """Convert, call, restore: the sharded result, and what it took. Every rank calls it."""
-    distpatch.convert_model(model, session.group, output="shard")
-    with torch.inference_mode(), distpatch.trace() as sent, session.progress(model, what):
-        started = time.perf_counter()
-        result = call(model, given)
-        if session.device.type == "cuda":
-            torch.cuda.synchronize(session.device)
-        seconds = time.perf_counter() - started
-    distpatch.restore_model(model)
-    return result, {
-        "shape": list(result.shape),
-        "seconds": seconds,
-        "sent_bytes": sent.sent_bytes,
-        "messages": sent.messages,
-        "fallbacks": sum(fallback.count for fallback in sent.fallbacks),
-    }
-
-
-def difference(session: Session, model: nn.Module, call: Call, given: Tensor, result: Tensor) -> float | None:
-    """The largest difference of a sharded result from one process, over its largest value; on rank 0."""
-    whole = distpatch.gather(result)
-
-    def compare() -> float:
-        with torch.inference_mode(), session.progress(model, "one process"):
-            alone = call(model, given)
-        return ((alone.double() - whole.double()).abs().max() / alone.double().abs().max()).item()
-
-    return launch.on_rank0(session.group, compare)
-
-
-def summary(numbers: dict[str, Any], what: str, path: Any) -> str:
-    """One line a result, as a person reads it."""
-    shape = " x ".join(map(str, numbers["shape"]))
-    text = f"{what} {shape} in {numbers['seconds']:.2f} s on {numbers['ranks']} rank(s) of {numbers['device']}: {path}"
-    if numbers["fallbacks"]:
-        text += f"\n{numbers['fallbacks']} operation(s) were gathered: no sharded rule"
-    if numbers.get("error") is not None:
-        text += f"\nLargest difference from one process: {numbers['error']:.1e} of the largest value"
-    return text

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import distpatch
 from distpatch import launch
-from distpatch.cli import files
 from distpatch.cli import options as o
-from distpatch.cli.autoencoder import Call, check_input, decoded, encoded, stable_diffusion
+from distpatch.cli.autoencoder import check_input, decoded, encoded, stable_diffusion
+from distpatch.cli.models import locate
 from distpatch.cli.session import Session, first, parse_shape, session
+from distpatch.cli.work import Call
 from distpatch.profiling.live_memory import MIB, LivePeak
 
 CALLS: dict[str, Call] = {"decode": decoded, "encode": encoded}
@@ -39,7 +40,7 @@ class Cost:
 def bench(
     model: Annotated[
         Path | None,
-        typer.Argument(help="Folder of a diffusers autoencoder; Stable Diffusion's, with random weights, if none."),
+        typer.Argument(help="Folder or hub id of an autoencoder of diffusers; Stable Diffusion's, random, if none."),
     ] = None,
     shape: o.ShapeOption = "1,4,64,64",
     method: Annotated[Literal["decode", "encode"], typer.Option(help="What is timed.")] = "decode",
@@ -64,7 +65,7 @@ def bench(
         precision = getattr(torch, dtype)
 
         def load() -> nn.Module:
-            loaded = files.load_model(model, precision) if model else stable_diffusion(precision)
+            loaded = locate(model).with_weights(precision) if model else stable_diffusion(precision)
             check_input(loaded, method, size, f"--shape {shape}")
             return loaded
 

@@ -1,4 +1,4 @@
-"""``distpatch decode``: latents in, a picture or a clip out."""
+"""``distpatch decode``: latents in, pictures or clips out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ from torch import Tensor, nn
 
 from distpatch.cli import files
 from distpatch.cli import options as o
-from distpatch.cli.autoencoder import check_input, decoded, difference, run, summary
-from distpatch.cli.session import first, session
-
-OUTPUTS = (".png", ".tif", ".tiff", ".npy", *files.CLIPS)
+from distpatch.cli.autoencoder import check_input, decoded
+from distpatch.cli.batch import Request
+from distpatch.cli.models import locate
+from distpatch.cli.session import session
+from distpatch.cli.work import Work, run
 
 
 def decode(
     model: o.Folder,
-    latents: Annotated[Path, typer.Argument(help="Tensor file (.npy, .pt, .safetensors), as `encode` writes.")],
-    output: Annotated[Path, typer.Argument(help="Picture (.png, .tif), clip (.mp4, .mkv) or .npy.")],
+    latents: Annotated[
+        list[Path],
+        typer.Argument(help=f"{o.SourcesHelp}: tensors (.npy, .pt, .safetensors), as `encode` writes them."),
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="Picture (.png, .tif), clip (.mp4, .mkv) or .npy; of several inputs their folder.")
+    ],
+    suffix: o.SuffixOption = None,
+    rows: o.RowsOption = None,
+    resume: o.ResumeOption = False,
+    dry_run: o.DryRunOption = False,
     key: o.KeyOption = None,
     scaled: Annotated[
         bool, typer.Option(help="The latents are a pipeline's: undo the scaling that the model's config names.")
@@ -33,32 +43,45 @@ def decode(
     check: o.CheckOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Decode latents to a picture or a clip; no rank ever holds all of it.
+    """Decode latents to pictures or clips; no rank ever holds all of one.
+
+    Several inputs are named as they were, and become .png if --suffix says nothing else; one that fails is named, the
+    others go on, and the exit code is 1.
 
     Examples:
 
         distpatch decode vae/ latents.npy picture.png
 
         torchrun --nproc_per_node=8 -m distpatch decode vae/ latents.safetensors clip.mp4 --dtype bfloat16
+
+        torchrun --nproc_per_node=8 -m distpatch decode vae/ latents/ pictures/ --rows 2 --resume
     """
+    precision = getattr(torch, dtype)
+    request = Request(latents, output, suffix, rows, resume, dry_run)
+
+    def shape(vae: nn.Module, path: Path) -> tuple[int, ...]:
+        found = files.shape_of(path, key=key)
+        check_input(vae, "decode", found, str(path))
+        return found
+
+    def read(vae: nn.Module, path: Path) -> Tensor:
+        given = files.read_tensor(path, key)
+        check_input(vae, "decode", given.shape, str(path))
+        return unscale(vae, given) if scaled else given
+
+    work = Work(
+        **{"command": "decode", "done": "Decoded", "reads": files.TENSORS, "writes": files.WRITTEN, "dtype": precision},
+        load=lambda: locate(model).with_weights(precision),
+        build=lambda: locate(model).build(precision),
+        read=read,
+        shape=shape,
+        values=lambda given: given,
+        call=decoded,
+        write=lambda result, path, team, alone: files.write_pixels(result, path, (-1, 1), fps, alone=alone),
+        method="decode",
+    )
     with session(as_json=as_json, device=device, threads=threads, timeout=timeout) as here:
-        precision = getattr(torch, dtype)
-
-        def load() -> tuple[nn.Module, Tensor]:
-            files.check_output(output, OUTPUTS)
-            given = files.read_tensor(latents, key)
-            loaded = files.load_model(model, precision)
-            check_input(loaded, "decode", given.shape, str(latents))
-            return loaded, unscale(loaded, given) if scaled else given
-
-        vae, given = first(here, load)
-        vae, given = vae.to(here.device), given.to(here.device, precision)
-        result, numbers = run(here, vae, decoded, given, "decoding")
-        files.write_decoded(result, output, fps)
-        numbers = {"command": "decode", "output": str(output), **here.where(), **numbers}
-        if check:
-            numbers["error"] = difference(here, vae, decoded, given, result)
-        here.report(numbers, summary(numbers, "Decoded", output))
+        run(here, request, work, check=check)
 
 
 def unscale(model: nn.Module, latents: Tensor) -> Tensor:

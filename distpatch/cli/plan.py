@@ -11,9 +11,9 @@ import typer
 from torch import nn
 
 import distpatch
-from distpatch.cli import files
 from distpatch.cli import options as o
-from distpatch.cli.autoencoder import check_input, in_dtype, stable_diffusion
+from distpatch.cli.autoencoder import check_input, stable_diffusion
+from distpatch.cli.models import locate
 from distpatch.cli.session import FAILED, WRONG_INPUT, parse_shape, session
 
 GIB = 1 << 30
@@ -24,7 +24,7 @@ def plan(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder of a diffusers model, of which its config is read; Stable Diffusion's autoencoder if none."
+            help="Folder or hub id of a diffusers model: its config is read; Stable Diffusion's autoencoder if none."
         ),
     ] = None,
     shape: o.ShapeOption = "1,4,64,64",
@@ -81,7 +81,8 @@ def plan(
         if not here.is_first:
             return
         with torch.device("meta"):
-            built, given = _model(model, precision), torch.empty(size, dtype=precision)
+            given = torch.empty(size, dtype=precision)
+            built = locate(model).build(precision) if model else stable_diffusion(precision)
         check_input(built, method, size, f"--shape {shape}")
         host = None if host_us is None else 1e-6 * host_us
         sizes, options = _ranks(world_size, mesh)
@@ -112,14 +113,6 @@ def _ranks(sizes: list[int] | None, mesh: str | None) -> tuple[Sequence[Any] | N
     if len(axes) != 2 or not all(n.isdigit() for n in axes) or sizes:
         raise typer.BadParameter(f"--mesh is such as 8x8, in place of --world-size, or 'auto'; got {mesh}")
     return [tuple(map(int, axes))], {"dim": (-2, -1)}
-
-
-def _model(folder: Path | None, dtype: torch.dtype) -> nn.Module:
-    if folder is None:
-        return stable_diffusion(dtype)
-    found, where = files.model_class(folder)
-    built: nn.Module = found.from_config(found.load_config(where))
-    return in_dtype(built.eval().requires_grad_(False), dtype)
 
 
 def _planned(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch import nn
 from distpatch import launch
 from distpatch.errors import DistPatchError
 
+T = TypeVar("T")
 FAILED, WRONG_INPUT, FAULT = 1, 2, 3
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -27,7 +28,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 @dataclass(frozen=True)
 class Session:
-    """One rank's part of a command.
+    """One rank's part of a command. ``patience``: how long it waits for another rank; None: torch's default.
 
     ``notes`` prints for the person who waits, on standard error, and ``report`` the result, on standard output:
     both on rank 0 only.
@@ -36,6 +37,7 @@ class Session:
     group: dist.ProcessGroup
     device: torch.device
     as_json: bool
+    patience: timedelta | None
 
     @property
     def is_first(self) -> bool:
@@ -66,7 +68,8 @@ class Session:
         A model does not say how often it will call its layers, so there is no percentage.
         """
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+        modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # no hooks
+        leaves = [module for module in modules if not any(True for _ in module.children())]
         with Progress(*columns, console=self.notes, transient=True, disable=not self.is_first) as bar:
             task, done = bar.add_task(what), 0
 
@@ -99,7 +102,7 @@ def session(
     patience = None if timeout is None else timedelta(seconds=timeout)
     try:
         with launch.process_group(threads=threads, device=device, timeout=patience) as (group, place):
-            yield Session(group, place, as_json)
+            yield Session(group, place, as_json, patience)
     except DistPatchError as error:
         rank = f"rank {dist.get_rank()}: " if dist.is_initialized() else ""
         print(f"error: {rank}{error}", file=sys.stderr, flush=True)
@@ -120,6 +123,25 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """``512`` or ``512x768`` as rows and columns. Raises ``typer.BadParameter`` for anything else."""
+    if text is None:
+        return None
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise typer.BadParameter(f"--size is such as 512, or 512x768 for rows and columns; got {text}")
+    return int(sides[0]), int(sides[-1])
+
+
 def first(session: Session, load: Callable[[], Any]) -> Any:
     """Load on rank 0 first, which says for all what is wrong."""
     return launch.rank0_first(session.group, load)
+
+
+def told(session: Session, work: Callable[[], T]) -> T:
+    """What rank 0 found out, on every rank: what JSON can say. Where it fails, rank 0 says why and all ranks end."""
+    store = session.group.get_group_store()
+    key = f"distpatch/cli/told/{store.add(f'distpatch/cli/told/calls/{session.group.rank()}', 1)}"
+    launch.on_rank0(session.group, lambda: store.set(key, json.dumps(work())))
+    found: T = json.loads(store.get(key))
+    return found

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Fault", "known_faults", "warn_of_known_faults"]
+__all__ = ["Fault", "faults_of_versions", "known_faults", "warn_of_known_faults"]
 
 LARGE = 2**31  # elements
 HALF = ("float16", "bfloat16")
@@ -116,6 +116,14 @@ def known_faults(
         and numel >= fault.numel
         and fault.torch[0] <= version < fault.torch[1]
         and (fault.cudnn is None or (cudnn_version is not None and fault.cudnn[0] <= cudnn_version < fault.cudnn[1]))
+    ]
+
+
+def faults_of_versions(device: str) -> list[Fault]:
+    """What the versions installed may meet on a device of this type, whatever is computed there."""
+    versions = torch.__version__, _cudnn_version(device), device
+    return [
+        fault for fault in FAULTS if known_faults(*versions, fault.ops, (fault.dtypes or ("float32",))[0], fault.numel)
     ]
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +17,9 @@ from typer.testing import CliRunner
 import distpatch
 from distpatch.cli import app
 from distpatch.cli.autoencoder import check_input
+from tests.launch.commands import invoke, torchrun
 
-ROOT = Path(__file__).parents[2]
-COMMANDS = ("plan", "decode", "encode", "bench", "doctor")
-
-
-def invoke(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def torchrun(*arguments: Any, processes: int = 2, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An autoencoder, as ``save_pretrained`` writes it, in a pipeline's place, and latents."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-    )
-    vae.save_pretrained(path / "vae")
-    np.save(path / "latents.npy", torch.randn(1, 4, 9, 6).numpy())
-    return path
+COMMANDS = ("plan", "decode", "encode", "upscale", "segment", "bench", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -63,6 +31,40 @@ def test_help_shows_examples(command: str) -> None:
 
 def test_version() -> None:
     assert invoke("--version").stdout.strip() == distpatch.__version__
+
+
+def test_completion_of_a_shell() -> None:
+    env = {"_DISTPATCH_COMPLETE": "complete_bash", "COMP_CWORD": "1", "COMP_WORDS": "distpatch "}
+    done = CliRunner().invoke(app, prog_name="distpatch", env=env)
+    assert set(COMMANDS) <= set(done.stdout.split()), done.output
+    env |= {"COMP_CWORD": "2", "COMP_WORDS": "distpatch encode --res"}
+    assert CliRunner().invoke(app, prog_name="distpatch", env=env).stdout.split() == ["--resume"]
+    assert "--install-completion" in invoke("--help").stdout
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers gives it
+def test_a_model_of_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its id, out of the cache, without a network; what is not there is said in one line."""
+    from huggingface_hub import constants
+
+    cached = tmp_path / "models--somebody--pipeline"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder / "vae", cached / "snapshots" / ("0" * 40) / "vae")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for model, name in ((folder, "a"), ("somebody/pipeline", "b")):
+        done = invoke("decode", model, folder / "latents.npy", tmp_path / f"{name}.npy")
+        assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(np.load("a.npy"), np.load("b.npy"))
+    done = invoke("decode", "somebody/else", folder / "latents.npy", tmp_path / "c.npy")
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "error: Invalid value: somebody/else: there is no such folder, and no model of this name in the hub's"
+    )
+    assert line.endswith("give the folder that save_pretrained wrote")
 
 
 def test_decode_and_encode(folder: Path, tmp_path: Path) -> None:

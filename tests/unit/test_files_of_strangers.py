@@ -15,8 +15,10 @@ import typer
 
 from distpatch import read_shard
 from distpatch.cli import files
+from distpatch.cli.models import locate
 
 ROOT = Path(__file__).parents[2]
+PROGRAMS = ("torch.export.load(", "torch.jit.load(")  # are code, as SECURITY.md says
 
 
 class Deed:
@@ -61,7 +63,7 @@ def test_arrays(kind: str, tmp_path: Path) -> None:
 def test_models_are_models_of_diffusers(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(typer.BadParameter, match=f"has no model '{name}'"):
-        files.model_class(tmp_path)
+        locate(tmp_path)
 
 
 def test_the_source() -> None:
@@ -69,7 +71,7 @@ def test_the_source() -> None:
     for path in (ROOT / "distpatch").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             text = ast.unparse(node) if isinstance(node, ast.Call | ast.Import | ast.ImportFrom) else ""
-            if path.parent.name == "local":
+            if path.parent.name == "local" or (path.name == "nets.py" and text.startswith(PROGRAMS)):
                 continue
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
                 assert "weights_only=True" in text or "allow_pickle=False" in text, (path, text)
