@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from distpatch.model.restore import restore_model
 from distpatch.rules.core.operands import redistribute
 from distpatch.tensor.patch_tensor import PatchTensor, gather
 from distpatch.torch_utils.tree import map_tensors
+
+M = TypeVar("M", bound=nn.Module)
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")  # components that pipelines call once a step
 
@@ -111,6 +113,28 @@ def parallelize_pipeline(
             _decode_in_rows(pipe.vae, halves, everyone)
         undo.pop_all()
     return ParallelPipeline(pipe, converted, named, None if options is None else dict(options))
+
+
+@overload
+def enable(what: M, mesh: Group = None, **options: Any) -> M: ...
+
+
+@overload
+def enable(what: Any, mesh: Group = None, **options: Any) -> ParallelPipeline: ...
+
+
+def enable(what: Any, mesh: Group = None, **options: Any) -> Any:
+    """``parallelize_pipeline`` of a pipeline, ``convert_model`` of a model: what is not parallel yet runs on all ranks.
+
+    ``mesh``: a group or a mesh; None: the mesh that diffusers has made for one of the pipeline's denoisers
+    (``enable_parallelism``), else all ranks. ``options``: those of ``parallelize_pipeline`` or of ``convert_model``.
+    Returns the ``ParallelPipeline``, or the model. Raises ``ValueError`` for a model that diffusers runs in parallel.
+    """
+    if not isinstance(what, nn.Module):
+        return parallelize_pipeline(what, mesh, **options)
+    if mesh_of_diffusers(what) is not None:
+        raise ValueError(f"enable: diffusers runs this {type(what).__name__} in parallel already")
+    return convert_model(what, mesh or dist.group.WORLD, **options)
 
 
 def mesh_of_diffusers(model: nn.Module) -> DeviceMesh | None:

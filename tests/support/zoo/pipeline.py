@@ -20,8 +20,8 @@ class Run:
     call: dict[str, Any]
     converted: tuple[str, ...] = ("unet", "vae")
 
-    def __call__(self, pipe: Any, **more: Any) -> Tensor:
-        """The picture or clip, from the same seed."""
+    def __call__(self, pipe: Any, seed: int = 7, **more: Any) -> Tensor:
+        """The picture or clip."""
         pipe.set_progress_bar_config(disable=True)
         call = {"num_inference_steps": STEPS, "output_type": "pt", **self.call, **more}
-        return pipe(generator=torch.Generator().manual_seed(7), return_dict=False, **call)[0]
+        return pipe(generator=torch.Generator().manual_seed(seed), return_dict=False, **call)[0]
