@@ -28,7 +28,7 @@ def text(seed: int, *shape: int) -> Tensor:
 
 PROMPT = {"prompt_embeds": text(1), "negative_prompt_embeds": text(2)}
 NUMBERS = {"latents_mean": [0.1, -0.1, 0.2, 0.0], "latents_std": [1.0, 2.0, 1.5, 1.2]}  # of latents, by channel
-FEW = {"base_dim": 4, "dim_mult": [1, 1, 1, 1]}  # channels
+FEW = {"base_dim": 8, "dim_mult": [1, 1, 1, 1]}  # channels
 MASKS = {"prompt_attention_mask": MASK, "negative_prompt_attention_mask": MASK}
 
 
