@@ -171,7 +171,7 @@ def test_train_demo_unet(tmp_path: Path) -> None:
 def test_displaced_pipeline(tmp_path: Path, more: tuple[str, ...]) -> None:
     """Near the picture of one process; the same one where no step is displaced, which is one rank a half."""
     done = torchrun(
-        tmp_path, "displaced_pipeline.py", "--size", "64", "--steps", "4", "--warmup", "1", "--check", *more
+        tmp_path, "displaced_pipeline.py", "--size", "64", "--steps", "8", "--warmup", "4", "--check", *more
     )
     assert done.returncode == 0, done.stderr
     psnr = float(re.findall(r"process: ([\d.]+)\s+dB", done.stdout)[0])
