@@ -11,7 +11,7 @@ from distpatch.comm.self_test import SelfTest, self_test
 from distpatch.diffusion.displaced import POLICIES as DISPLACED_POLICIES
 from distpatch.diffusion.displaced import displaced, synchronize
 from distpatch.diffusion.guidance import guidance_mesh, split_guidance
-from distpatch.diffusion.pipeline import parallelize_pipeline
+from distpatch.diffusion.pipeline import enable, parallelize_pipeline
 from distpatch.diffusion.video_stream import VideoStream
 from distpatch.errors import DistPatchError, LayoutError, RankError, UnsupportedOpError
 from distpatch.layout.mesh_shapes import MeshChoice, choose_mesh
@@ -68,6 +68,7 @@ __all__ = [
     "choose_mesh",
     "convert_model",
     "displaced",
+    "enable",
     "gather",
     "guidance_mesh",
     "local_group",

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 torchrun_examples/displaced_pipeline.py --split-guidance \\
         --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a lighthouse in a storm" --steps 50 --size 1024
 
-Without ``--model`` the tiny pipeline of ``pipeline.py`` runs, with random weights.
+Without ``--model`` the demo's U-Net and autoencoder draw textures, as in ``pipeline.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from diffusers import DiffusionPipeline
-from pipeline import generate, prompt_of, tiny_pipeline
+from pipeline import MIB, TEXTURES, generate, load_pipeline, prompt_of, side_by_side, table_of_ranks
 
 import distpatch
 from distpatch import launch
@@ -27,9 +26,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     model: Annotated[str | None, typer.Option(help="Folder or Hugging Face id of a pipeline.")] = None,
-    prompt: Annotated[str, typer.Option(help="For --model.")] = "a photograph of an astronaut",
-    size: Annotated[int, typer.Option(min=16, help="Rows and columns of the picture.")] = 96,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    prompt: Annotated[str, typer.Option(help="For the model; without one, textures.")] = ", ".join(TEXTURES),
+    size: Annotated[int, typer.Option(min=16, help="Rows and columns of the picture.")] = 192,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     warmup: Annotated[int, typer.Option(min=0, help="Steps, after the first, that wait for their exchanges.")] = 4,
     policy: Annotated[
         str, typer.Option(help="What the other steps use: see distpatch.displaced.")
@@ -42,9 +41,7 @@ def main(
     """Generate a picture across the ranks that torchrun started."""
     with launch.process_group(threads=threads) as (group, device):
         console = launch.console(group)
-        make = tiny_pipeline if model is None else lambda: DiffusionPipeline.from_pretrained(model)
-        pipe = launch.rank0_first(group, make).to(device)
-        pipe.set_progress_bar_config(disable=not console.is_terminal or console.quiet)
+        pipe = load_pipeline(model, group, device, console.is_terminal and not console.quiet)
         call = {**prompt_of(model, prompt), "height": size, "width": size, "num_inference_steps": steps}
 
         options = {"policy": policy, "warmup_steps": warmup, "once_per_prompt": ("attn2.to_k", "attn2.to_v")}
@@ -52,23 +49,28 @@ def main(
         parallel = distpatch.parallelize_pipeline(pipe, mesh, displaced=options)
         with distpatch.trace() as sent:
             started = time.perf_counter()
-            picture = generate(parallel, call)
+            pictures = generate(parallel, call)
             seconds = time.perf_counter() - started
         pipe = parallel.restore()
 
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"displaced_pipeline_{group.size()}_ranks.png"
-        distpatch.save_image(picture, path)
+        distpatch.save_image(side_by_side(pictures), path)
         behind = sum(record.sent_bytes for record in sent.records if record.kind == "displaced")
-        console.print(
-            f"{steps} steps at {size} x {size} on {group.size()} rank(s): {seconds:.1f} s; sent by rank 0: "
-            f"{sent.sent_bytes / 2**20:.1f} MiB, of these {behind / 2**20:.1f} MiB behind the computation, which "
-            f"waited {sum(wait.blocked_s for wait in sent.waits):.2f} s for what the others sent so"
-        )
+        cells = {
+            "seconds": f"{seconds:.1f}",
+            "waited for others, s": f"{sent.wait_seconds:.1f}",
+            "sent, MiB": f"{sent.sent_bytes / MIB:.1f}",
+            "of these behind the computation": f"{behind / MIB:.1f}",
+            "waited for these, s": f"{sum(wait.blocked_s for wait in sent.waits):.2f}",
+        }
+        title = f"{len(pictures)} picture(s) of {size} x {size}, {steps} steps, the first {1 + warmup} of which wait"
+        table = table_of_ranks(title, group, cells)
+        console.print(table)
         if compare:
             alone = launch.on_rank0(group, lambda: generate(pipe, call))
             if alone is not None:
-                error = float((alone - picture).square().mean())
+                error = float((alone - pictures).square().mean())
                 console.print(f"PSNR against one process: {-10 * math.log10(max(error, 1e-12)):.1f} dB")
         console.print(f"Picture: {path}")
 

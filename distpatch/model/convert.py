@@ -215,14 +215,21 @@ def _identity(model: nn.Module, comm: Communicator, options: Options) -> str:
         tensor = same_part(held, comm) if is_dtensor(held) else held
         if tensor is None:
             continue
-        if tensor.device.type != "meta" and tensor.numel() and not isinstance(tensor, PatchTensor):
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(flat.numel() // SAMPLED, 1)].contiguous().view(torch.uint8)
-            weights = torch.arange(sample.numel(), device=sample.device) % 251 + 1
-            sums.append((sample * weights).sum().cpu())
+        sums += [_sum_of_bits(part) for part in private.wrapped_tensors(tensor) if _has_bits(part)]
     if sums:
         digest.update(str(torch.stack(sums).tolist()).encode())
     return f"{type(model).__name__} with options ({options}), state {digest.hexdigest()[:16]}"
+
+
+def _has_bits(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and tensor.numel() > 0 and not isinstance(tensor, PatchTensor)
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(flat.numel() // SAMPLED, 1)].contiguous().view(torch.uint8)
+    weights = torch.arange(sample.numel(), device=sample.device) % 251 + 1
+    return (sample * weights).sum().cpu()
 
 
 def _entry(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -224,3 +224,12 @@ def is_compiling() -> bool:
 def in_backward() -> bool:
     """Whether autograd runs a backward in this thread."""
     return torch._C._current_graph_task_id() >= 0
+
+
+def wrapped_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor of another class is made of, such as a quantised weight's; of others, itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from wrapped_tensors(getattr(tensor, name))

@@ -34,7 +34,10 @@ from torch.distributed.fsdp import fully_shard
 import distpatch
 from distpatch.model.convert import is_converted
 from tests.launch.pages import ROOT, pages
-from torchrun_examples.pipeline import prompt_of, tiny_pipeline
+
+sys.path.insert(0, str(ROOT / "torchrun_examples"))  # examples import each other, as programs do
+
+from pipeline import demo_pipeline, prompt_of
 
 CONTINUED = ("docs/own-functions.md",)
 ONE_RANK = ("docs/notebooks.md", "docs/planning.md")  # programs of one process
@@ -118,8 +121,10 @@ def given(page: str) -> dict[str, Any]:
         names |= {"wan": AutoencoderKLWan(**small).eval(), "clip_latents": torch.randn(1, 16, 2, 8, 8)}
         names["wan"].use_feature_cache = True
     if page == "docs/pipelines.md":
-        names |= {"pipe": tiny_pipeline(), "generator": torch.Generator().manual_seed(0)}
-        names["prompt"] = {**prompt_of(None, ""), "height": 16, "width": 16}
+        pipe = demo_pipeline()
+        pipe.transformer = types.SimpleNamespace(enable_parallelism=lambda config: None)
+        names |= {"pipe": pipe, "generator": torch.Generator().manual_seed(0), "ContextParallelConfig": dict}
+        names["prompt"] = {**prompt_of(None, "grass"), "height": 16, "width": 16}
     if page == "docs/displaced.md":
         names |= displaced_names(names["latents"])
     if page == "docs/results.md":
@@ -139,15 +144,15 @@ def given(page: str) -> dict[str, Any]:
 
 def displaced_names(latents: Tensor) -> dict[str, Any]:
     """A pipeline that takes a prompt as text, and one of DistriFusion's kind."""
-    pipe = tiny_pipeline()
-    call = {**prompt_of(None, ""), "height": 16, "width": 16}
+    pipe = demo_pipeline()
+    call = {**prompt_of(None, "grass"), "height": 16, "width": 16}
     pipe.__class__ = type(
         "Prompted",
         (type(pipe),),
         {"__call__": lambda self, prompt, **more: type(self).__mro__[1].__call__(self, **call, **more)},
     )
     pipe.set_progress_bar_config(disable=True)
-    unet = CONVERT(tiny_pipeline().unet, dist.group.WORLD)
+    unet = CONVERT(demo_pipeline().unet, dist.group.WORLD)
     return {
         **{"pipe": pipe, "prompt": "a lighthouse", "unet": unet, "pipeline": types.SimpleNamespace(vae=small_vae())},
         "distri_pipeline": lambda prompt, output_type: types.SimpleNamespace(images=latents),

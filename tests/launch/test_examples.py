@@ -139,22 +139,42 @@ def test_decode_video_vae(tmp_path: Path) -> None:
 
 
 def test_pipeline(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "pipeline.py", "--size", "40", "--steps", "2", "--check")
+    """Two pictures beside each other, from weights that ship; nothing is said but what the example says."""
+    done = torchrun(tmp_path, "pipeline.py", "--prompt", "grass, brick", "--size", "40", "--steps", "2", "--check")
     assert done.returncode == 0, done.stderr
+    assert not done.stderr
     assert difference(done.stdout) < 1e-4
-    assert "0 operation(s) without a sharded rule" in done.stdout
+    rows = re.findall(r"│ +(\d) │ .*│ +(\d+) │$", done.stdout, re.MULTILINE)
+    assert rows == [("0", "0"), ("1", "0")], done.stdout  # nothing is gathered
     with Image.open(tmp_path / "pipeline_2_ranks.png") as picture:
-        assert picture.size == (40, 40)
+        assert picture.size == (80, 40)
+
+
+def test_pipeline_says_what_it_can_draw(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "pipeline.py", "--prompt", "a lighthouse", processes=1)
+    assert done.returncode != 0
+    assert "there are brick, grass, gravel, tissue, and no a lighthouse" in done.stderr, done.stderr
+
+
+def test_train_demo_unet(tmp_path: Path) -> None:
+    """Two steps, and one more, leave a U-Net in half precision that is as large as the one that ships."""
+    for more in ((), ("--resume",)):
+        options = ("--steps", "2", "--crops", "1", "--out", str(tmp_path), *more)
+        done = run(tmp_path, str(EXAMPLES / "train_demo_unet.py"), *options)
+        assert done.returncode == 0, done.stderr
+    weights = "diffusion_pytorch_model.safetensors"
+    shipped = (EXAMPLES / "demo_unet" / weights).stat().st_size
+    assert (tmp_path / weights).stat().st_size == shipped < 1.5e6
 
 
 @pytest.mark.parametrize("more", [(), ("--split-guidance",)], ids=str)
 def test_displaced_pipeline(tmp_path: Path, more: tuple[str, ...]) -> None:
     """Near the picture of one process; the same one where no step is displaced, which is one rank a half."""
     done = torchrun(
-        tmp_path, "displaced_pipeline.py", "--size", "32", "--steps", "4", "--warmup", "1", "--check", *more
+        tmp_path, "displaced_pipeline.py", "--size", "64", "--steps", "8", "--warmup", "4", "--check", *more
     )
     assert done.returncode == 0, done.stderr
     psnr = float(re.findall(r"process: ([\d.]+)\s+dB", done.stdout)[0])
     assert psnr > (100 if more else 30), done.stdout
-    behind = float(re.findall(r"of\s+these\s+([\d.]+)\s+MiB", done.stdout)[0])
+    behind = float(re.findall(r"│ +0 │(?:[^│]*│){3} +([\d.]+) │", done.stdout)[0])
     assert (behind > 0) == (not more), done.stdout

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import distpatch
 from tests.support.oracle import random_tensor
 from tests.support.threads import run_ranks
-from tests.support.zoo.pipelines import PIPELINES, Run, stable_diffusion, vae
+from tests.support.zoo.pipeline import Run
+from tests.support.zoo.pipelines import PIPELINES, stable_diffusion, vae
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")]
 TOLERANCE = 2e-5  # fp32, of values in [0, 1]

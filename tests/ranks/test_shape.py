@@ -39,7 +39,29 @@ def frames(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 1)
 
 
+def unpacked(x: Tensor) -> Tensor:
+    """Rows of 3 tokens, each of which stands for 2×2 pixels of a latent: as FLUX's and Qwen-Image's pipelines do it."""
+    b, n, c = x.shape
+    return x.view(b, n // 3, 3, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, n // 3 * 2, 6)
+
+
+def unpacked_clip(x: Tensor) -> Tensor:
+    """Two frames of rows of 3 tokens, each of which stands for 2×2 pixels of a latent, as LTX's pipeline does it."""
+    b, n, _ = x.shape
+    x = x.reshape(b, 2, n // 6, 3, -1, 1, 2, 2).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
 SHAPES = {
+    "unpacked tokens": case(unpacked, (2, H, 8), dim=1, heights=(21, 15, 3), p2p=1),
+    "unpacked tokens, packed again": case(
+        lambda x: unpacked(x).view(2, 2, -1, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, -1, 8),
+        (2, H, 8),
+        dim=1,
+        heights=(21, 15, 3),
+        p2p=1,
+    ),
+    "unpacked tokens of a clip": case(unpacked_clip, (2, H, 8), dim=1, heights=(42, 30, 6), p2p=1),
     "permute": case(lambda x: x.permute(2, 0, 3, 1), X),
     "permute, tuple": case(lambda x: torch.permute(x, (0, 2, 3, 1)), X),
     "transpose": case(lambda x: x.transpose(1, -2).transpose(0, 1), X),

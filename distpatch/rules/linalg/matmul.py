@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import join_gradients, shard_rows
+from distpatch.lazy.row_patches import none_of, with_dummy_row
 from distpatch.rules.core.operands import (
     check_group,
     precise,
@@ -22,6 +23,7 @@ from distpatch.rules.core.operands import (
 )
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.torch_utils.private import is_traceable_wrapper_subclass
 
 Labels = Sequence[Hashable]
 
@@ -103,11 +105,14 @@ def matmul(func: Any, left: Tensor, right: Tensor) -> Any:
 def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if isinstance(input, PatchTensor) and not isinstance(weight, PatchTensor) and input.row_layout.dim < input.ndim - 1:
         parameters = [replicated_operand(t, input) for t in (weight, bias) if t is not None]
-        return wrap(func(*join_gradients([input.local, *parameters])), input)
+        is_plain = not is_traceable_wrapper_subclass(weight)  # kernels for quantised weights refuse to have no rows
+        rows = input.local if is_plain else with_dummy_row(input.local, input.row_layout.dim)
+        result = func(*join_gradients([rows, *parameters]))
+        return wrap(result if rows is input.local else none_of(result, input.row_layout.dim), input)
     columns: Labels = ["m", "k"] if weight.ndim == 2 else ["k"]
-    rows = batched(input, "k")
-    out = [*rows[:-1], *columns[:-1]]
-    result = contract(func, func, [input, weight], [rows, columns], out)
+    labels = batched(input, "k")
+    out = [*labels[:-1], *columns[:-1]]
+    result = contract(func, func, [input, weight], [labels, columns], out)
     return result if bias is None else result + bias  # once, not by every rank
 
 
