@@ -96,6 +96,9 @@ displaced: $(VENV)/installed  ## displaced steps: PSNR by policy, time with dela
 	$(BIN)/python -m benchmarks.displaced.train_denoiser
 	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced quality
 	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced hidden
+	$(BIN)/python -m benchmarks.displaced.train_denoiser --model transformer --seconds 150
+	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced quality --model transformer --side 128
+	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m benchmarks.displaced hidden --model transformer
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out

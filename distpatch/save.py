@@ -7,6 +7,8 @@ system). PNG and video are sequential: rank 0 writes them, and is sent a few row
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -65,7 +67,7 @@ def save_image(x: Tensor, path: str | Path, *, value_range: Range | None = (0.0,
 
 
 def save_video(
-    x: Tensor,
+    x: Tensor | Iterable[Tensor],
     path: str | Path,
     *,
     fps: float = 24,
@@ -78,28 +80,115 @@ def save_video(
     """Write a clip, of which rank 0 is sent one frame at a time, with PyAV.
 
     ``x``: (C, T, H, W) or (1, C, T, H, W), C = 3, sharded or plain; floating values in ``value_range``
-    (clamped), or uint8. ``codec``, ``pixel_format`` and ``options`` are FFmpeg's (``options={"crf": "18"}``);
-    yuv420p where height and width are even, else yuv444p. Every rank of the group calls it. Raises as
-    ``save_image``.
+    (clamped), or uint8. Or an iterable of such clips that follow each other, such as ``VideoStream.frames``: rank 0
+    writes the frames of one, which it has as bytes, while the next is computed; what the iterable raises is raised,
+    after the frames before it were written. ``codec``, ``pixel_format`` and ``options`` are FFmpeg's
+    (``options={"crf": "18"}``); yuv420p where height and width are even, else yuv444p. Every rank of the group calls
+    it. Raises as ``save_image``.
     """
+    file = _VideoFile(path, fps, codec, pixel_format, options or {})
+    if not isinstance(x, Tensor):
+        return _write_clips(x, file, value_range, progress)
+    clip = _frames_first(x)
+
+    def encode(arrays: Iterable[Any]) -> None:
+        try:
+            file.write(arrays)
+        finally:
+            file.close()
+
+    _stream(clip, _pieces(clip, value_range), len(clip), encode, path, progress)
+
+
+def _frames_first(x: Tensor) -> Tensor:
     clip = _without_batch(x, 4, "(C, T, H, W) or (1, C, T, H, W)")
     if clip.shape[0] != 3:
         raise LayoutError(f"save_video: a frame has 3 channels; got a tensor of shape {tuple(x.shape)}")
-    height, width = clip.shape[-2:]
-    frames = (_to_bytes(clip[:, t], value_range) for t in range(clip.shape[1]))
+    return clip.movedim(1, 0)
 
-    def encode(arrays: Iterable[Any]) -> None:
+
+def _pieces(clip: Tensor, value_range: Range) -> Iterator[Tensor]:
+    return (_to_bytes(clip[t], value_range) for t in range(len(clip)))
+
+
+class _VideoFile:
+    """A video that is written frame by frame, on one rank; opened with the first one."""
+
+    def __init__(
+        self, path: str | Path, fps: float, codec: str, pixel_format: str | None, options: dict[str, str]
+    ) -> None:
+        self.path, self.fps, self.codec, self.pixel_format, self.options = path, fps, codec, pixel_format, options
+        self._file: Any = None
+        self._stream: Any = None
+
+    def write(self, arrays: Iterable[Any]) -> None:
+        """Frames (H, W, 3) of bytes, all of one size."""
         import av
 
-        with av.open(str(path), "w") as file:
-            stream: Any = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options or {})
-            stream.width, stream.height = width, height
-            stream.pix_fmt = pixel_format or ("yuv444p" if height % 2 or width % 2 else "yuv420p")
-            for array in arrays:
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
-            file.mux(stream.encode())
+        for array in arrays:
+            if self._file is None:
+                self._open(*array.shape[:2])
+            self._file.mux(self._stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
 
-    _stream(clip, frames, clip.shape[1], encode, path, progress)
+    def _open(self, height: int, width: int) -> None:
+        import av
+
+        self._file = av.open(str(self.path), "w")
+        rate = Fraction(self.fps).limit_denominator(1001)
+        self._stream = self._file.add_stream(self.codec, rate=rate, options=self.options)
+        self._stream.width, self._stream.height = width, height
+        self._stream.pix_fmt = self.pixel_format or ("yuv444p" if height % 2 or width % 2 else "yuv420p")
+        self._file.start_encoding()  # a file that cannot be made is known now, and not once frames come out
+
+    def close(self) -> None:
+        """What the encoder holds back is written, too."""
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                file.mux(self._stream.encode())
+
+
+def _write_clips(clips: Iterable[Tensor], file: _VideoFile, value_range: Range, progress: bool) -> None:
+    """Clips that follow each other: a thread of rank 0 writes one while the next is computed.
+
+    The ranks meet after each, so that a file that cannot be written is an error on all of them one clip later.
+    """
+    clip: Tensor | None = None
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1, "distpatch-video") as thread, ExitStack() as ending:
+        ending.callback(thread.submit, file.close)  # after what was submitted before, also where something fails
+        shown = ending.enter_context(_frames_shown(file.path, progress))
+        for x in clips:
+            last, clip = clip, _frames_first(x)
+            if last is not None and last.shape[-2:] != clip.shape[-2:]:
+                raise LayoutError(f"save_video: frames of {tuple(clip.shape[-2:])} follow {tuple(last.shape[-2:])}")
+            ranks, leads = _writers(clip)
+            arrays = list(_arrays(_pieces(clip, value_range), ranks, file.path))
+            _together(ranks, None if writing is None else writing.result, clip, file.path)
+            if leads:
+                writing = thread.submit(file.write, arrays)
+                shown(len(arrays))
+        if clip is None:
+            raise LayoutError("save_video: an iterable without clips")
+        last_of = None if writing is None else partial(_finish, writing, thread.submit(file.close))
+        _together(ranks, last_of, clip, file.path)
+
+
+def _finish(*work: Future[None]) -> None:
+    for each in work:
+        each.result()
+
+
+@contextmanager
+def _frames_shown(path: Any, progress: bool) -> Iterator[Callable[[int], object]]:
+    """A bar of frames, where it is asked for: what is yielded is told how many more there are."""
+    if not progress:
+        yield lambda more: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=str(path), unit="frame", leave=False, disable=None) as bar:
+        yield bar.update
 
 
 def _save_png(x: Tensor, path: str | Path, value_range: Range, progress: bool) -> None:

@@ -4,27 +4,28 @@
     torchrun --nproc_per_node=2 -m benchmarks.displaced quality               # PSNR against one device
     torchrun --nproc_per_node=2 -m benchmarks.displaced hidden --delay-ms 5   # time of 20 steps, and bytes
 
-Both print Markdown on rank 0. ``quality`` samples with the denoiser of ``train_denoiser.py`` and decodes with the
-demo VAE, on all ranks. ``hidden`` runs a U-Net of Stable Diffusion's kind with random weights; what is received is
-released ``--delay-ms`` after it was posted.
+All three take ``--model transformer``. Both print Markdown on rank 0. ``quality`` samples with the denoiser of
+``train_denoiser.py`` and decodes with the demo VAE, on all ranks; the transformer has learned 128 pixels (``--side``).
+``hidden`` runs a U-Net of Stable Diffusion's kind, or a transformer of PixArt's, with random weights; what is received
+is released ``--delay-ms`` after it was posted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import typer
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 import distpatch
-from benchmarks.displaced.train_denoiser import WEIGHTS, load_vae, scheduler
+from benchmarks.displaced.train_denoiser import Kind, load_denoiser, load_vae, noise_in, scheduler
 from distpatch import launch
 from tests.support.transports.delay import delayed
 
@@ -33,19 +34,24 @@ TEXT = 64
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def sample(net: nn.Module, steps: int, side: int) -> Tensor:
-    """Latents (1, 16, side / 8, side / 8) after so many steps of DDIM, from noise that is the same on all ranks."""
+def first_noise(side: int, pictures: int) -> Tensor:
+    """The same on all ranks, (B, 16, side / 8, side / 8)."""
+    return torch.randn(pictures, 16, side // 8, side // 8, generator=torch.Generator().manual_seed(5))
+
+
+def sample(net: nn.Module, x: Tensor, steps: int) -> Tensor:
+    """Latents after so many steps of DDIM, from noise that is sharded where they shall be."""
     noise = scheduler()
     noise.set_timesteps(steps)
-    x = torch.randn(1, 16, side // 8, side // 8, generator=torch.Generator().manual_seed(5))
     for t in noise.timesteps:
-        x = noise.step(net(x, t).sample, t, x).prev_sample
+        x = noise.step(noise_in(net, x, t), t, x).prev_sample
     return x
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """In dB, of pictures in [0, 1]."""
-    return -10 * math.log10(max(float((a - b).double().square().mean()), 1e-30))
+    """In dB, of pictures (B, 3, h, w) in [0, 1]: the mean of theirs."""
+    errors = (a - b).double().square().mean((1, 2, 3)).clamp(min=1e-30)
+    return float(-10 * errors.log10().mean())
 
 
 def _print(console: Any, line: str) -> None:
@@ -57,11 +63,13 @@ def quality(
     side: Annotated[int, typer.Option(min=64, help="Pixels.")] = 256,
     steps: Annotated[list[int] | None, typer.Option(help="Numbers of steps.")] = None,
     warmup: Annotated[list[int] | None, typer.Option(help="Lengths of the warm-up, for 20 steps.")] = None,
+    model: Annotated[Kind, typer.Option(help="Which denoiser.")] = Kind.UNET,
+    pictures: Annotated[int, typer.Option(min=1, help="So many, and the mean of their PSNR.")] = 1,
 ) -> None:
     """PSNR, against one device, of the decoded picture: by policy and steps, and by warm-up."""
     with launch.process_group() as (group, _), torch.no_grad():
         console = launch.console(group)
-        net = UNet2DModel.from_pretrained(WEIGHTS).eval()
+        net = load_denoiser(model)
         vae = load_vae()
         distpatch.convert_model(vae, group)
 
@@ -70,12 +78,14 @@ def quality(
             return (decoded / 2 + 0.5).clamp(0, 1)
 
         counts = steps or [10, 20, 50]
-        exact = {count: picture(sample(net, count, side)) for count in {*counts, 20}}
+        noise = first_noise(side, pictures)
+        exact = {count: picture(sample(net, noise, count)) for count in {*counts, 20}}
         distpatch.convert_model(net, group, output="shard")
+        rows = distpatch.shard(noise, group)
 
         def measured(policy: str, count: int, warmup_steps: int) -> float:
             with distpatch.displaced(net, policy=policy, warmup_steps=warmup_steps):
-                latents = sample(net, count, side)
+                latents = sample(net, rows, count)
             return psnr(picture(latents), exact[count])
 
         _print(console, f"{side} x {side} pixels, {group.size()} ranks, warm-up of 1 + 1 steps: PSNR in dB\n")
@@ -84,6 +94,9 @@ def quality(
         for policy in distpatch.DISPLACED_POLICIES:
             row = [f"{measured(policy, count, 1):.1f}" for count in counts]
             _print(console, f"| {policy} | " + " | ".join(row) + " |")
+        row = [f"{measured('corrected_async_gn', count, max(count // 5 - 1, 0)):.1f}" for count in counts]
+        _print(console, "| corrected_async_gn, of which a fifth of the steps wait | " + " | ".join(row) + " |")
+        _print_waited(console, counts[0], lambda policy: _sent(net, rows[:1], policy, counts[0]))
         lengths = warmup or [0, 1, 4, 9]
         _print(console, "\n| 20 steps, warm-up of 1 + | " + " | ".join(map(str, lengths)) + " |")
         _print(console, "|---" * (len(lengths) + 1) + "|")
@@ -92,8 +105,36 @@ def quality(
             _print(console, f"| {policy} | " + " | ".join(row) + " |")
 
 
-def build_unet() -> UNet2DConditionModel:
+def _sent(net: nn.Module, rows: Tensor, policy: str, steps: int) -> tuple[float, float]:
+    """KiB of a picture, after a warm-up of 1 + 1 steps, that the other ranks wait for, and that they do not."""
+    with distpatch.displaced(net, policy=policy, warmup_steps=1), distpatch.trace() as t:
+        sample(net, rows, steps)
+    behind = sum(record.sent_bytes for record in t.records if record.kind == "displaced")
+    return (sum(record.sent_bytes for record in t.records) - behind) / 1024, behind / 1024
+
+
+def _print_waited(console: Any, steps: int, sent: Callable[[str], tuple[float, float]]) -> None:
+    _print(console, f"\n| sent by rank 0 in {steps} steps | KiB waited for | KiB behind the computation |")
+    _print(console, "|---|---|---|")
+    for policy in distpatch.DISPLACED_POLICIES:
+        waited, behind = sent(policy)
+        _print(console, f"| {policy} | {waited:,.0f} | {behind:,.0f} |")
+
+
+def build_net(kind: Kind) -> nn.Module:
+    """For latents of 4 channels, with random weights."""
     torch.manual_seed(0)
+    if kind == Kind.TRANSFORMER:
+        return PixArtTransformer2DModel(
+            num_attention_heads=8,
+            attention_head_dim=32,
+            num_layers=6,
+            out_channels=4,
+            cross_attention_dim=256,
+            caption_channels=TEXT,
+            sample_size=32,
+            use_additional_conditions=False,
+        ).eval()
     return UNet2DConditionModel(
         block_out_channels=(64, 128),
         layers_per_block=1,
@@ -105,33 +146,42 @@ def build_unet() -> UNet2DConditionModel:
     ).eval()
 
 
+def noise_with_text(net: nn.Module, x: Tensor, time: int, text: Tensor) -> Tensor:
+    if isinstance(net, UNet2DConditionModel):
+        return net(x, time, text).sample
+    nothing = {"resolution": None, "aspect_ratio": None}
+    times = torch.full((len(x),), time)
+    return net(x, encoder_hidden_states=text, timestep=times, added_cond_kwargs=nothing).sample
+
+
 @app.command()
 def hidden(
     delay_ms: Annotated[float, typer.Option(min=0, help="What is received comes so much later.")] = 5,
     rows: Annotated[int, typer.Option(min=8, help="Rows and columns of the latents.")] = 32,
     steps: Annotated[int, typer.Option(min=2, help="Displaced steps that are timed.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Of each; the median step counts.")] = 2,
+    model: Annotated[Kind, typer.Option(help="Of which kind the net is.")] = Kind.UNET,
 ) -> None:
     """Time of displaced and of synchronous steps, with and without delay; what a rank sends a step."""
     with launch.process_group(threads=1) as (group, _), torch.no_grad():
         console = launch.console(group)
-        net = distpatch.convert_model(build_unet(), group, output="shard")
+        net = distpatch.convert_model(build_net(model), group, output="shard")
         draw = torch.Generator().manual_seed(1)
-        x = torch.randn(2, 4, rows, rows, generator=draw)
+        x = distpatch.shard(torch.randn(2, 4, rows, rows, generator=draw), group)
         text = torch.randn(2, 77, TEXT, generator=draw)
 
         def run(policy: str, late_ms: float) -> tuple[list[float], distpatch.Trace]:
             """Seconds of each step after the warm-up."""
             times = [0.0]
             late: Any = delayed(late_ms / 1e3) if late_ms else contextlib.nullcontext()
-            image: Any = x
+            image: Tensor = x
             with distpatch.displaced(net, policy=policy, warmup_steps=1), late, distpatch.trace() as t:
                 for step in range(steps + 2):
                     if step == 2:
                         dist.barrier(group)
                         t.records.clear()
                     started = time.perf_counter()
-                    image = image - 0.02 * net(image, 900 - 10 * step, text).sample
+                    image = image - 0.02 * noise_with_text(net, image, 900 - 10 * step, text)
                     times.append(time.perf_counter() - started)
             return times[-steps:], t
 
@@ -165,8 +215,8 @@ def _halos(net: nn.Module, x: Tensor, text: Tensor) -> list[int]:
         sizes.append(2 * batch * channels * conv.padding[0] * width * args[0].element_size())
 
     convs = [m for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and name != "conv_in"]
-    hooks = [conv.register_forward_pre_hook(see) for conv in convs if conv.kernel_size[0] > 1]
-    net(x, 900, text)
+    hooks = [conv.register_forward_pre_hook(see) for conv in convs if conv.kernel_size[0] > conv.stride[0]]
+    noise_with_text(net, x, 900, text)
     for hook in hooks:
         hook.remove()
     return sizes
@@ -179,8 +229,8 @@ def _print_bytes(console: Any, trace: distpatch.Trace, steps: int, ranks: int, h
         _print(console, f"| {op} | {sent / 1024:.1f} |")
     messages = sum(r.messages for r in trace.records if r.kind == "displaced") / steps
     _print(console, f"| messages | {messages:.0f} of them |")
-    gathered = (ranks - 1) * sum(halos) / 1024
-    _print(console, f"| halos by all-gather, as DistriFusion, (N - 1) x 2 edges | {gathered:.1f} |")
+    if gathered := (ranks - 1) * sum(halos) / 1024:
+        _print(console, f"| halos by all-gather, as DistriFusion, (N - 1) x 2 edges | {gathered:.1f} |")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ TWO_RANKS = "torchrun --standalone --nproc_per_node=2"
 SEGMENTATION = "torchrun_examples/train_segmentation.py"
 SECTIONS = (
     # Seconds and bytes of this machine, one after the other.
-    timed("decode", "python -m benchmarks.decode --size 512 --rounds 3 --patch-conv"),
+    timed("decode", "python -m benchmarks.decode --size 512 --rounds 2 --patch-conv"),
     timed("conv", "python -m benchmarks.memory --case conv --conv-size 1024 --only 'splits 16' --only lazy"),
     timed("overhead", "python -m benchmarks.overhead"),
     timed(
@@ -56,6 +56,7 @@ SECTIONS = (
     timed("latency", "python -m benchmarks.latency --size 256 --rounds 7"),
     timed("scaling", "python -m benchmarks.scaling --plot docs/scaling.png"),
     timed("displaced-hidden", f"{TWO_RANKS} -m benchmarks.displaced hidden --delay-ms 5"),
+    timed("displaced-transformer-hidden", f"{TWO_RANKS} -m benchmarks.displaced hidden --model transformer --rounds 3"),
     timed("failures", "python -m benchmarks.failures"),
     timed("handshake", "python -m benchmarks.failures --handshake"),
     Section(
@@ -70,6 +71,12 @@ SECTIONS = (
         "python -m benchmarks.displaced.train_denoiser",
         f"{TWO_RANKS} -m benchmarks.displaced quality",
     ),
+    untimed(
+        "displaced-transformer",
+        "python -m benchmarks.displaced.train_denoiser --model transformer --seconds 150",
+        f"{TWO_RANKS} -m benchmarks.displaced quality --model transformer --side 128 --pictures 8",
+    ),
+    untimed("pipelines", "python -m benchmarks.pipelines"),
     untimed("autoencoders", "python -m benchmarks.autoencoders"),
     untimed("transformers", "python -m benchmarks.transformers"),
     untimed("attention", "python -m benchmarks.transformers.attention"),

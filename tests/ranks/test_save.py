@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +92,61 @@ def test_merged_rows_are_put_in_order(tmp_path: Path) -> None:
     assert np.array_equal(run_ranks(2, body)[0], x.reshape(16, 5).numpy())
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_video_of_a_lossless_codec(world: int, tmp_path: Path) -> None:
+LOSSLESS: dict[str, Any] = {"codec": "ffv1", "pixel_format": "bgr0", "fps": 12}
+FRAMES = (CLIP[0] * 255).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+
+
+def read_video(path: Path) -> Any:
     import av
 
-    path = tmp_path / "clip.mkv"
-    how = {"codec": "ffv1", "pixel_format": "bgr0", "fps": 12}
-    run_ranks(world, lambda rank: distpatch.save_video(sharded(CLIP), path, **how))
     with av.open(str(path)) as file:
-        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
         assert file.streams.video[0].average_rate == 12
-    expected = (CLIP[0] * 255).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
-    assert np.array_equal(np.stack(frames), expected)
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_video_of_a_lossless_codec(world: int, tmp_path: Path) -> None:
+    """A clip, and the same as clips that follow each other."""
+    whole, parts = tmp_path / "clip.mkv", tmp_path / "parts.mkv"
+
+    def body(rank: int) -> None:
+        distpatch.save_video(sharded(CLIP), whole, **LOSSLESS)
+        distpatch.save_video((sharded(part) for part in CLIP.split([1, 3], 2)), parts, progress=True, **LOSSLESS)
+
+    run_ranks(world, body)
+    assert np.array_equal(read_video(whole), FRAMES) and np.array_equal(read_video(parts), FRAMES)
+
+
+def test_clips_are_written_while_the_next_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has come is written when a later clip fails; what cannot be written ends the clips, on all ranks."""
+    path = tmp_path / "clip.mkv"
+    written = threading.Event()
+    write = save._VideoFile.write
+
+    def told(self: Any, arrays: Any) -> None:
+        write(self, arrays)
+        written.set()
+
+    def clips(rank: int) -> Iterator[torch.Tensor]:
+        yield sharded(CLIP[:, :, :2])
+        assert written.wait(30)  # on other ranks too: they are threads
+        yield sharded(CLIP[:, :, 2:3])
+        raise ArithmeticError("no more")
+
+    monkeypatch.setattr(save._VideoFile, "write", told)
+    for error in rank_outcomes(2, lambda rank: distpatch.save_video(clips(rank), path, **LOSSLESS)):
+        assert isinstance(error, ArithmeticError)
+    assert np.array_equal(read_video(path), FRAMES[:3])
+    given: list[int] = []
+
+    def many(rank: int) -> Iterator[torch.Tensor]:
+        for _ in range(100):
+            given.append(rank)
+            yield sharded(CLIP)
+
+    for error in rank_outcomes(2, lambda rank: distpatch.save_video(many(rank), tmp_path / "missing" / "clip.mkv")):
+        assert isinstance(error, DistPatchError) and "rank 0: FileNotFoundError" in str(error)
+    assert len(given) == 4
 
 
 def test_video_of_odd_size(tmp_path: Path) -> None:
@@ -160,12 +205,16 @@ def test_a_failure_in_the_middle_leaves_nobody_waiting(tmp_path: Path, monkeypat
     assert run_ranks(3, body)[2] == pytest.approx(float(PICTURE.sum()), rel=1e-5)
 
 
-def test_bad_input_is_named() -> None:
+def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="one of a batch at a time"):
         distpatch.save_image(torch.zeros(2, 3, 4, 4), "x.png")
     with pytest.raises(LayoutError, match="1, 3 or 4 channels"):
         distpatch.save_image(torch.zeros(2, 4, 4), "x.png")
     with pytest.raises(LayoutError, match="3 channels"):
         distpatch.save_video(torch.zeros(1, 2, 4, 4), "x.mp4")
+    with pytest.raises(LayoutError, match=r"frames of \(4, 6\) follow \(4, 4\)"):
+        distpatch.save_video([torch.zeros(3, 1, 4, 4), torch.zeros(3, 1, 4, 6)], tmp_path / "x.mp4")
+    with pytest.raises(LayoutError, match="without clips"):
+        distpatch.save_video([], tmp_path / "x.mp4")
     with pytest.raises(ValueError, match=r"\.png, \.tif and \.tiff"):
         distpatch.save_image(torch.zeros(3, 4, 4), "x.jpg")

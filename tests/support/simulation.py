@@ -7,6 +7,7 @@ the whole input of the step before with its own rows replaced by this step's; it
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from distpatch.layout.rows import Bounds
+
 
 class Simulation(TorchFunctionMode):
     """Open around the plain model's forwards; ``begin_step()`` before each.
 
-    ``bounds``: of the rows of the model's input; those of every other height are in proportion to them.
+    ``bounds``: of the rows of the model's input; those of every other height are in proportion to them. ``others``:
+    bounds that are not, such as of image and text tokens together.
     """
 
-    def __init__(self, policy: str, warmup_steps: int, bounds: tuple[int, ...]) -> None:
+    def __init__(self, policy: str, warmup_steps: int, bounds: Bounds, others: Sequence[Bounds] = ()) -> None:
         super().__init__()
         self.policy, self.warmup_steps, self.bounds = policy, warmup_steps, bounds
+        self.others = {each[-1]: each for each in others}
         self.step = -1
         self.memory: dict[int, Any] = {}
         self.sites = itertools.count()
@@ -37,7 +42,9 @@ class Simulation(TorchFunctionMode):
         return self.policy == "full_sync" or self.step <= self.warmup_steps
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            args = (*args, *(kwargs.pop(name) for name in ("query", "key", "value")[len(args) :]))
         if func is F.conv2d and args[1].shape[-2] > 1:
             return self._by_view(lambda x: func(x, *args[1:], **kwargs), -2, args[0])
         if func is F.scaled_dot_product_attention and args[0].shape[-2] == args[1].shape[-2]:
@@ -47,6 +54,8 @@ class Simulation(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _ranks(self, size: int) -> list[tuple[int, int]]:
+        if size in self.others:
+            return list(itertools.pairwise(self.others[size]))
         assert all(b * size % self.bounds[-1] == 0 for b in self.bounds), "not in proportion"
         return list(itertools.pairwise(b * size // self.bounds[-1] for b in self.bounds))
 
