@@ -52,6 +52,16 @@ def unpacked_clip(x: Tensor) -> Tensor:
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
+def written_to(x: Tensor) -> list[Tensor]:
+    """By functions along the rows, after which all that is the same tensor has what they wrote."""
+    y = x * 2
+    same = y
+    result = y.cumsum_(1)
+    y[:, 1:3] = 0.5
+    assert result is same
+    return [same + 1, F.relu_(y.index_fill_(1, torch.tensor([0]), -1.0))]
+
+
 SHAPES = {
     "unpacked tokens": case(unpacked, (2, H, 8), dim=1, heights=(21, 15, 3), p2p=1),
     "unpacked tokens, packed again": case(
@@ -288,6 +298,7 @@ RESHAPES = {
         lambda x: [x.flatten(1, 2).argmin(2), x.flatten(1, 2).max(-1)[0], x.flatten(1, 2).sort(2)[0], x.flatten(1, 2).topk(2, 2)[0], x.flatten(1, 2).cumsum(2)], X, p2p=0
     ),
     "merged, ranked along": case(lambda x: [x.flatten(1, 2).argmin(1), x.flatten(1, 2).max(1)[0], x.flatten(1, 2).cumsum(1)], X),
+    "merged, written to in order": case(lambda x: written_to(x.flatten(1, 2)), X),
     "merged, distances": case(lambda x, y: torch.cdist(x.flatten(1, 2), y), X, (2, 5, 6), p2p=0),
     "merged, einsum": case(lambda x, w: torch.einsum("bnc,cd->bnd", x.flatten(1, 2), w), X, (6, 3), p2p=0),
     "merged, attended by einsum": case(

@@ -94,10 +94,7 @@ class _Dispatcher:
             return _as_if_in_order(func, args, kwargs)
         written = [t for t in tensors_in(mutates(func, args, kwargs)) if isinstance(t, BlockTensor)]
         if written:
-            raise UnsupportedOpError(
-                f"{op_name(func)} would write to {written[0]!r}, whose rows are merged with a dim in front of "
-                "them. Write to the tensor before the merge, or use the out-of-place form."
-            )
+            return _written_back(func, args, kwargs, written)
         source = next(t for t in tensors_in((args, kwargs)) if isinstance(t, BlockTensor))
         args, kwargs = map_tensors(in_order, args), map_tensors(in_order, kwargs)
         return protect(func, source, func(*args, **kwargs), args)
@@ -141,6 +138,22 @@ def _as_if_in_order(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return wrap(tensor.local, tensor, blocks.with_dim(tensor.row_layout.dim))
 
     return map_tensors(in_blocks, func(*map_tensors(rows, args), **map_tensors(rows, kwargs)))
+
+
+def _written_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Any]) -> Any:
+    """A call that writes to rows in blocks, on copies in order, of which ``written`` get what was written."""
+    copies = {id(t): in_order(t) for t in tensors_in((args, kwargs)) if isinstance(t, BlockTensor)}
+    args, kwargs = map_tensors(lambda t: copies.get(id(t), t), (args, kwargs))
+    result = func(*args, **kwargs)
+    for tensor in written:
+        if copies[id(tensor)].shape != tensor.shape:
+            raise UnsupportedOpError(
+                f"{op_name(func)} would change the shape of {tensor!r}, whose rows are merged with a dim in front of "
+                "them. Use the out-of-place form."
+            )
+        tensor.copy_(copies[id(tensor)])
+    originals = {id(copies[id(tensor)]): tensor for tensor in written}
+    return map_tensors(lambda t: originals.get(id(t), t), result)
 
 
 def _are_in_order(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
