@@ -40,7 +40,7 @@ TWO_RANKS = "torchrun --standalone --nproc_per_node=2"
 SEGMENTATION = "torchrun_examples/train_segmentation.py"
 SECTIONS = (
     # Seconds and bytes of this machine, one after the other.
-    timed("decode", "python -m benchmarks.decode --size 512 --rounds 2 --patch-conv"),
+    timed("decode", "python -m benchmarks.decode --size 256 --rounds 3 --patch-conv"),
     timed("conv", "python -m benchmarks.memory --case conv --conv-size 1024 --only 'splits 16' --only lazy"),
     timed("overhead", "python -m benchmarks.overhead"),
     timed(
@@ -54,7 +54,7 @@ SECTIONS = (
     timed("host", "python -m benchmarks.host"),
     timed("no-links", "python -m benchmarks.host --no-links --compiled --by-rule --rounds 30"),
     timed("latency", "python -m benchmarks.latency --size 256 --rounds 7"),
-    timed("scaling", "python -m benchmarks.scaling --plot docs/scaling.png"),
+    timed("scaling", "python -m benchmarks.scaling --size 256 --plot docs/scaling.png"),
     timed("displaced-hidden", f"{TWO_RANKS} -m benchmarks.displaced hidden --delay-ms 5"),
     timed("displaced-transformer-hidden", f"{TWO_RANKS} -m benchmarks.displaced hidden --model transformer --rounds 3"),
     timed("failures", "python -m benchmarks.failures"),
