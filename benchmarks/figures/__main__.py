@@ -10,7 +10,6 @@ A command that fails leaves its figures as they are, is named, and makes this en
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from benchmarks.figures.sections import SECTIONS, Section, pages, put, words
 
 LOGS = ROOT / "out" / "figures"
 LIMIT_SECONDS = 3600.0
+WIDEST = 1200  # pixels of a picture in a page
 WRITING = Lock()
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -96,9 +96,18 @@ def measure(section: Section, about: dict[str, Any], commit: str, page: Path) ->
         text = page.read_text(encoding="utf-8")
         page.write_text(put(text, section.name, body(section, printed, seconds, about, commit)), encoding="utf-8")
     for source, name in section.pictures:
-        shutil.copyfile(ROOT / source, ROOT / "docs" / name)
+        _small_copy(ROOT / source, ROOT / "docs" / name)
     print(f"{section.name}: {seconds / 60:.1f} minutes", file=sys.stderr, flush=True)
     return ""
+
+
+def _small_copy(source: Path, target: Path) -> None:
+    """Of a size that a page shows."""
+    from PIL import Image
+
+    with Image.open(source) as picture:
+        picture.thumbnail((WIDEST, WIDEST))
+        picture.save(target, optimize=True)
 
 
 @app.command()
