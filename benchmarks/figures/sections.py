@@ -80,7 +80,6 @@ SECTIONS = (
     untimed("autoencoders", "python -m benchmarks.autoencoders"),
     untimed("transformers", "python -m benchmarks.transformers"),
     untimed("attention", "python -m benchmarks.transformers.attention"),
-    untimed("foreign", "python -m benchmarks.foreign --install", "python -m benchmarks.foreign"),
     untimed("meshes", "python -m benchmarks.planned meshes"),
     untimed("launches", "python -m benchmarks.planned launches"),
     untimed("kit", "python -m benchmarks.gpu --device cpu"),
