@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Python with these arguments; what it keeps in the temporary folder goes to ``folder``."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "TMPDIR": str(folder)}
+    one_thread = {"OMP_NUM_THREADS": "1"}  # as torchrun sets it, which says so where nobody did before
+    environment = {**one_thread, **os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "TMPDIR": str(folder)}
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
