@@ -23,7 +23,6 @@ from distpatch.rules.core.operands import (
 )
 from distpatch.rules.core.registry import named, rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
-from distpatch.torch_utils.private import is_traceable_wrapper_subclass
 
 Labels = Sequence[Hashable]
 
@@ -105,8 +104,7 @@ def matmul(func: Any, left: Tensor, right: Tensor) -> Any:
 def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if isinstance(input, PatchTensor) and not isinstance(weight, PatchTensor) and input.row_layout.dim < input.ndim - 1:
         parameters = [replicated_operand(t, input) for t in (weight, bias) if t is not None]
-        is_plain = not is_traceable_wrapper_subclass(weight)  # kernels for quantised weights refuse to have no rows
-        rows = input.local if is_plain else with_dummy_row(input.local, input.row_layout.dim)
+        rows = with_dummy_row(input.local, input.row_layout.dim)  # kernels for quantised weights refuse to have none
         result = func(*join_gradients([rows, *parameters]))
         return wrap(result if rows is input.local else none_of(result, input.row_layout.dim), input)
     columns: Labels = ["m", "k"] if weight.ndim == 2 else ["k"]
