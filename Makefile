@@ -8,7 +8,7 @@ RANKS ?= 2
 CHAINS ?= 2000
 WORKERS ?= 2
 
-.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench figures gpu memory peers displaced coverage clean autoencoders transformers site drawings release-check
+.PHONY: demo test test-unit test-ranks test-procs test-launch hooks walk fuzz lint bench figures gpu memory peers displaced coverage clean autoencoders transformers site drawings release-check serving-check
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,9 @@ drawings: $(VENV)/installed  ## docs/drawings/*.svg
 
 release-check: $(VENV)/installed  ## wheel and sdist: built, checked, installed with each extra and tried (minutes)
 	.ci/release-check
+
+serving-check: $(VENV)/installed  ## the plug-ins of vLLM-Omni and SGLang against the packages themselves (minutes)
+	.ci/serving-check
 
 coverage: $(VENV)/installed  ## docs/coverage.md, from the table of rules
 	$(BIN)/python docs/coverage.py > docs/coverage.md

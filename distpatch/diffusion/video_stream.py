@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from distpatch.diffusion.frame_caches import Kept, frame_caches
 from distpatch.errors import DistPatchError
 from distpatch.model.calls import conversion_of
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.torch_utils.tree import tensors_in
 
 
 class VideoStream:
@@ -53,6 +55,10 @@ class VideoStream:
         for chunk in chunks:
             yield self.decode(chunk, *args, **kwargs).sample
 
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds between chunks: of a converted model this rank's rows."""
+        return map(_rows, tensors_in(list(self._kept.values())))
+
     def _next(self, method: str, x: Tensor, args: Any, kwargs: Any) -> Any:
         vae, way, kept = self.vae, self._ways[method], self._kept[method]
         later, this = kept is not None, (x.shape[:2], x.shape[3:], conversion_of(vae))
@@ -73,3 +79,7 @@ class VideoStream:
             result = getattr(vae, method)(way.given(x, later), *args, **kwargs)
             self._kept[method] = keep()
         return result
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return _rows(tensor.local) if isinstance(tensor, PatchTensor) else tensor
