@@ -38,7 +38,7 @@ def _never(*_: Any, **__: Any) -> bool:
 
 def _loaded(result: tuple[Any, float], loader: Any, path: str, args: Any, component: str, *_: Any, **__: Any) -> None:
     """After a component was loaded: the calls of an autoencoder of pictures or videos are sharded."""
-    vae, _ = result
+    vae = result[0]
     if component not in COMPONENTS or not isinstance(vae, nn.Module):
         return
     aside = [SetAside(vae, "use_tiling", False)] if hasattr(vae, "use_tiling") else []

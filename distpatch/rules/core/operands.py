@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -193,6 +193,19 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
         return in_memory_of(_in_blocks(x, layout, func), x, layout)
     needs = tuple((layout.interval(rank),) for rank in range(layout.world_size))
     return in_memory_of(fetch(x, needs, func)[0], x, layout)
+
+
+def turned_beside(x: PatchTensor, along: Collection[int], func: Any) -> PatchTensor | None:
+    """Sharded along the widest dim that is none of these, and is not sharded over an inner axis; None if all are."""
+    taken, inside = {*along}, x.local
+    while isinstance(inside, PatchTensor):
+        taken.add(inside.row_layout.dim)
+        inside = inside.local
+    beside = [dim for dim in range(x.ndim) if dim not in taken]
+    if not beside:
+        return None
+    widest = max(beside, key=lambda dim: x.shape[dim])
+    return redistribute(x, RowLayout(widest, x.region.bounds(x.shape[widest])), func)
 
 
 def alike_inside(tensors: Sequence[Tensor], func: Any) -> list[Tensor]:

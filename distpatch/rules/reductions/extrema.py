@@ -1,4 +1,4 @@
-"""Largest and smallest values and where they are; sorting and ranking along other dims."""
+"""Largest and smallest values and where they are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from distpatch.comm.collectives import share_out, stack_ranks
 from distpatch.lazy.row_patches import with_dummy_row
-from distpatch.rules.core.operands import kept, needs_grad, normalize_dims, on_some_rows, sum_ranks
-from distpatch.rules.core.registry import beside_rows, named, nth, rule
+from distpatch.rules.core.operands import kept, needs_grad, normalize_dims, sum_ranks
+from distpatch.rules.core.registry import beside_rows, named, rule
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.rules.reductions.reduction import Dims
 from distpatch.tensor.patch_tensor import PatchTensor
@@ -101,35 +101,6 @@ def _first(x: PatchTensor, largest: bool, dim: int | None) -> tuple[Tensor, Tens
     best = values.amax(0) if largest else values.amin(0)
     last = torch.iinfo(indices.dtype).max
     return best, torch.where((values == best) | values.isnan(), indices, last).amin(0)
-
-
-@rule(*named("sort", "median", "nanmedian", "mode"), asks_if_empty=True, order_free=beside_rows)
-@rule(*named("argsort", "cummax", "cummin"), order_free=beside_rows)
-def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
-    """Along one dim: local unless it is the sharded one. Without a dim, medians are of all elements."""
-    whole_by_default = op_name(func).endswith("median")
-    dim = kwargs.get("dim", next((a for a in args if type(a) is not bool), None if whole_by_default else -1))
-    return _beside_rows(func, input, dim, args, kwargs, removes=op_name(func) in {"median", "nanmedian", "mode"})
-
-
-@rule(
-    *named("topk", "kthvalue"),
-    asks_if_empty=True,
-    order_free=lambda input, k, *args, **more: beside_rows(input, *args, **more),
-)
-def ranked(func: Any, input: PatchTensor, k: int, *args: Any, **kwargs: Any) -> Any:
-    dim = kwargs.get("dim", args[0] if args else -1)
-    return _beside_rows(func, input, dim, (k, *args), kwargs, removes=op_name(func) == "kthvalue")
-
-
-def _beside_rows(func: Any, input: PatchTensor, dim: int | None, args: Any, kwargs: Any, removes: bool) -> Any:
-    if dim is None or nth(dim, input.ndim) == input.row_layout.dim:
-        return NotImplemented
-    keepdim = kwargs.get("keepdim", next((a for a in args if type(a) is bool), False)) or not removes
-    dim, row = nth(dim, input.ndim), input.row_layout.dim
-    gone = 0 if keepdim else dim < row
-    local = on_some_rows(lambda rows: func(rows, *args, **kwargs), input.local, row, out_dim=row - gone)
-    return kept(input, local, (dim,), keepdim)
 
 
 def picked(x: PatchTensor, index: Tensor, func: Any) -> Tensor:

@@ -182,7 +182,6 @@ IMAGES = {
             "encoder_hidden_states_llama3": rand(2, 2, 5, 4),
             "pooled_embeds": rand(2, 8),
         },
-        gathered=("argsort",),  # of the expert of every token
     ),
     "HunyuanDiT2DModel": Transformer(
         "HunyuanDiT2DModel",

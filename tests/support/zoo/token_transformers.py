@@ -189,7 +189,6 @@ TOKENS = {
         },
         {**_QWEN_INPUTS, "img_shapes": [(1, 7, 5)] * 2},
         BY_TOKENS,
-        gathered=("topk",),  # each expert takes the best of all tokens
     ),
     "QwenImage21Transformer2DModel": Transformer(
         "QwenImage21Transformer2DModel",

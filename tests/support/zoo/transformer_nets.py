@@ -129,7 +129,6 @@ TRANSFORMERS = {
         ),
         ((2, 3, 96, 64),),  # a batch of one has wrong gradients on one device (rules/reductions/normalization.py: _fixed)
         lambda model, x: list(model(pixel_values=x).values())[:2],
-        fallbacks=("topk",),
     ),
     "EoMT": Net(
         "transformers",
