@@ -195,17 +195,18 @@ def redistribute(x: PatchTensor, layout: RowLayout, func: Any) -> PatchTensor:
     return in_memory_of(fetch(x, needs, func)[0], x, layout)
 
 
-def turned_beside(x: PatchTensor, along: Collection[int], func: Any) -> PatchTensor | None:
-    """Sharded along the widest dim that is none of these, and is not sharded over an inner axis; None if all are."""
+def widest_beside(x: PatchTensor, along: Collection[int]) -> int | None:
+    """The widest dim that is none of these, and is not sharded over an inner axis: one to turn to. None if all are."""
     taken, inside = {*along}, x.local
     while isinstance(inside, PatchTensor):
         taken.add(inside.row_layout.dim)
         inside = inside.local
-    beside = [dim for dim in range(x.ndim) if dim not in taken]
-    if not beside:
-        return None
-    widest = max(beside, key=lambda dim: x.shape[dim])
-    return redistribute(x, RowLayout(widest, x.region.bounds(x.shape[widest])), func)
+    return max((dim for dim in range(x.ndim) if dim not in taken), key=lambda dim: x.shape[dim], default=None)
+
+
+def turned(x: PatchTensor, dim: int, func: Any) -> PatchTensor:
+    """Sharded evenly along another dim: every rank sends every other its slice of it."""
+    return redistribute(x, RowLayout(dim, x.region.bounds(x.shape[dim])), func)
 
 
 def alike_inside(tensors: Sequence[Tensor], func: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import fetch, kept, on_some_rows, redistribute, turned_beside, wrap
+from distpatch.rules.core.operands import fetch, kept, on_some_rows, redistribute, turned, widest_beside, wrap
 from distpatch.rules.core.registry import beside_rows, named, nth, rule
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
@@ -49,10 +49,11 @@ def _ranked(func: Any, input: PatchTensor, dim: int | None, args: Any, kwargs: A
 
 def _along_rows(func: Any, input: PatchTensor, args: Any, kwargs: Any, removes: bool) -> Any:
     """Two exchanges of all elements, each between all ranks. What is not as tall as the input is replicated."""
-    turned, rows = turned_beside(input, (input.row_layout.dim,), func), input.row_layout
-    if turned is None or turned.row_layout.size == 1:
+    rows = input.row_layout
+    widest = widest_beside(input, (rows.dim,))
+    if widest is None or input.shape[widest] == 1:
         return _of_vector(func, input, args, kwargs) if op_name(func) in {"sort", "argsort"} else NotImplemented
-    result = _ranked(func, turned, rows.dim, args, kwargs, removes)
+    result = _ranked(func, turned(input, widest, func), rows.dim, args, kwargs, removes)
 
     def back(tensor: Tensor) -> Tensor:
         if not removes and isinstance(tensor, PatchTensor) and tensor.shape[rows.dim] == rows.size:

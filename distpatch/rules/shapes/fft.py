@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import beside_rows, normalize_dims, redistribute, turned_beside
+from distpatch.rules.core.operands import beside_rows, normalize_dims, redistribute, turned, widest_beside
 from distpatch.rules.core.registry import rule
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
@@ -30,10 +30,10 @@ def fourier(func: Any, input: PatchTensor, size: Any = None, *args: Any, **kwarg
         return NotImplemented
     if input.row_layout.dim in beside:
         return beside_rows(func, input, **given)
-    turned = turned_beside(input, dims, func)
-    if turned is None:
+    widest = widest_beside(input, dims)
+    if widest is None:
         return NotImplemented
-    result = beside_rows(func, turned, **given)
+    result = beside_rows(func, turned(input, widest, func), **given)
     row = input.row_layout.dim
     same = result.shape[row] == input.row_layout.size
     return redistribute(
