@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ def plugin(group: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def omni(monkeypatch: pytest.MonkeyPatch, kind: str, like: Any, mode: str, asked: str = "1") -> Any:
+def omni(monkeypatch: pytest.MonkeyPatch, kind: str, like: Any, mode: str) -> Any:
     """An autoencoder of vLLM-Omni as its registry leaves it."""
     servers.vllm_omni()
-    monkeypatch.setenv(SWITCH, asked)
+    monkeypatch.setenv(SWITCH, "1")
     plugin("vllm_omni.general_plugins")()
     module = importlib.import_module(f"{servers.OMNI}.autoencoders.{kind}")
     (cls,) = (
@@ -187,18 +188,14 @@ def test_sglang(ranks: Pool) -> None:
     ranks.run(2, loaded)
 
 
-def not_asked(rank: int) -> None:
-    """Only being installed changes nothing."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        vae = omni(monkeypatch, "autoencoder_kl", tiny_kl(), "spatial_shard_height", asked="0")
-        assert "decode" not in vae.__dict__
-        monkeypatch.setenv(SWITCH, "")
-        plugin("sglang.multimodal_gen.plugins")()
-
-
-def test_not_asked_for() -> None:
-    pool = Pool(1)
-    try:
-        pool.run(1, not_asked)
-    finally:
-        pool.close()
+@pytest.mark.parametrize("group", ["vllm_omni.general_plugins", "sglang.multimodal_gen.plugins"])
+@pytest.mark.parametrize("asked", ["", "0"])
+def test_not_asked_for(monkeypatch: pytest.MonkeyPatch, group: str, asked: str) -> None:
+    """Being installed beside a server changes nothing: of the server nothing is even imported."""
+    server = group.partition(".")[0]
+    monkeypatch.setitem(sys.modules, server, None)
+    monkeypatch.setenv(SWITCH, asked)
+    plugin(group)()
+    monkeypatch.setenv(SWITCH, "1")
+    with pytest.raises(ModuleNotFoundError, match=server):
+        plugin(group)()
