@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+import distpatch
 from tests.support.makers import anywhere
 from tests.support.oracle import H, case, random_tensor, since_2_13
+from tests.support.threads import run_ranks
 
 X = (2, 3, H, 5)
 WIDTH = (2, 3, 5, H)
@@ -250,3 +253,31 @@ def test_reductions_agree_on_every_rank() -> None:
         return x * 2 if bool(x.mean() > 0) else x - 1
 
     case(steer, X)()
+
+
+@pytest.mark.filterwarnings("ignore:distpatch has no sharded rule")
+def test_sorting_vectors_of_other_dtypes() -> None:
+    """Half precision, signed zeros and infinities in torch's order; what the rule cannot order is torch's to sort."""
+    values = torch.tensor([0.0, -math.inf, 2.0, -0.0, math.nan, -1.5, math.inf, 2.0])
+    given = [
+        values.half(),
+        values.bfloat16(),
+        values,
+        values > 0,
+        torch.tensor([3, 2**63 + 1, 1, 2**62], dtype=torch.uint64),
+    ]
+
+    def body(rank: int) -> None:
+        for vector in given:
+            x = distpatch.shard(vector, dist.group.WORLD, dim=0)
+            for descending in (False, True):
+                found = torch.sort(x, stable=True, descending=descending)
+                right = torch.sort(vector, stable=True, descending=descending)
+                assert torch.equal(distpatch.gather(found.indices), right.indices), vector.dtype
+                assert torch.equal(distpatch.gather(found.values).nan_to_num(7), right.values.nan_to_num(7)), (
+                    vector.dtype
+                )
+        with pytest.raises(RuntimeError, match="complex"):
+            distpatch.shard(values.to(torch.complex64), dist.group.WORLD, dim=0).sort()
+
+    run_ranks(2, body)

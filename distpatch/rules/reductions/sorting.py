@@ -52,7 +52,8 @@ def _along_rows(func: Any, input: PatchTensor, args: Any, kwargs: Any, removes: 
     rows = input.row_layout
     widest = widest_beside(input, (rows.dim,))
     if widest is None or input.shape[widest] == 1:
-        return _of_vector(func, input, args, kwargs) if op_name(func) in {"sort", "argsort"} else NotImplemented
+        may = op_name(func) in {"sort", "argsort"} and not input.dtype.is_complex and input.dtype != torch.uint64
+        return _of_vector(func, input, args, kwargs) if may else NotImplemented
     result = _ranked(func, turned(input, widest, func), rows.dim, args, kwargs, removes)
 
     def back(tensor: Tensor) -> Tensor:
