@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from distpatch.errors import DistPatchError
 from distpatch.model.convert import convert_model, is_converted
 from distpatch.model.restore import restore_model
 
@@ -38,11 +39,14 @@ class ShardedCalls:
 
     ``group``: says, at each call, on which ranks; None: on this one alone, as the server has it. The model is converted
     by the first call on a group: servers load weights after they have built a model. ``dim``: as of ``convert_model``.
+    Raises ``DistPatchError`` for a model that is converted already, or whose calls are sharded.
     """
 
     def __init__(
         self, vae: nn.Module, group: Callable[[], ProcessGroup | None], dim: int, aside: Sequence[SetAside]
     ) -> None:
+        if is_converted(vae) or SERVED in vae.__dict__:
+            raise DistPatchError(f"{type(vae).__name__} is converted already: restore_model, or release, undoes that")
         self.vae, self.group, self.dim, self.aside = vae, group, dim, aside
         self._calls = {name: getattr(vae, name) for name in METHODS if callable(getattr(vae, name, None))}
         self.names = tuple(self._calls)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distpatch import DistPatchError, LayoutError
 from distpatch.model.convert import is_converted
-from distpatch.serving.calls import SWITCH, release
+from distpatch.serving.calls import SWITCH, ShardedCalls, release
 from tests.procs import servers
 from tests.procs.pool import Pool
 from tests.support.oracle import random_tensor
@@ -80,6 +80,8 @@ def pictures(rank: int, mode: str) -> None:
         with pytest.raises(LayoutError):
             vae.decode()
         assert vae.use_tiling
+        with pytest.raises(DistPatchError, match="converted already"):
+            ShardedCalls(vae, lambda: dist.group.WORLD, -2, [])
         vae.set_parallel_size(dist.get_world_size(), mode="tile")  # and back
         assert not is_converted(vae) and "decode" not in vae.__dict__
         vae.set_parallel_size(1, mode=mode)
