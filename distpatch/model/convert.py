@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distpatch import exported as _exported
 from distpatch.comm import devices
 from distpatch.comm.collectives import in_one_thread, replicated_operands
 from distpatch.comm.communicator import Communicator, communicator
 from distpatch.comm.dtensors import is_dtensor, same_part
 from distpatch.comm.meshes import Mesh, Ranks, axes_of
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
+from distpatch.model import exported as _exported
 from distpatch.model.arguments import problem_of, signature_of
 from distpatch.model.calls import STATE, Call, Conversion, inside, leave, sharded_buffers
 from distpatch.model.compile_ops import begin_call, end_call, enter_compiled

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpatch import exported as _exported
 from distpatch.comm.communicator import ALONE
 from distpatch.errors import LayoutError
+from distpatch.model import exported as _exported
 from distpatch.model.compile_ops import enter_compiled
 from distpatch.rules.core.operands import per_dim
 from distpatch.tensor import options

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.exported.forms import FORMS, Form, Results, aten, form
+from distpatch.model.exported.forms import FORMS, Form, Results, aten, form
 from distpatch.rules.core.fallback import fallback
 
 

@@ -4,7 +4,7 @@ Importing this package fills the table to its end.
 """
 
 from distpatch import rules as rules
-from distpatch.exported import forms, norms, operators, torchscript
+from distpatch.model.exported import forms, norms, operators, torchscript
 from distpatch.rules.elementwise import in_place
 
 __all__ = ["forms", "norms", "operators", "torchscript"]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distpatch.exported import norms
-from distpatch.exported.forms import FORMS
+from distpatch.model.exported import norms
+from distpatch.model.exported.forms import FORMS
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils.private import OpOverload, OpOverloadPacket, nn_builtins
 from distpatch.torch_utils.tree import map_tensors
