@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,8 +29,12 @@ from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
 
 
 @torch.library.custom_op("distpatch::begin_call", mutates_args=(), tags=NEVER_REPLAYED)
-def begin_call(name: str, what: str, signature: str) -> None:
-    """A barrier that checks that all ranks make the same call, at every run of a compiled graph."""
+def begin_call(beside: Sequence[Tensor], name: str, what: str, signature: str) -> None:
+    """A barrier that checks that all ranks make the same call, at every run of a compiled graph.
+
+    ``beside``: a tensor of the call. Around an operator without any, which is on no device, torch's compiler frees
+    tensors that a kernel has yet to read (``primals_3`` is not associated with a value; seen in 2.13 on a CPU).
+    """
     comm = communicator_of(name)
     comm.begin_call(what, signature)
     comm.in_call = True
@@ -38,7 +43,7 @@ def begin_call(name: str, what: str, signature: str) -> None:
 
 
 @torch.library.custom_op("distpatch::end_call", mutates_args=(), tags=NEVER_REPLAYED)
-def end_call(name: str) -> None:
+def end_call(beside: Sequence[Tensor], name: str) -> None:
     """All that the graph sends has been sent, and what it was sent is whole."""
     if sys.gettrace() is _look_at_no_frame:
         sys.settrace(None)
@@ -46,12 +51,12 @@ def end_call(name: str) -> None:
 
 
 @begin_call.register_fake
-def _(name: str, what: str, signature: str) -> None:
+def _(beside: Sequence[Tensor], name: str, what: str, signature: str) -> None:
     return None
 
 
 @end_call.register_fake
-def _(name: str) -> None:
+def _(beside: Sequence[Tensor], name: str) -> None:
     return None
 
 

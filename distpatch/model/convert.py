@@ -278,7 +278,8 @@ def _compiled(
         problem = f"{what}: a compiled call is never a displaced step: compile the modules inside the model instead"
     if problem:
         raise LayoutError(problem)
-    begin_call(region.comm.name, what, signature_of(given))
+    beside = [given[0].detach()]
+    begin_call(beside, region.comm.name, what, signature_of(given))
     state.thread.inside = True
     sharded = entrance.mapped(lambda t, dim: enter_compiled(t, dim, region.comm.name, region.options), args, kwargs)
     result = function(*sharded[0], **sharded[1])
@@ -286,7 +287,7 @@ def _compiled(
     for buffers, key, buffer in sharded_buffers(model):
         buffers[key] = gather_replicated(buffer)
     left = map_tensors(lambda t: leave(t, state), result)
-    end_call(region.comm.name)
+    end_call([t.detach() for t in tensors_in(left)][:1] or beside, region.comm.name)
     return left
 
 

@@ -103,6 +103,39 @@ def tokens_by_name(rank: int) -> list[Tensor]:
     return [result.detach() for result in results]
 
 
+class PixelsAndText(nn.Module):
+    """Pixels become tokens, are joined with a text's, attend, and become pixels again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.out = nn.Conv2d(3, 8, 3, padding=1).double(), nn.Conv2d(8, 3, 3, padding=1).double()
+        self.text, self.heads = nn.Parameter(torch.randn(1, 5, 8).double()), nn.Linear(8, 24).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.into(x)
+        tokens = torch.cat([self.text.expand(len(x), -1, -1), pixels.flatten(2).transpose(1, 2)], 1)
+        heads = self.heads(tokens).view(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        tokens = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)[:, 5:]
+        return self.out(tokens.transpose(1, 2).unflatten(2, pixels.shape[2:]))
+
+
+def pixels_and_text(rank: int, dim: int, backend: str) -> list[list[Tensor]]:
+    """The output and all gradients: on one device, and compiled on the ranks."""
+    torch._dynamo.reset()
+    results = []
+    for sharded in (False, True):
+        model: Any = PixelsAndText()
+        if sharded:
+            group, options = dist.group.WORLD, {"fallback": "error", "compile": {"backend": backend}}
+            distpatch.convert_model(model, group, dim=dim, **options)
+        x = random_tensor((2, 3, 7, 9)).requires_grad_()
+        out = model(x)
+        (out * random_tensor(out.shape, 1)).sum().backward()
+        results.append([out.detach(), x.grad, *(p.grad for p in model.parameters())])
+    return results
+
+
 def called_differently(rank: int) -> tuple[str, Tensor]:
     """A compiled call with another shape on one rank, then a proper one."""
     torch._dynamo.reset()

@@ -63,6 +63,14 @@ def test_a_model_of_tokens(pool: Pool) -> None:
             assert_same(result, results[0], 1e-12, "tokens")
 
 
+@pytest.mark.parametrize(("dim", "backend"), [(-2, "inductor"), (-1, "aot_eager")])
+def test_training_on_pixels_and_text(pool: Pool, dim: int, backend: str) -> None:
+    """Along the width tokens are in blocks, and joined with the text's where they are."""
+    for plain, sharded in pool.run(2, compiling.pixels_and_text, dim, backend, timeout=120):
+        for result, right in zip(sharded, plain, strict=True):
+            assert_same(result, right, 1e-12, "tokens")
+
+
 def test_ranks_called_differently(pool: Pool) -> None:
     for message, difference in pool.run(2, compiling.called_differently, timeout=60):
         assert "called differently" in message and "rank 1: Sequential.forward ((1, 3, 7, 4)" in message
