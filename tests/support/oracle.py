@@ -11,6 +11,7 @@ test has put a transport in place (``using``), all of them run on it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 import threading
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import distpatch
+from distpatch.comm.communicator import communicator
 from distpatch.layout.rows import Bounds, even_bounds
 from distpatch.torch_utils import private
 from distpatch.torch_utils.tree import tensors_in
@@ -96,12 +98,14 @@ def check(
 
         expected_of = fallback, gathers if meshes else ()
 
-        def body(rank: int) -> list[list[Result]]:
+        def body(rank: int) -> list[list[tuple[Result, list[int]]]]:
             group = mesh_of(mesh) if meshes else dist.group.WORLD
-            return [
-                [_sharded(fn, tensors, rows, group, along, bounds, expected_of, p2p, order) for bounds in layouts[i]]
-                for i, (rows, tensors) in enumerate(runs)
-            ]
+
+            def one(rows: int, tensors: list[Tensor], bounds: Any) -> tuple[Result, list[int]]:
+                result = _sharded(fn, tensors, rows, group, along, bounds, expected_of, p2p, order)
+                return result, parts_sent(group) if isinstance(group, DeviceMesh) else []
+
+            return [[one(rows, tensors, bounds) for bounds in layouts[i]] for i, (rows, tensors) in enumerate(runs)]
 
         transport = late() if is_usual() and world not in OVER_GLOO else contextlib.nullcontext()
         with _expect_warning(None if meshes else fallback), transport:
@@ -109,7 +113,8 @@ def check(
         for i, (rows, _) in enumerate(runs):
             for j, bounds in enumerate(layouts[i]):
                 where = f"{rows} rows on {mesh} ranks, bounds {bounds}"
-                compare([results[i][j] for results in ranks], expected[i], where, tolerance)
+                compare([results[i][j][0] for results in ranks], expected[i], where, tolerance)
+                _compare_parts([results[i][j][1] for results in ranks], mesh, where)
                 compared += 1
 
 
@@ -137,6 +142,24 @@ def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
     if shape not in known:
         known[shape] = init_device_mesh("cpu", shape)
     return known[shape]
+
+
+def parts_sent(mesh: DeviceMesh) -> list[int]:
+    """A checksum for each axis of which parts were sent since the last one (``Communicator.sends_parts``)."""
+    comms = [communicator(mesh.get_group(axis)) for axis in range(mesh.ndim)]
+    parts = [comm.parts for comm in comms]
+    for comm in comms:
+        comm.parts = 0
+    return parts
+
+
+def _compare_parts(sent: Sequence[list[int]], mesh: tuple[int, ...], where: str) -> None:
+    """The ranks of an axis have sent parts of the same tensors, sharded alike over the other axes."""
+    for axis in range(len(sent[0])):
+        lines: dict[tuple[int, ...], set[int]] = {}
+        for place, parts in zip(itertools.product(*map(range, mesh)), sent, strict=True):
+            lines.setdefault((*place[:axis], *place[axis + 1 :]), set()).add(parts[axis])
+        assert all(len(found) == 1 for found in lines.values()), f"{where}: other parts sent along axis {axis}"
 
 
 _thread = threading.local()
