@@ -22,7 +22,7 @@ from distpatch.comm.communicator import ALONE
 from distpatch.comm.meshes import Ranks
 from distpatch.comm.together import together
 from distpatch.errors import LayoutError
-from distpatch.rules.core.operands import in_order
+from distpatch.rules.core.redistribution import in_order
 from distpatch.tensor.patch_tensor import PatchTensor, axes_in, on_rank0
 from distpatch.tensor.sharded_checkpoint import chunks
 

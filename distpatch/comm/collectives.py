@@ -22,11 +22,12 @@ from torch import Tensor
 from distpatch.comm.communicator import communicator_of
 from distpatch.comm.row_exchange import alias, fetch_rows, is_plain
 from distpatch.comm.watched import ring_traffic
-from distpatch.layout.rows import BlockLayout, RowLayout
+from distpatch.layout.blocks import BlockLayout, InnerCut
+from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import ceil_div
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import format_of, in_memory_order, memory_format, order_in
-from distpatch.torch_utils.overridable import overridable
+from distpatch.torch_utils.overridable import has_rules, overridable
 from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
 
 
@@ -47,12 +48,17 @@ def gather_rows(
 
     ``order``: how dims stand in memory, innermost first, where that is known.
     """
-    if isinstance(layout, BlockLayout):
-        rows = layout.opened
-        height = rows.heights[communicator_of(name).rank if name else 0]
-        local = local.unflatten(layout.dim, (layout.blocks, height))
-        return gather_rows(local, rows, name, op).flatten(layout.dim, rows.dim)
-    return gather_in_order(local, layout, name, op, order)
+    if not isinstance(layout, BlockLayout):
+        return gather_in_order(local, layout, name, op, order)
+    if not layout.size:
+        return local
+    rank = communicator_of(name).rank if name else 0
+    if layout.is_joined:
+        parts = [gather_rows(rows, piece, name, op) for rows, piece in cut_rows(local, layout, rank)]
+        return join_rows(parts, layout.dim)
+    rows = layout.opened
+    blocks = local.unflatten(layout.dim, (layout.blocks, rows.height(rank)))
+    return gather_rows(blocks, rows, name, op).flatten(layout.dim, rows.dim)
 
 
 @overridable
@@ -73,10 +79,41 @@ def shard_rows(full: Tensor, layout: RowLayout, rank: int, name: str) -> Tensor:
 def narrow_rows(full: Tensor, layout: RowLayout, rank: int) -> Tensor:
     """This rank's rows of a whole tensor, a view; of a ``BlockLayout`` a copy."""
     if isinstance(layout, BlockLayout):
+        if layout.is_joined:
+            wholes = zip(full.split([piece.size for piece in layout.pieces], layout.dim), layout.pieces)
+            return join_rows([narrow_rows(whole, piece, rank) for whole, piece in wholes], layout.dim)
+        if not layout.size:
+            return full
         blocks = full.unflatten(layout.dim, (layout.blocks, -1))
         return narrow_rows(blocks, layout.opened, rank).flatten(layout.dim, layout.dim + 1)
     lo, hi = layout.interval(rank)
     return full.narrow(layout.dim, lo, hi - lo)
+
+
+def cut_rows(local: Tensor, layout: BlockLayout, rank: int) -> Iterator[tuple[Tensor, RowLayout]]:
+    """A rank's rows of each part of a layout, views, and these parts' layouts."""
+    start = 0
+    for at, piece in enumerate(layout.pieces):
+        height = piece.height(rank)
+        yield narrow_inside(local, layout.dim, start, [InnerCut(at, (0, 1, 1), height)]), piece
+        start += height
+
+
+@overridable
+def narrow_inside(local: Tensor, dim: int, start: int, cuts: Sequence[InnerCut]) -> Tensor:
+    """A view of a rank's rows from ``start``, all that the cuts take of its layout's parts."""
+    return local.narrow(dim, start, sum(cut.height for cut in cuts))
+
+
+def join_rows(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat`` of a rank's rows: where these are sharded themselves they stay where they are."""
+    return join_parts(next(filter(has_rules, tensors), tensors[0]), tensors, dim)
+
+
+@overridable
+def join_parts(lead: Tensor, tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """``join_rows``, of which ``lead`` is the first that is sharded itself, if any is."""
+    return torch.cat(list(tensors), dim)
 
 
 @overridable

@@ -18,7 +18,7 @@ from distpatch.diffusion.guidance import check_mesh, on_all_ranks, split_guidanc
 from distpatch.layout.rows import RowLayout
 from distpatch.model.convert import convert_model
 from distpatch.model.restore import restore_model
-from distpatch.rules.core.operands import redistribute
+from distpatch.rules.core.redistribution import redistribute
 from distpatch.tensor.patch_tensor import PatchTensor, gather
 from distpatch.torch_utils.tree import map_tensors
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from distpatch.errors import LayoutError
 from distpatch.layout.stencil import Interval
@@ -14,6 +14,8 @@ Bounds = tuple[int, ...]
 Needs = tuple[tuple[Interval, ...], ...]  # needs[rank]: the row intervals that rank asks for
 
 EMPTY: Interval = (0, 0)
+PRIME = (1 << 61) - 1  # larger than any size
+MANY = PRIME * 720720  # what a size of 0 is counted as: has the sizes that dims are usually split in as factors
 
 
 class Stencil(Protocol):
@@ -25,7 +27,7 @@ class Stencil(Protocol):
     def __hash__(self) -> int: ...  # plans are cached by it
 
 
-def _is_tiny(bounds: Bounds) -> bool:
+def is_tiny(bounds: Bounds) -> bool:
     return any(b - a < 2 for a, b in pairwise(bounds))
 
 
@@ -43,7 +45,7 @@ class RowLayout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", self.bounds[-1] if self.bounds else 0)
-        object.__setattr__(self, "is_tiny", _is_tiny(self.bounds))
+        object.__setattr__(self, "is_tiny", is_tiny(self.bounds))
         ordered = all(a <= b for a, b in pairwise(self.bounds))
         if len(self.bounds) < 2 or self.bounds[0] != 0 or not ordered:
             raise LayoutError(
@@ -59,8 +61,25 @@ class RowLayout:
         """How many rows each rank owns."""
         return tuple(hi - lo for lo, hi in pairwise(self.bounds))
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What its rows are made of, as of a ``BlockLayout`` (blocks.py): one part of one block."""
+        return (Part(self.bounds),)
+
     def interval(self, rank: int) -> Interval:
         return self.bounds[rank], self.bounds[rank + 1]
+
+    def height(self, rank: int) -> int:
+        """How many rows a rank owns."""
+        return self.bounds[rank + 1] - self.bounds[rank]
+
+    def rows_before(self, row: int, rank: int) -> int:
+        """How many of a rank's rows come before a row of the whole."""
+        return min(max(row - self.bounds[rank], 0), self.height(rank))
+
+    def cuts(self, lo: int, hi: int) -> list[Cut]:
+        """What rows [lo, hi) of the whole are made of; each rank keeps those of its own."""
+        return [Cut(0, Part(clipped(self.bounds, lo, hi)), (0, 1, 1))]
 
     def with_dim(self, dim: int) -> RowLayout:
         return self if dim == self.dim else _layout(dim, self.bounds)
@@ -69,59 +88,48 @@ class RowLayout:
         return self if bounds == self.bounds else _layout(self.dim, bounds)
 
 
+class Part(NamedTuple):
+    """Some of the rows: of each of so many blocks of them, rank r owns the rows ``inner[r]:inner[r + 1]``."""
+
+    inner: Bounds
+    blocks: int = 1
+
+    @property
+    def void(self) -> bool:
+        """Whether there are none, since they were merged with a dim behind them that has no elements.
+
+        ``inner`` counts them as if it had ``MANY``: so it is known who has which when that dim is split off again.
+        """
+        return self.inner[-1] > 0 and self.inner[-1] % PRIME == 0
+
+    @property
+    def size(self) -> int:
+        return 0 if self.void else self.blocks * self.inner[-1]
+
+    def height(self, rank: int) -> int:
+        """How many of them a rank owns."""
+        return 0 if self.void else self.blocks * (self.inner[rank + 1] - self.inner[rank])
+
+
+class Cut(NamedTuple):
+    """Some rows of one part of a layout: of which, and how they are shared out.
+
+    ``share``: from which of its blocks to which they are, and of how many.
+    """
+
+    part: int
+    rows: Part
+    share: tuple[int, int, int]
+
+
+def clipped(bounds: Bounds, lo: int, hi: int) -> Bounds:
+    """The bounds of rows [lo, hi), counted from the first of these."""
+    return tuple(min(max(b, lo), hi) - lo for b in bounds)
+
+
 @lru_cache(maxsize=4096)
 def _layout(dim: int, bounds: Bounds) -> RowLayout:
     return RowLayout(dim, bounds)
-
-
-class BlockLayout(RowLayout):
-    """What a dim merged in front of the rows makes of a layout: blocks of rows, and each rank has some of each.
-
-    Of every one of the ``blocks``, rank r owns the rows ``inner[r]:inner[r + 1]``; locally they stand one
-    after the other. A rule that treats all rows alike needs no more than ``dim``, ``size`` and ``heights``; it has
-    no ``bounds``.
-    """
-
-    inner: Bounds
-    blocks: int
-
-    def __init__(self, dim: int, inner: Bounds, blocks: int) -> None:
-        known = {"dim": dim, "inner": inner, "blocks": blocks, "size": blocks * inner[-1], "is_tiny": _is_tiny(inner)}
-        for name, value in known.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def bounds(self) -> Bounds:  # type: ignore[override]
-        raise AssertionError(f"the rows of {self} are not in order: its rule must not be marked any_order")
-
-    @property
-    def world_size(self) -> int:
-        return len(self.inner) - 1
-
-    @property
-    def heights(self) -> tuple[int, ...]:
-        return tuple(self.blocks * (hi - lo) for lo, hi in pairwise(self.inner))
-
-    @property
-    def opened(self) -> RowLayout:
-        """The layout where blocks and rows are two dims again."""
-        return _layout(self.dim + 1, self.inner)
-
-    def with_dim(self, dim: int) -> RowLayout:
-        return self if dim == self.dim else BlockLayout(dim, self.inner, self.blocks)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BlockLayout) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __repr__(self) -> str:
-        return f"BlockLayout(dim={self.dim}, inner={self.inner}, blocks={self.blocks})"
-
-    @property
-    def _key(self) -> tuple[int, Bounds, int]:
-        return self.dim, self.inner, self.blocks
 
 
 @lru_cache(maxsize=4096)
@@ -133,5 +141,6 @@ def even_bounds(rows: int, world_size: int) -> Bounds:
 
 @lru_cache(maxsize=4096)
 def aligned_bounds(bounds: Bounds, unit: int) -> Bounds:
-    """The bounds, each moved down to a multiple of ``unit`` rows; the last stays."""
-    return (*(b - b % unit for b in bounds[:-1]), bounds[-1])
+    """The bounds, each moved to the nearest multiple of ``unit`` rows; the last stays."""
+    last = bounds[-1] - bounds[-1] % unit
+    return (*(min((b + unit // 2) // unit * unit, last) for b in bounds[:-1]), bounds[-1])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from distpatch.layout.blocks import BlockLayout
 from distpatch.layout.rows import EMPTY, Bounds, Needs, RowLayout, Stencil
 from distpatch.layout.stencil import Interval, WindowStencil, ceil_div
 
@@ -96,23 +98,31 @@ def padded(needs: Sequence[Sequence[Interval]]) -> Needs:
 
 
 @lru_cache(maxsize=4096)
-def needs_in_order(inner: Bounds, blocks: int, bounds: Bounds) -> Needs:
+def needs_in_order(layout: BlockLayout, bounds: Bounds) -> Needs:
     """What each rank needs of a ``BlockLayout`` to own its rows ``bounds[rank]:bounds[rank + 1]`` in order.
 
-    The intervals count the rows as they are held: rank by rank, and on each rank block by block.
+    The intervals count the rows as they are held: rank by rank, and on each rank part by part.
     """
-    rows = max(inner[-1], 1)
+    pieces = []
+    for rank in range(layout.world_size):
+        held = layout.held[rank]
+        for lo, hi in layout.intervals(rank):
+            pieces.append((lo, hi, held - lo))
+            held += hi - lo
+    pieces.sort()
+    starts = [lo for lo, _, _ in pieces]
     needs = []
     for lo, hi in pairwise(bounds):
-        intervals: list[Interval] = []
-        for block in range(lo // rows, ceil_div(hi, rows)):
-            for a, b in pairwise(inner):
-                held = blocks * a + block * (b - a) - a  # of the block's row 0, if this owner had it
-                start, stop = max(lo - block * rows, a), min(hi - block * rows, b)
-                if start < stop:
-                    intervals.append((held + start, held + stop))
-        needs.append(intervals)
+        own = pieces[max(bisect_right(starts, lo) - 1, 0) : bisect_left(starts, hi)]
+        cut = [(max(lo, a) + held, min(hi, b) + held) for a, b, held in own]
+        needs.append([(a, b) for a, b in cut if a < b])
     return padded(needs)
+
+
+@lru_cache(maxsize=4096)
+def needs_in_parts(layout: BlockLayout) -> Needs:
+    """What each rank needs of rows in order to own its rows of a ``BlockLayout``, as it holds them."""
+    return padded([list(layout.intervals(rank)) for rank in range(layout.world_size)])
 
 
 @dataclass(frozen=True)

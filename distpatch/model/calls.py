@@ -18,7 +18,7 @@ from distpatch.errors import DistPatchError, LayoutError
 from distpatch.lazy.buffer_reuse import deferred_rows
 from distpatch.model.arguments import problem_of, signature_of
 from distpatch.model.entrance import Entrance
-from distpatch.rules.core.operands import in_order
+from distpatch.rules.core.redistribution import in_order
 from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import (
     PatchTensor,

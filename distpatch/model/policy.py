@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.communicator import Communicator
-from distpatch.layout.rows import BlockLayout, RowLayout
+from distpatch.layout.blocks import BlockLayout
+from distpatch.layout.rows import RowLayout
 from distpatch.model.calls import Call, leave
 from distpatch.profiling.live_memory import LivePeak
 from distpatch.profiling.op_costs import mark, seconds_between

@@ -79,16 +79,6 @@ for _funcs, _expression, _known in _EXPRESSIONS:
 # Views and shapes.
 
 
-@composite(*named("unflatten"), view=True)
-def unflatten(func: Any, input: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    at = nth(dim, input.ndim)
-    known = -math.prod(sizes) if -1 in sizes else math.prod(sizes)
-    sizes = [input.shape[at] // max(known, 1) if n == -1 else n for n in sizes]
-    if math.prod(sizes) != input.shape[at]:
-        raise RuntimeError(f"unflatten: sizes {sizes} do not multiply up to {input.shape[at]}, of dim {dim}")
-    return input.reshape(*input.shape[:at], *sizes, *input.shape[at + 1 :])
-
-
 @composite(*named("broadcast_tensors"), view=True)
 def broadcast_tensors(func: Any, *tensors: Any) -> tuple[Tensor, ...]:
     given = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors

@@ -16,7 +16,8 @@ from distpatch.comm.communicator import Communicator, communicator
 from distpatch.comm.meshes import Dims, Mesh, Ranks, axes_of, bounds_held, dims_of
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.errors import DistPatchError, LayoutError, UnsupportedOpError
-from distpatch.layout.rows import EMPTY, BlockLayout, RowLayout, even_bounds
+from distpatch.layout.blocks import BlockLayout
+from distpatch.layout.rows import EMPTY, RowLayout, even_bounds
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.recipe import Recipe
 from distpatch.tensor import sharded_checkpoint
@@ -172,9 +173,7 @@ class PatchTensor(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         rows = self.row_layout
-        where = (
-            f"blocks={rows.blocks}, inner={rows.inner}" if isinstance(rows, BlockLayout) else f"bounds={rows.bounds}"
-        )
+        where = f"parts={rows.parts}" if isinstance(rows, BlockLayout) else f"bounds={rows.bounds}"
         return (
             f"PatchTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"dim={rows.dim}, {where}, rank={self.region.comm.rank})"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distpatch.layout.rows import BlockLayout, RowLayout
+from distpatch.layout.blocks import BlockLayout
+from distpatch.layout.rows import RowLayout
 
 if TYPE_CHECKING:
     from distpatch.tensor.patch_tensor import PatchTensor
@@ -52,10 +53,11 @@ def chunks(axes: Sequence[PatchTensor]) -> Iterator[Chunk]:
 
 
 def _intervals(layout: RowLayout, rank: int) -> Iterator[Span]:
-    bounds, blocks = (layout.inner, layout.blocks) if isinstance(layout, BlockLayout) else (layout.bounds, 1)
-    lo, hi = bounds[rank], bounds[rank + 1]
-    if lo < hi:
-        yield from (Span(block * bounds[-1] + lo, block * (hi - lo), hi - lo) for block in range(blocks))
+    own = 0
+    for lo, hi in layout.intervals(rank) if isinstance(layout, BlockLayout) else [layout.interval(rank)]:
+        if lo < hi:
+            yield Span(lo, own, hi - lo)
+        own += hi - lo
 
 
 def _within(outer: list[Span], inner: list[Span]) -> Iterator[Span]:

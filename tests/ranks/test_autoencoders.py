@@ -48,7 +48,7 @@ def test_as_on_one_device(name: str, call: str) -> None:
 def test_on_a_mesh(name: str, call: str) -> None:
     result = compare(name, [(call, heights(name, call)[0])], world=4, mesh=(2, 2))
     assert result.error <= TOLERANCE[AUTOENCODERS[name].dtype]
-    oracle.notes.setdefault("gathered on 2 x 2:", []).append(f"{name} {call}: {result.fallbacks}")
+    assert not result.fallbacks
     oracle.compared += result.runs
 
 

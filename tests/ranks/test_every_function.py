@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import distpatch
 from distpatch.comm.collectives import narrow_rows
 from distpatch.errors import UnsupportedOpError
-from distpatch.layout.rows import BlockLayout
+from distpatch.layout.blocks import BlockLayout
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils import private
 from docs import coverage

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import distpatch
-from distpatch import DistPatchError, LayoutError, RankError, UnsupportedOpError
+from distpatch import DistPatchError, LayoutError, RankError
 from distpatch.lazy.row_patches import in_patches
 from distpatch.tensor.patch_tensor import axes_in
-from tests.ranks.test_shape import RESHAPES
-from tests.support.mesh_cases import GATHERS, REFUSED, Case, Shape, chosen, everything
+from tests.support.mesh_cases import GATHERS, Case, Shape, chosen, everything
 from tests.support.oracle import H, case, mesh_of, random_tensor
 from tests.support.threads import rank_outcomes, run_ranks
 from tests.support.zoo.models import tiny_kl, tiny_unet
@@ -35,6 +34,7 @@ ALWAYS = frozenset(
         "tensor_surface: module hooks",
         "index_writes: increased",
         "shape: merged, softmax",
+        "shape: merged, written to in order",
         "own_functions: operator on merged rows",
         "unfold: 3x3",
         "unfold: fold 3x3",
@@ -46,15 +46,6 @@ ALWAYS = frozenset(
 @pytest.mark.parametrize(("mesh", "name", "one"), chosen(ALWAYS))
 def test_case_on_mesh(mesh: Shape, name: str, one: Case) -> None:
     one(meshes=[mesh], p2p=None, gathers=GATHERS.get(name.partition(":")[0], "").split())
-
-
-@pytest.mark.filterwarnings("ignore:distpatch has no sharded rule")
-@pytest.mark.parametrize("mesh", [(2, 2), (1, 4)])
-def test_writes_to_slices_of_merged_rows_are_refused(mesh: Shape) -> None:
-    """By name, on all ranks: there they are copies of other ranks' rows."""
-    for name in REFUSED:
-        with pytest.raises(UnsupportedOpError, match="fill_ writes to the result of __getitem__"):
-            RESHAPES[name](meshes=[mesh], p2p=None, gathers={"reshape"})
 
 
 def volume(dim: int, *sizes: int) -> tuple[int, ...]:

@@ -52,6 +52,30 @@ def unpacked_clip(x: Tensor) -> Tensor:
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
+BESIDE = (2, 5, 6)
+
+
+def numbers_of(rows: int) -> Tensor:
+    """(2, 3, 6) numbers of tokens."""
+    return torch.tensor([0, 6, 4 * rows + 8])[None, :, None].repeat(2, 1, 6)
+
+
+def between(x: Tensor, y: Tensor) -> Tensor:
+    """Tokens (2, 4 H, 6) between others, as text and image tokens are joined."""
+    return torch.cat([y, x.flatten(1, 2), y * 2], 1)
+
+
+def written_between(x: Tensor) -> list[Tensor]:
+    """By slices that cut the parts anywhere, and by views of these."""
+    y = x * 2
+    y[:, 3:7] = 0.5
+    y[:, 0] = 3
+    y[:, -4:, :2] = y[:, :4, 2:4] * 1
+    middle = y[:, 2:6]
+    middle.mul_(2)
+    return [y, middle]
+
+
 def written_to(x: Tensor) -> list[Tensor]:
     """By functions along the rows, after which all that is the same tensor has what they wrote."""
     y = x * 2
@@ -249,7 +273,7 @@ RESHAPES = {
     "var of a group": case(lambda x: x.view(2, 2, -1).var(2), X),
     "merged, added to a plain tensor": case(lambda x, y: x.flatten(1, 2) + y, X, lambda n: torch.ones(4 * n, 1).double()),
     "merged, added to rows": case(lambda x, y: x.flatten(0, 1) + y.flatten(0, 1), X, X, sharded=2),
-    "merged, sliced": case(lambda x: x.flatten(1, 2)[:, 1:-1], X),
+    "merged, sliced": case(lambda x: x.flatten(1, 2)[:, 1:-1] * 2, X, p2p=0),
     "merged, one chosen": case(lambda x: x.flatten(1, 2)[:, 3], X),
     "merged, cumsum": case(lambda x: x.flatten(1, 2).cumsum(1), X),
     "merged, softmax": case(lambda x: x.flatten(1, 2).softmax(1), X),
@@ -258,7 +282,7 @@ RESHAPES = {
     "merged, sorted": case(lambda x: x.flatten(1, 2).sort(2).values, X),
     "merged, in place": case(lambda x: (x * 1).flatten(1, 2).mul_(2).sub_(1), X),
     "merged, flipped": case(lambda x: x.flatten(1, 2).flip(1), X),
-    "merged, joined": case(lambda x: torch.cat([x.flatten(1, 2), x.flatten(1, 2) * 2], 1), X),
+    "merged, joined": case(lambda x: torch.cat([x.flatten(1, 2), x.flatten(1, 2) * 2], 1), X, p2p=0),
     "merged, joined beside": case(lambda x: torch.cat([x.flatten(1, 2), x.flatten(1, 2) * 2], 2), X, heights=(7, 2), p2p=0),
     "merged, split in another way": case(lambda x: x.flatten(0, 2).view(4, -1, 3), X),
     "merged, cut across": case(lambda x: x.reshape(3, -1), (2, 4, H, 6), heights=(7,), fallback="reshape"),
@@ -266,8 +290,8 @@ RESHAPES = {
     "merged, beside rows in order": case(lambda x, y: x.flatten(1, 2) + y.transpose(1, 2).flatten(1, 2), X, X, sharded=2),
     "rows in order beside merged": case(lambda x, y: y.transpose(1, 2).flatten(1, 2) * x.flatten(1, 2), X, X, sharded=2),
     "merged, joined with rows in order": case(lambda x, y: torch.cat([x.flatten(1, 2), y.transpose(1, 2).flatten(1, 2)], 2), X, X, sharded=2),
-    "merged, split along the rows": case(lambda x: [t * 2 for t in x.flatten(1, 2).split(5, 1)], X),
-    "merged, narrowed along the rows": case(lambda x: x.flatten(1, 2).narrow(1, 1, 4 * x.shape[2] - 2), X),
+    "merged, split along the rows": case(lambda x: [t * 2 for t in x.flatten(1, 2).split(5, 1)], X, p2p=0),
+    "merged, narrowed along the rows": case(lambda x: x.flatten(1, 2).narrow(1, 1, 4 * x.shape[2] - 2) * 2, X, p2p=0),
     "merged, selected beside the rows": case(lambda x: x.flatten(1, 2).select(2, 1) + x.flatten(1, 2).unbind(2)[0], X, p2p=0),
     "merged, repeated": case(lambda x: x.flatten(1, 2).repeat(1, 2, 1), X),
     "merged, contracted": case(lambda x, w: x.flatten(1, 2).transpose(1, 2) @ w, X, lambda n: torch.ones(4 * n, 2).double()),
@@ -281,7 +305,7 @@ RESHAPES = {
     "merged twice": case(lambda x: x.flatten(1, 2).flatten(0, 1).view(2, 4, -1, 6), X, p2p=0),
     "merged, dropped out": case(lambda x: F.dropout(x.flatten(1, 2), 0.5, training=False), X, p2p=0),
     "merged, layer norm": case(lambda x: F.layer_norm(x.flatten(1, 2), (6,)), X, p2p=0),
-    "merged, many blocks": case(lambda x: x.flatten()[1:], (100, 40, H, 1), heights=(3,), worlds=(3,), fallback="reshape"),
+    "merged, many blocks": case(lambda x: x.flatten()[::2], (100, 40, H, 1), heights=(3,), worlds=(3,), fallback="reshape"),
     # Where rows stand makes no difference to these: none moves. X merged: (2 H, 6, 4), samples of 6 channels.
     "merged, convolved as samples": case(lambda x, w: F.conv1d(frames(x), w, padding=1), X, (5, 6, 3), p2p=0),
     "merged, convolved by a kernel of one": case(lambda x, w: F.conv2d(x.flatten(1, 2).unsqueeze(1).movedim(-1, 1), w), X, (5, 6, 1, 1), p2p=0),
@@ -289,7 +313,11 @@ RESHAPES = {
     "merged, pooled as samples": case(lambda x: F.avg_pool1d(frames(x), 2) + F.max_pool1d(frames(x), 2), X, p2p=0),
     "merged, resized as samples": case(lambda x: F.interpolate(frames(x), scale_factor=2.0), X, p2p=0),
     "merged, padded beside": case(lambda x: F.pad(x.flatten(1, 2), (1, 2), value=3.0), X, p2p=0),
-    "merged, padded along": case(lambda x: F.pad(x.flatten(1, 2), (0, 0, 1, 2)), X),
+    "merged, padded along": case(lambda x: [F.pad(x.flatten(1, 2), (0, 0, 1, 2)), F.pad(x.flatten(1, 2), (1, 0, 0, 2), value=3.0)], X, p2p=0),
+    "merged, mirrored and repeated beside": case(lambda x: x.flatten(1, 2).flip(0, 2).repeat_interleave(2, 2).repeat_interleave(3, dim=0), X, p2p=0),
+    "merged, as complex numbers": case(
+        lambda x: torch.view_as_real(torch.view_as_complex(x.flatten(1, 2).reshape(2, -1, 3, 2)) * 1j).flatten(2), X, p2p=0
+    ),
     "merged, norms and spreads beside": case(
         lambda x: torch.linalg.vector_norm(x.flatten(1, 2), 3, 2) + x.flatten(1, 2).std(2) + x.flatten(1, 2).logsumexp(-1), X, p2p=0
     ),
@@ -311,6 +339,34 @@ RESHAPES = {
     "merged, beside merged of other rows": case(
         lambda x: x.flatten(1, 2) + F.pad(x, (0, 0, 1, 0))[:, :, 1:].flatten(1, 2), X
     ),
+    # Merged rows between others: each tensor is a part of the new rows, and none moves.
+    "joined, apart again": case(lambda x, y: [t * 2 for t in between(x, y).split((5, 4 * x.shape[2], 5), 1)], X, BESIDE, p2p=0),
+    "joined, pixels again": case(lambda x, y: (between(x, y) * 2)[:, 5:-5].unflatten(1, (4, -1)) + x, X, BESIDE, p2p=0),
+    "joined, cut within": case(lambda x, y: [t.exp() for t in between(x, y).chunk(3, 1)], X, BESIDE, p2p=0),
+    "joined, one token": case(lambda x, y: [between(x, y)[:, 0], between(x, y)[:, 7]], X, BESIDE),
+    "joined twice": case(lambda x, y: torch.cat([between(x, y)[:, 3:], between(x, y)[:, :7].sin()], 1), X, BESIDE, p2p=0),
+    "joined, heads": case(lambda x, y: between(x, y).view(2, -1, 2, 3).transpose(1, 2).flatten(0, 1) * 2, X, BESIDE, p2p=0),
+    "joined, samples merged": case(lambda x, y: (between(x, y).flatten(0, 1) * 2).view(2, -1, 6), X, BESIDE),
+    "joined, normed, projected": case(lambda x, y, w: F.linear(F.layer_norm(between(x, y), (6,)), w), X, BESIDE, (3, 6), p2p=0),
+    "joined, attended": case(lambda x, y: F.scaled_dot_product_attention(*[between(x, y)] * 3), X, BESIDE),
+    "joined, masked attention": case(
+        lambda x, y, m: F.scaled_dot_product_attention(*[between(x, y)] * 3, attn_mask=m), X, BESIDE, lambda n: torch.ones(4 * n + 10, 4 * n + 10).double().tril()
+    ),
+    "joined, attended by hand": case(lambda x, y: (between(x, y) @ between(x, y).mT).softmax(-1) @ between(x, y), X, BESIDE),
+    "joined, causal attention": case(lambda x, y: F.scaled_dot_product_attention(*[between(x, y)] * 3, is_causal=True), X, BESIDE),
+    "joined, in order": case(lambda x, y: [between(x, y).cumsum(1), between(x, y)[:, ::3], between(x, y).flip(1)], X, BESIDE),
+    "joined, convolved": case(lambda x, y, w: F.conv1d(between(x, y).mT, w, padding=1), X, BESIDE, (3, 6, 3)),
+    "joined, ranked": case(lambda x, y: [between(x, y).sort(1)[0], between(x, y).topk(3, 1)[0], between(x, y).argmax(1)], X, BESIDE),
+    "joined, reduced": case(lambda x, y: [between(x, y).mean(1), between(x, y).var((1, 2)), between(x, y).softmax(1)], X, BESIDE),
+    "joined, chosen by numbers": case(lambda x, y, n: [between(x, y).gather(1, n), between(x, y)[:, n[0, :, 0]]], X, BESIDE, numbers_of),
+    "joined, written by numbers": case(lambda x, y, n: between(x, y).scatter_add(1, n, y[:, :3]).index_fill(1, n[0, :, 1], 0.5), X, BESIDE, numbers_of),
+    "joined, written to": case(lambda x, y: written_between(between(x, y)), X, BESIDE),
+    "joined, beside rows in order": case(lambda x, y: between(x, y) + F.pad(x.transpose(1, 2).flatten(1, 2), (0, 0, 5, 5)), X, BESIDE),
+    "joined, beside a plain tensor": case(lambda x, y, z: between(x, y) * z, X, BESIDE, lambda n: torch.ones(4 * n + 10, 1).double()),
+    "joined, beside others of its rows": case(
+        lambda x, y: between(x, y) * between(F.pad(x, (0, 0, 1, 0))[:, :, 1:], y), X, BESIDE
+    ),
+    "joined, sampled at": case(lambda x, y, z: F.grid_sample(z, between(x, y).unsqueeze(1)[..., :2].tanh(), align_corners=False), X, BESIDE, (2, 3, 5, 4), p2p=0),
     "quantized": case(quantize, X, (5, 4)),
     "quantized, one image": case(quantize, ONE, (5, 4)),
     # Windows.

@@ -19,7 +19,6 @@ EVERY = {(2, 2): 19, (2, 3): 97, (1, 4): 89, (4, 1): 83}  # which cases are run:
 UNDER_A_LOCK = frozenset(  # whose draw is under a lock, and which ask other ranks along the width
     {"gumbel_softmax", "gumbel_softmax, hard", "rrelu in training", "dropout of tokens"}
 )
-REFUSED = frozenset({"merged, written to in order"})  # there: a slice of merged rows is no view of the rows of one rank
 
 # What some cases of a file gather there and not on a group: mostly what works along the width, which is sharded, too.
 GATHERS = {
@@ -61,7 +60,7 @@ def cases() -> dict[str, Case]:
         for table in vars(importlib.import_module(f"tests.ranks.{path.stem}")).values():
             for name, case in table.items() if isinstance(table, dict) else ():
                 is_case = isinstance(case, partial) and case.func is check and case.keywords.get("dim", -2) == -2
-                if is_case and name not in UNDER_A_LOCK | REFUSED:
+                if is_case and name not in UNDER_A_LOCK:
                     found[f"{path.stem.removeprefix('test_')}: {name}"] = case
     return found
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from distpatch import LayoutError, RowLayout
-from distpatch.layout.rows import Bounds, Needs, aligned_bounds, even_bounds
+from distpatch import LayoutError
+from distpatch.layout.blocks import BlockLayout, InnerCut, cut_inside, layout_of
+from distpatch.layout.rows import MANY, Bounds, Needs, Part, RowLayout, aligned_bounds, even_bounds
 from distpatch.layout.shares import checked, shared_bounds, weights_of
 from distpatch.layout.stencil import NearestStencil, WindowStencil
-from distpatch.layout.transfers import TransferPlan, plan_stencil, plan_transfer
+from distpatch.layout.transfers import TransferPlan, needs_in_order, plan_stencil, plan_transfer
 from tests.unit.test_stencil import windows
 
 
@@ -90,7 +91,10 @@ def test_weights_that_are_none(weights: object) -> None:
 def test_aligned_bounds(bounds: Bounds, unit: int) -> None:
     aligned = aligned_bounds(bounds, unit)
     assert aligned[-1] == bounds[-1]
-    assert all(a % unit == 0 and 0 <= b - a < unit for a, b in zip(aligned[:-1], bounds[:-1], strict=True))
+    last = bounds[-1] - bounds[-1] % unit
+    for a, b in zip(aligned[:-1], bounds[:-1], strict=True):
+        assert a % unit == 0 and (2 * abs(b - a) <= unit or a == last < b)
+    assert list(aligned) == sorted(aligned)
 
 
 @pytest.mark.parametrize("bounds", [(), (0,), (1, 4), (0, 3, 2), (0, -1, 2)], ids=str)
@@ -165,3 +169,83 @@ def received(
             message = message[size:]
         assert not message, "no row too many"
     return pieces
+
+
+@st.composite
+def joined(draw: st.DrawFn) -> RowLayout:
+    """Parts of any blocks, on as many ranks each."""
+    world = draw(st.integers(1, 4))
+    parts = []
+    for _ in range(draw(st.integers(1, 4))):
+        rows = draw(st.integers(0, 5))
+        inner = (0, *sorted(draw(st.integers(0, rows)) for _ in range(world - 1)), rows)
+        parts.append(Part(inner, draw(st.integers(1, 3))))
+    return layout_of(1, parts)
+
+
+def held_rows(layout: RowLayout, rank: int) -> list[int]:
+    """The global rows of a rank, in its order; slowly, by what parts and blocks mean."""
+    rows, first = [], 0
+    for inner, blocks in layout.parts:
+        for block in range(blocks):
+            rows += [first + block * inner[-1] + row for row in range(inner[rank], inner[rank + 1])]
+        first += blocks * inner[-1]
+    return rows
+
+
+@given(joined())
+def test_rows_of_blocks_and_joined_tensors(layout: RowLayout) -> None:
+    held = [held_rows(layout, rank) for rank in range(layout.world_size)]
+    assert sorted(row for rows in held for row in rows) == list(range(layout.size))
+    assert layout.heights == tuple(map(len, held))
+    if isinstance(layout, BlockLayout):
+        for rank, rows in enumerate(held):
+            assert [row for lo, hi in layout.intervals(rank) for row in range(lo, hi)] == rows
+
+
+@given(joined(), st.data())
+def test_slices_of_blocks_and_joined_tensors(layout: RowLayout, data: st.DataObject) -> None:
+    lo = data.draw(st.integers(0, layout.size))
+    hi = data.draw(st.integers(lo, layout.size))
+    cut = layout_of(1, (cut.rows for cut in layout.cuts(lo, hi)))
+    assert cut.size == hi - lo
+    for rank in range(layout.world_size):
+        assert held_rows(cut, rank) == [row - lo for row in held_rows(layout, rank) if lo <= row < hi]
+        assert layout.rows_before(lo, rank) == sum(row < lo for row in held_rows(layout, rank))
+
+
+@given(joined(), st.integers(1, 3))
+def test_blocks_of_joined_tensors(layout: RowLayout, count: int) -> None:
+    assume(isinstance(layout, BlockLayout))
+    assert isinstance(layout, BlockLayout)
+    merged = layout.in_front(count)
+    for rank in range(layout.world_size):
+        rows = held_rows(layout, rank)
+        assert held_rows(merged, rank) == [block * layout.size + row for block in range(count) for row in rows]
+
+
+@given(joined(), st.data())
+def test_blocks_and_joined_tensors_in_order(layout: RowLayout, data: st.DataObject) -> None:
+    assume(isinstance(layout, BlockLayout))
+    assert isinstance(layout, BlockLayout)
+    bounds = (0, *sorted(data.draw(st.integers(0, layout.size)) for _ in range(layout.world_size - 1)), layout.size)
+    as_held = [row for rank in range(layout.world_size) for row in held_rows(layout, rank)]
+    for (lo, hi), needs in zip(pairwise(bounds), needs_in_order(layout, bounds), strict=True):
+        assert [as_held[at] for a, b in needs for at in range(a, b)] == list(range(lo, hi))
+
+
+@given(bounds_of(), st.integers(1, 4), st.data())
+def test_slices_where_there_are_no_columns(bounds: Bounds, width: int, data: st.DataObject) -> None:
+    """Tokens of an image whose height is sharded over an inner axis: who would have which is known without columns too."""
+    assume(bounds[-1] > 0)
+    height = bounds[-1]
+    first = data.draw(st.integers(0, height - 1))
+    last = data.draw(st.integers(first + 1, height))
+    text = Part((0,) * (len(bounds) - 1) + (3,))
+    share = (first, last, height)
+    some, none = (layout_of(1, [text, Part(tuple(b * w for b in bounds))]) for w in (width, MANY))
+    (rows,) = cut_inside(some, 3 + first * width, [InnerCut(1, share, (last - first) * width)])
+    (void,) = cut_inside(none, 3, [InnerCut(1, share, 0)])
+    assert none.size == 3 and void[0].void
+    assert [b // width for b in rows[0].inner] == [b // MANY for b in void[0].inner]
+    assert cut_inside(none, 0, [InnerCut(0, (0, 1, 1), 3)]) == [[text]]

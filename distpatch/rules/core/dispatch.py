@@ -23,8 +23,10 @@ from distpatch.rules.core.aliasing import before_writing, may_write, mutates, pr
 from distpatch.rules.core.fallback import computed_on_all, fallback
 from distpatch.rules.core.inner_axes import beside_no_rows
 from distpatch.rules.core.memory_order import as_on_one_device
-from distpatch.rules.core.operands import PLAIN, in_order, wrap
+from distpatch.rules.core.operands import PLAIN
 from distpatch.rules.core.out_argument import into
+from distpatch.rules.core.redistribution import in_order
+from distpatch.rules.core.wrapping import wrap
 from distpatch.tensor.axes import as_seen_by_outermost
 from distpatch.tensor.halo_rows import let_go, live
 from distpatch.tensor.patch_tensor import BlockTensor, PatchCopy, PatchTensor
@@ -97,7 +99,8 @@ class _Dispatcher:
             return _written_back(func, args, kwargs, written)
         source = next(t for t in tensors_in((args, kwargs)) if isinstance(t, BlockTensor))
         args, kwargs = map_tensors(in_order, args), map_tensors(in_order, kwargs)
-        return protect(func, source, func(*args, **kwargs), args)
+        result = func(*args, **kwargs)
+        return protect(func, source, result, args) if source.row_layout.size else result
 
     def on_copies(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call on copies of rows that are views on one device."""
@@ -127,7 +130,7 @@ def _is_order_free(entry: RuleEntry, func: Any, args: tuple[Any, ...], kwargs: d
 def _as_if_in_order(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The call on the rows as a rank holds them; what is sharded as they are is in the same blocks."""
     blocks = next(t.row_layout for t in tensors_in((args, kwargs)) if isinstance(t, BlockTensor))
-    bounds = tuple(bound * blocks.blocks for bound in blocks.inner)
+    bounds = blocks.held
 
     def rows(tensor: Tensor) -> Tensor:
         return wrap(tensor.local, tensor, RowLayout(blocks.dim, bounds)) if isinstance(tensor, BlockTensor) else tensor

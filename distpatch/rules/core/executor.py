@@ -16,7 +16,7 @@ from distpatch.lazy import recipe as lazy
 from distpatch.lazy.deferred_ops import Step, defer
 from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import rows_now
-from distpatch.rules.core.operands import wrap
+from distpatch.rules.core.wrapping import wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import format_by_order
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
-from distpatch.layout.rows import BlockLayout
+from distpatch.layout.blocks import BlockLayout
 from distpatch.rules.core.aliasing import mutates, protect, written_tensors
 from distpatch.rules.core.gather_records import record, shapes_of
-from distpatch.rules.core.operands import reshard
 from distpatch.rules.core.registry import describe, named
+from distpatch.rules.core.wrapping import reshard
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.collectives import narrow_rows, replicated_operand
-from distpatch.layout.rows import BlockLayout, RowLayout
+from distpatch.layout.blocks import BlockLayout
+from distpatch.layout.rows import RowLayout
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.private import storage_uses
 

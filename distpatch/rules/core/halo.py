@@ -26,8 +26,10 @@ from distpatch.lazy.deferred_ops import defer_window, unchanged
 from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import Kernel, Slab, compute_now, nothing_to_wait_for
 from distpatch.rules.core.executor import deferrable
-from distpatch.rules.core.operands import PLAIN, along_rows, on_some_rows, replicated_operand, wrap
+from distpatch.rules.core.operands import PLAIN, replicated_operand
+from distpatch.rules.core.redistribution import along_rows
 from distpatch.rules.core.window_plan import Given, WindowPlan, plan_rows, plan_windows
+from distpatch.rules.core.wrapping import on_some_rows, wrap
 from distpatch.tensor.halo_rows import halo_pieces
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import planned_for

@@ -6,6 +6,7 @@ Each rank of the inner axis sends and receives its part of these rows: the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from distpatch.comm import collectives
 from distpatch.comm.communicator import communicator_of
 from distpatch.comm.row_exchange import fetch_rows
 from distpatch.comm.rows_around import fetch_around
+from distpatch.layout.blocks import BlockLayout, InnerCut, cut_inside, layout_of
 from distpatch.layout.rows import Bounds, Needs, RowLayout
 from distpatch.layout.stencil import Interval
 from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.fallback import computed_on_all
 from distpatch.rules.core.gather_records import record
-from distpatch.rules.core.operands import dim_order, reshard, wrap
 from distpatch.rules.core.registry import rule
+from distpatch.rules.core.wrapping import dim_order, part_of, reshard, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
 from distpatch.torch_utils.memory_format import dense_strides
 from distpatch.torch_utils.tree import map_tensors, tensors_in
@@ -46,7 +48,9 @@ def fetched(
     func: Any, local: PatchTensor, dim: int, bounds: Bounds, needs: Needs, name: str, op: str, channels_last: bool
 ) -> list[Tensor]:
     if local.row_layout.dim == dim:  # both axes share it out: this rank's part of an interval is no interval
-        return func(_whole(local, op), dim, bounds, needs, name, op, channels_last)
+        all_rows = all(interval == (0, bounds[-1]) for intervals in needs for interval in intervals)
+        whole = gather_replicated(local) if all_rows else _whole(local, op)
+        return func(whole, dim, bounds, needs, name, op, channels_last)
     _note(name, op, local)
     return [_part(piece, local) for piece in func(local.local, dim, bounds, needs, name, op, channels_last)]
 
@@ -69,7 +73,7 @@ def gathered(
     func: Any, local: PatchTensor, layout: RowLayout, name: str, op: str, order: Sequence[int] | None = None
 ) -> Tensor:
     if local.row_layout.dim == layout.dim:
-        return func(_whole(local, op), layout, name, op, order)
+        return func(gather_replicated(local), layout, name, op, order)
     _note(name, op, local)
     return _part(func(local.local, layout, name, op, order), local)
 
@@ -84,6 +88,18 @@ def sharded(func: Any, full: PatchTensor, layout: RowLayout, rank: int, name: st
 def _whole(x: PatchTensor, op: str) -> Tensor:
     record(op, [x])
     return gather_replicated(x)
+
+
+@rule(collectives.narrow_inside, any_order=True, view=True)
+def narrowed(func: Any, local: PatchTensor, dim: int, start: int, cuts: Sequence[InnerCut]) -> PatchTensor:
+    layout = local.row_layout
+    if layout.dim != dim:
+        return wrap(collectives.narrow_inside(local.local, dim, start, cuts), local)
+    taken = cut_inside(layout, start, cuts)
+    heights = [sum(part.height(local.rank) for part in parts) for parts in taken]
+    inside = [InnerCut(cut.part, cut.share, height) for cut, height in zip(cuts, heights)]
+    own = collectives.narrow_inside(local.local, dim, layout.rows_before(start, local.rank), inside)
+    return part_of(local, own, layout_of(dim, chain.from_iterable(taken)))
 
 
 @rule(collectives.replicated_operand, collectives.sum_partials, any_order=True)
@@ -101,9 +117,10 @@ def stacked(func: Any, x: PatchTensor, name: str, op: str) -> PatchTensor:
 def beside_no_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function on a rank of an outer axis that has no rows: torch's own result of none.
 
-    Sharded over this axis as it is on the others: as a result of a dummy row says; evenly where that has other rows,
-    because there are none on any rank.
+    Sharded over this axis as it is on the others: as a result of a dummy row says; where that has other rows, because
+    there are none on any rank, as the argument where that says whose they would be, else evenly.
     """
+    held = args[0].row_layout
     result = computed_on_all(func, args, kwargs)
     with torch.no_grad():
         like = func(*map_tensors(_not_empty, args), **map_tensors(_not_empty, kwargs))
@@ -113,6 +130,8 @@ def beside_no_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         layout, full = next(layouts), gather_replicated(tensor)
         if layout is None:
             return full
+        if isinstance(held, BlockLayout) and full.shape[layout.dim] == 0:
+            return wrap(full, args[0], held.with_dim(layout.dim))
         if layout.size != full.shape[layout.dim]:
             return reshard(args[0], full, layout.dim)
         return shard_in(args[0].region, full, layout)

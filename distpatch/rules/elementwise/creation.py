@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import alike_inside, dim_order, local_rows_of, local_slice, sizes_of, wrap
+from distpatch.rules.core.operands import local_rows_of, local_slice, sizes_of
+from distpatch.rules.core.redistribution import alike_inside
 from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.wrapping import dim_order, wrap
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.rules.elementwise.random_rows import Draw, drawn_rows, own_rows
 from distpatch.tensor.patch_tensor import PatchTensor

@@ -11,8 +11,9 @@ from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.aliasing import mutates, written_tensors
 from distpatch.rules.core.executor import may_pay
 from distpatch.rules.core.fresh_buffers import shard_like
-from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand, wrap
+from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand
 from distpatch.rules.core.registry import named, rule, written
+from distpatch.rules.core.wrapping import wrap
 from distpatch.rules.elementwise.deferred_pointwise import defer_pointwise
 from distpatch.tensor.halo_rows import HaloRows, apply_beside, brought
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.layout.rows import BlockLayout
+from distpatch.layout.blocks import BlockLayout
 from distpatch.layout.stencil import Interval, ceil_div
-from distpatch.rules.core.operands import dim_order, local_slice, wrap
+from distpatch.rules.core.operands import local_slice
+from distpatch.rules.core.wrapping import dim_order, wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.chunk_sizes import kind_of
 from distpatch.torch_utils.memory_format import Order

@@ -16,24 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import join_gradients
-from distpatch.layout.rows import BlockLayout, RowLayout
+from distpatch.layout.blocks import BlockLayout
+from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import ceil_div
-from distpatch.lazy.row_patches import empty_beside, in_patches, none_of, with_dummy_row
+from distpatch.lazy.row_patches import empty_beside, in_patches, with_dummy_row
 from distpatch.rules.core.operands import (
     autocast,
     check_group,
-    gather_partial,
-    in_order,
     local_rows_of,
     local_slice,
     needs_grad,
-    on_some_rows,
     precise,
-    redistribute,
     whole_operand,
-    wrap,
 )
+from distpatch.rules.core.redistribution import gather_partial, in_order, redistribute
 from distpatch.rules.core.registry import rule
+from distpatch.rules.core.wrapping import no_rows, on_some_rows, wrap
 from distpatch.rules.linalg.kept_scores import keeps_scores, planned
 from distpatch.rules.linalg.matmul import batched, contract
 from distpatch.rules.linalg.ring_attention import ring
@@ -71,6 +69,8 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
+    if is_causal and isinstance(query, PatchTensor) and query.row_layout.dim == query.ndim - 2:
+        query = in_order(query)
     if not any(isinstance(t, PatchTensor) for t in (query, key, value)):  # a sharded mask alone
         more = {"scale": scale, "enable_gqa": enable_gqa}
         return func(query, key, value, gather_replicated(attn_mask), dropout_p, is_causal, **more)  # type: ignore[arg-type]
@@ -78,8 +78,6 @@ def attention(
         return NotImplemented
     if is_causal and attn_mask is not None:
         raise RuntimeError("scaled_dot_product_attention: attn_mask should not be set when is_causal=True")
-    if is_causal and isinstance(query, PatchTensor) and query.row_layout.dim == query.ndim - 2:
-        query = in_order(query)
     if isinstance(query, PatchTensor) and query.row_layout.dim == query.ndim - 2:
         queries: Any = query
         for _ in range(max(key.ndim, value.ndim) - query.ndim):  # the result has as many batch dims as the keys
@@ -97,8 +95,11 @@ def attention(
         def attend(*mine: Tensor) -> Tensor:
             q, k, v, *mask = map(_some, mine)
             result = planned(func)(q, k, v, mask[0] if mask else None, 0.0, is_causal, scale=scale)
-            empty = [d - t.ndim for t in mine for d, n in enumerate(t.shape) if n == 0]
-            return none_of(result, empty[0]) if empty else result
+            empty = [(t, d - t.ndim) for t in mine for d, n in enumerate(t.shape) if n == 0]
+            if not empty:
+                return result
+            of, dim = empty[0]
+            return no_rows(result, of, result.ndim + dim)
 
         return contract(func, attend, operands, labels, out)
     lead = next(t for t in (query, key, value) if isinstance(t, PatchTensor))

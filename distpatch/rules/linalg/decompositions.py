@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from distpatch.comm.collectives import join_gradients
-from distpatch.rules.core.operands import local_operand, wrap
+from distpatch.rules.core.operands import local_operand
 from distpatch.rules.core.registry import named, of_linalg, rule
+from distpatch.rules.core.wrapping import wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.tree import map_tensors
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as module
 from torch.overrides import handle_torch_function, has_torch_function
 
-from distpatch.layout.rows import BlockLayout
+from distpatch.comm.collectives import narrow_rows
+from distpatch.layout.blocks import BlockLayout
 from distpatch.lazy.row_patches import with_dummy_row
-from distpatch.rules.core.operands import whole_operand, wrap
+from distpatch.rules.core.operands import whole_operand
 from distpatch.rules.core.registry import rule
+from distpatch.rules.core.wrapping import wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils import patches
 from distpatch.torch_utils.tree import map_tensors
@@ -110,7 +112,5 @@ def _numbers(x: PatchTensor) -> Tensor:
     """Which rows of the whole tensor this rank's are, in the order in which it holds them."""
     layout = x.row_layout
     if isinstance(layout, BlockLayout):
-        lo, hi = layout.opened.interval(x.rank)
-        blocks = torch.arange(layout.blocks, device=x.device)[:, None] * layout.opened.size
-        return (blocks + torch.arange(lo, hi, device=x.device)).flatten()
+        return narrow_rows(torch.arange(layout.size, device=x.device), layout.with_dim(0), x.rank)
     return torch.arange(*layout.interval(x.rank), device=x.device)

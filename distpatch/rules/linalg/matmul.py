@@ -11,17 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import join_gradients, shard_rows
-from distpatch.lazy.row_patches import none_of, with_dummy_row
-from distpatch.rules.core.operands import (
-    check_group,
-    precise,
-    redistribute,
-    replicated_operand,
-    sum_ranks,
-    whole_operand,
-    wrap,
-)
+from distpatch.lazy.row_patches import with_dummy_row
+from distpatch.rules.core.operands import check_group, precise, replicated_operand, sum_ranks, whole_operand
+from distpatch.rules.core.redistribution import redistribute
 from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.wrapping import no_rows, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 
 Labels = Sequence[Hashable]
@@ -106,7 +100,7 @@ def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None)
         parameters = [replicated_operand(t, input) for t in (weight, bias) if t is not None]
         rows = with_dummy_row(input.local, input.row_layout.dim)  # kernels for quantised weights refuse to have none
         result = func(*join_gradients([rows, *parameters]))
-        return wrap(result if rows is input.local else none_of(result, input.row_layout.dim), input)
+        return wrap(result if rows is input.local else no_rows(result, input.local, input.row_layout.dim), input)
     columns: Labels = ["m", "k"] if weight.ndim == 2 else ["k"]
     labels = batched(input, "k")
     out = [*labels[:-1], *columns[:-1]]

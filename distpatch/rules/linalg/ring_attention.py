@@ -20,11 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from distpatch.comm.collectives import join_gradients, narrow_rows
 from distpatch.comm.row_exchange import begin_rows, fetch_rows
 from distpatch.comm.transport import Finish
-from distpatch.layout.rows import EMPTY, BlockLayout, RowLayout, even_bounds
+from distpatch.layout.blocks import BlockLayout
+from distpatch.layout.rows import EMPTY, RowLayout, even_bounds
 from distpatch.layout.stencil import Interval
 from distpatch.layout.transfers import wire_order
 from distpatch.lazy.row_patches import in_patches, with_dummy_row
-from distpatch.rules.core.operands import needs_grad, on_some_rows, precise
+from distpatch.rules.core.operands import needs_grad, precise
+from distpatch.rules.core.wrapping import on_some_rows
 from distpatch.rules.linalg.kept_scores import with_sums
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name

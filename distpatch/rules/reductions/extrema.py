@@ -11,6 +11,7 @@ from torch import Tensor
 from distpatch.comm.collectives import share_out, stack_ranks
 from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.operands import kept, needs_grad, normalize_dims, sum_ranks
+from distpatch.rules.core.redistribution import held_places
 from distpatch.rules.core.registry import beside_rows, named, rule
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.rules.reductions.reduction import Dims
@@ -108,9 +109,8 @@ def picked(x: PatchTensor, index: Tensor, func: Any) -> Tensor:
 
     An index out of range stays as it is, so that torch refuses it as it does on one device.
     """
-    dim, (lo, hi) = x.row_layout.dim, x.own_interval
-    rows = with_dummy_row(x.local, dim)
-    own, valid = (index >= lo) & (index < hi), (index >= 0) & (index < x.row_layout.size)
-    at = torch.where(valid, (index - lo).clamp(0, rows.shape[dim] - 1), index)
-    mine = rows.gather(dim, at).masked_fill(~own, 0)
+    dim, rows = x.row_layout.dim, with_dummy_row(x.local, x.row_layout.dim)
+    places, valid = held_places(x, index, -1), (index >= 0) & (index < x.row_layout.size)
+    at = torch.where(valid, places.clamp(min=0), index)
+    mine = rows.gather(dim, at).masked_fill(places < 0, 0)
     return sum_ranks(mine.byte(), x, func).bool() if x.dtype == torch.bool else sum_ranks(mine, x, func)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpatch.rules.core.operands import local_rows_of, wrap
+from distpatch.rules.core.operands import local_rows_of
 from distpatch.rules.core.registry import rule
+from distpatch.rules.core.wrapping import wrap
 from distpatch.rules.elementwise.pointwise import pointwise
 from distpatch.tensor.patch_tensor import PatchTensor
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.executor import may_pay
-from distpatch.rules.core.operands import PLAIN, along_rows, autocast, beside_rows, precise, replicated_operand, wrap
+from distpatch.rules.core.operands import PLAIN, autocast, precise, replicated_operand
+from distpatch.rules.core.redistribution import along_rows
 from distpatch.rules.core.registry import R, named, rule
+from distpatch.rules.core.wrapping import beside_rows, wrap
 from distpatch.rules.reductions.moments import Norm
 from distpatch.rules.reductions.normalize import normalize, normalize_rows
 from distpatch.tensor.patch_tensor import PatchTensor, RowCopy, gather_replicated

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from distpatch.comm.collectives import replicated_operand, sum_partials
 from distpatch.comm.moments_exchange import may_bring_rows
-from distpatch.layout.rows import BlockLayout, Needs
+from distpatch.layout.blocks import BlockLayout
+from distpatch.layout.rows import Needs
 from distpatch.layout.stencil import WindowStencil
 from distpatch.layout.transfers import plan_stencil
 from distpatch.lazy.deferred_ops import Step
@@ -18,7 +19,8 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import format_of_rows, rows_now
 from distpatch.rules.core.executor import deferrable, run_rows
 from distpatch.rules.core.halo import strips_of
-from distpatch.rules.core.operands import needs_grad, wrap
+from distpatch.rules.core.operands import needs_grad
+from distpatch.rules.core.wrapping import wrap
 from distpatch.rules.reductions.moments import Norm, of_channels
 from distpatch.tensor.halo_rows import bring
 from distpatch.tensor.patch_tensor import PatchTensor

@@ -11,17 +11,9 @@ from torch import Tensor
 
 from distpatch.comm.collectives import stack_ranks
 from distpatch.lazy.row_patches import with_dummy_row
-from distpatch.rules.core.operands import (
-    autocast,
-    kept,
-    local_rows_of,
-    needs_grad,
-    normalize_dims,
-    on_some_rows,
-    precise,
-    sum_ranks,
-)
+from distpatch.rules.core.operands import autocast, kept, local_rows_of, needs_grad, normalize_dims, precise, sum_ranks
 from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.wrapping import on_some_rows
 from distpatch.rules.reductions.moments import merge_ranks, moments
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name

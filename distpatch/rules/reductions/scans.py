@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import replicated_operand, stack_ranks
-from distpatch.rules.core.operands import autocast, precise, wrap
+from distpatch.rules.core.operands import autocast, precise
 from distpatch.rules.core.registry import beside_rows, named, nth, rule
+from distpatch.rules.core.wrapping import wrap
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
 

@@ -8,16 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distpatch.layout.blocks import BlockLayout
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import fetch, kept, on_some_rows, redistribute, turned, widest_beside, wrap
+from distpatch.rules.core.operands import kept
+from distpatch.rules.core.redistribution import fetch, in_order, inner_dims, redistribute, turned, widest_beside
 from distpatch.rules.core.registry import beside_rows, named, nth, rule
+from distpatch.rules.core.wrapping import on_some_rows, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors
 
 
-@rule(*named("sort", "median", "nanmedian", "mode"), asks_if_empty=True, order_free=beside_rows)
-@rule(*named("argsort", "cummax", "cummin"), order_free=beside_rows)
+def _along(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether the one dim that a function works along, by default the last, is the sharded one."""
+    dim = kwargs.get("dim", next((a for a in args if type(a) is int), -1))
+    return isinstance(input, PatchTensor) and dim is not None and nth(dim, input.ndim) == input.row_layout.dim
+
+
+@rule(*named("sort"), asks_if_empty=True, any_order=_along, order_free=beside_rows)
+@rule(*named("median", "nanmedian", "mode"), asks_if_empty=True, order_free=beside_rows)
+@rule(*named("argsort", "cummax", "cummin"), any_order=_along, order_free=beside_rows)
 def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
     """Along one dim, by default the last. Without a dim, medians are of all elements."""
     whole_by_default = op_name(func).endswith("median")
@@ -28,6 +38,7 @@ def one_dim(func: Any, input: PatchTensor, *args: Any, **kwargs: Any) -> Any:
 @rule(
     *named("topk", "kthvalue"),
     asks_if_empty=True,
+    any_order=lambda input, k, *args, **more: _along(input, *args, **more),
     order_free=lambda input, k, *args, **more: beside_rows(input, *args, **more),
 )
 def best(func: Any, input: PatchTensor, k: int, *args: Any, **kwargs: Any) -> Any:
@@ -51,6 +62,8 @@ def _along_rows(func: Any, input: PatchTensor, args: Any, kwargs: Any, removes: 
     """Two exchanges of all elements, each between all ranks. What is not as tall as the input is replicated."""
     rows = input.row_layout
     widest = widest_beside(input, (rows.dim,))
+    if isinstance(rows, BlockLayout) and (widest is None or input.shape[widest] == 1):
+        return func(in_order(input), *args, **kwargs)
     if widest is None or input.shape[widest] == 1:
         may = op_name(func) in {"sort", "argsort"} and not input.dtype.is_complex and input.dtype != torch.uint64
         return _of_vector(func, input, args, kwargs) if may else NotImplemented
@@ -58,6 +71,8 @@ def _along_rows(func: Any, input: PatchTensor, args: Any, kwargs: Any, removes: 
 
     def back(tensor: Tensor) -> Tensor:
         if not removes and isinstance(tensor, PatchTensor) and tensor.shape[rows.dim] == rows.size:
+            if rows.dim in inner_dims(tensor):  # which could not be shared out over this axis too without all of it
+                return tensor
             return redistribute(tensor, rows, func)
         return gather_replicated(tensor, op_name(func))
 

@@ -19,8 +19,9 @@ from distpatch.comm.collectives import sum_partials
 from distpatch.comm.communicator import Communicator, connected
 from distpatch.errors import UnsupportedOpError
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import along_rows, wrap
+from distpatch.rules.core.redistribution import along_rows
 from distpatch.rules.core.registry import rule
+from distpatch.rules.core.wrapping import wrap
 from distpatch.rules.reductions.moments import Norm
 from distpatch.rules.reductions.normalization import keep_running, refuse_sharded
 from distpatch.rules.reductions.normalize import apply_scaling, scaling

@@ -15,23 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpatch.layout.rows import Bounds, RowLayout
+from distpatch.comm import collectives
+from distpatch.layout.blocks import layout_of
+from distpatch.layout.rows import Bounds, Part, RowLayout
 from distpatch.layout.transfers import padded
 from distpatch.rules.core.executor import run_rows
-from distpatch.rules.core.operands import (
-    alike_inside,
-    check_group,
-    fetch,
-    in_memory_of,
-    local_rows_of,
-    normalize_dims,
-    redistribute,
-    replicated_operand,
-    sizes_of,
-    wrap,
-)
+from distpatch.rules.core.operands import check_group, local_rows_of, normalize_dims, replicated_operand, sizes_of
+from distpatch.rules.core.redistribution import alike_inside, fetch, in_order, inner_dims, parts_of, redistribute
 from distpatch.rules.core.registry import named, nth, rule
-from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.rules.core.wrapping import in_memory_of, wrap
+from distpatch.tensor.patch_tensor import BlockTensor, PatchTensor
 from distpatch.tensor.region import meshes
 from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.op_names import op_name
@@ -92,10 +85,14 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Along another dim locally, after the first sharded tensor's layout; along the rows by moving them."""
     if all(t.shape == (0,) for t in tensors):
         return tensors[0]
-    tensors = [t for t in tensors if t.shape != (0,)]
+    if any(t.ndim != 1 for t in tensors):  # torch lets these stand for none of any shape
+        tensors = [t for t in tensors if t.shape != (0,)]
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
     at = nth(dim, lead.ndim)
     if at == lead.row_layout.dim:
+        tensors = [t if t.shape[at] else in_order(t) for t in tensors]
+        if any(_are_merged(t) for t in tensors):
+            return join_rows(func, lead, tensors, at)
         return assembled(func, tensors, [(k, 0, t.shape[at]) for k, t in enumerate(tensors)])
     sharded = [t for t in tensors if isinstance(t, PatchTensor) and t.row_layout == lead.row_layout]
     if len(sharded) == len(tensors):
@@ -103,6 +100,34 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
             check_group(t, lead, func)
         return run_rows(op_name(func), sharded, lambda parts, *_: func(parts, at))
     return wrap(func([local_rows_of(t, lead, lead.row_layout.dim - lead.ndim, func) for t in tensors], at), lead)
+
+
+def _are_merged(t: Tensor) -> bool:
+    """Whether its rows are in blocks, or are sharded over an inner axis too: those would have to be gathered."""
+    return isinstance(t, PatchTensor) and (isinstance(t, BlockTensor) or t.row_layout.dim in inner_dims(t))
+
+
+@rule(collectives.join_parts, any_order=True)
+def join_rows(func: Any, lead: Tensor, tensors: Sequence[Tensor], dim: int) -> Any:
+    """Concatenated along the rows, which stay where they are: each tensor is a part of the new rows."""
+    lead = next(t for t in tensors if isinstance(t, PatchTensor))
+    if lead.row_layout.dim != dim:
+        return cat(torch.cat, tensors, dim)
+    parts: list[Part] = []
+    rows = []
+    if not lead.region.level:  # ranks of an outer axis may have what those of an inner one have none of
+        tensors = [tensor for tensor in tensors if tensor.shape[dim]] or tensors
+    for tensor in tensors:
+        layout = RowLayout(dim, lead.region.bounds(tensor.shape[dim]))
+        if isinstance(tensor, PatchTensor):
+            check_group(tensor, lead, func)
+            own = tensor if tensor.row_layout.dim == dim else redistribute(tensor, layout, func)
+            parts += own.row_layout.parts
+            rows += [part.local for part in parts_of(own)]
+        else:
+            parts += layout.parts
+            rows.append(collectives.narrow_rows(replicated_operand(tensor, lead), layout, lead.rank))
+    return wrap(collectives.join_rows(rows, dim), lead, layout_of(dim, parts))
 
 
 @rule(*named("stack"), any_order=True)
@@ -123,7 +148,12 @@ def repeat(func: Any, input: PatchTensor, *repeats: Any, **kwargs: Any) -> Any:
     return result if times[dim] == 1 else assembled(func, [result], [(0, 0, input.row_layout.size)] * times[dim])
 
 
-@rule(*named("repeat_interleave"))
+def _repeats_beside(input: Tensor, repeats: Any = None, dim: int | None = None, **_: Any) -> bool:
+    """Whether what is repeated is along another dim than the rows."""
+    return isinstance(input, PatchTensor) and dim is not None and nth(dim, input.ndim) != input.row_layout.dim
+
+
+@rule(*named("repeat_interleave"), any_order=_repeats_beside)
 def repeat_interleave(
     func: Any, input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
 ) -> Any:
@@ -158,7 +188,13 @@ def roll(func: Any, input: PatchTensor, shifts: Any, dims: Any = (), **kwargs: A
     return assembled(func, [input], [(0, size - shift, size), (0, 0, size - shift)], input.row_layout.bounds)
 
 
-@rule(*named("flip", "fliplr", "flipud"))
+def _mirrors_beside(input: PatchTensor, *dims: Any, **kwargs: Any) -> bool:
+    """Whether dims are given, and the rows' is not among them."""
+    given = sizes_of(dims, kwargs, "dims") if dims or kwargs else ()
+    return bool(given) and input.row_layout.dim not in [nth(d, input.ndim) for d in given]
+
+
+@rule(*named("flip", "fliplr", "flipud"), any_order=_mirrors_beside)
 def flip(func: Any, input: PatchTensor, *dims: Any, **kwargs: Any) -> Tensor:
     """Each rank keeps its place, and fetches the rows that come to it."""
     given = {"fliplr": (1,), "flipud": (0,)}.get(op_name(func)) or sizes_of(dims, kwargs, "dims")

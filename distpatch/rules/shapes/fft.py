@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import beside_rows, normalize_dims, redistribute, turned, widest_beside
+from distpatch.rules.core.operands import normalize_dims
+from distpatch.rules.core.redistribution import redistribute, turned, widest_beside
 from distpatch.rules.core.registry import rule
+from distpatch.rules.core.wrapping import beside_rows
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
 

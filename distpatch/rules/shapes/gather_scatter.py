@@ -11,23 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.comm.collectives import narrow_rows
-from distpatch.layout.rows import EMPTY, BlockLayout, Needs, RowLayout
+from distpatch.layout.rows import EMPTY, Needs, RowLayout
 from distpatch.rules.core.fresh_buffers import shard_along, shard_like
-from distpatch.rules.core.operands import (
-    beside_rows,
-    fetch,
-    local_rows_of,
-    redistribute,
-    replicated_operand,
-    whole_operand,
-    wrap,
-)
+from distpatch.rules.core.operands import local_rows_of, replicated_operand, whole_operand
+from distpatch.rules.core.redistribution import fetch, held_places, redistribute
 from distpatch.rules.core.registry import named, nth, rule, written
+from distpatch.rules.core.wrapping import beside_rows, wrap
 from distpatch.rules.reductions.extrema import picked
 from distpatch.rules.shapes.slicing import slice_dim
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.private import FakeTensor
+
+
+def _along_rows(input: Any, dim: int, *_: Any, **__: Any) -> bool:
+    """Whether it is along the rows of a sharded tensor: then each rank writes its own, in whichever order."""
+    return isinstance(input, PatchTensor) and nth(dim, input.ndim) == input.row_layout.dim
 
 
 @rule(*named("index_select"), asks_if_empty=True)
@@ -39,7 +38,12 @@ def index_select(func: Any, input: PatchTensor, dim: int, index: Tensor) -> Any:
     return wrap(func(input.local, dim, index), input)
 
 
-@rule(*named("gather"))
+def _by_known_numbers(input: Any, dim: int, index: Any, **_: Any) -> bool:
+    """Whether rows are chosen by numbers that all ranks have: each serves its own, in whichever order."""
+    return _along_rows(input, dim) and not isinstance(index, PatchTensor)
+
+
+@rule(*named("gather"), any_order=_by_known_numbers)
 def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     """The index may have fewer rows than the input: it is then taken from the first of them."""
     at = nth(dim, input.ndim)
@@ -63,11 +67,6 @@ def gather(func: Any, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
     assert isinstance(lead, PatchTensor)
     back = row - lead.ndim
     return wrap(func(local_rows_of(input, lead, back, func), at, local_rows_of(index, lead, back, func)), lead)
-
-
-def _along_rows(input: Any, dim: int, *_: Any, **__: Any) -> bool:
-    """Whether a write is along the rows of a sharded tensor: then each rank takes its own, in whichever order."""
-    return isinstance(input, PatchTensor) and nth(dim, input.ndim) == input.row_layout.dim
 
 
 @rule(
@@ -105,11 +104,8 @@ def _written_rows(func: Any, x: PatchTensor, index: Tensor, value: Any, *args: A
     is out of range stays so, and is refused as on one device.
     """
     at, layout = x.row_layout.dim, x.row_layout
-    blocks, opened = (layout.blocks, layout.opened) if isinstance(layout, BlockLayout) else (1, layout)
-    (lo, hi), size = opened.interval(x.rank), opened.size
-    count = blocks * (hi - lo)
-    block, place = index.div(max(size, 1), rounding_mode="floor"), index % max(size, 1)
-    own = torch.where((place >= lo) & (place < hi), block * (hi - lo) + place - lo, count)
+    count = layout.height(x.rank)
+    own = held_places(x, index, count)
     own = torch.where(index >= layout.size, index - layout.size + count + 1, torch.where(index < 0, index, own))
     sink = x.local.new_zeros([1 if d == at else n for d, n in enumerate(x.local.shape)])
     out_of_place = getattr(torch, op_name(func).rstrip("_"))

@@ -14,8 +14,9 @@ from torch import Tensor
 from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.aliasing import is_basic
 from distpatch.rules.core.fresh_buffers import shard_along, shard_like
-from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand, wrap
+from distpatch.rules.core.operands import local_operand, local_slice, replicated_operand
 from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.wrapping import wrap
 from distpatch.rules.shapes.concatenation import assembled
 from distpatch.rules.shapes.gather_scatter import rows_by_number
 from distpatch.rules.shapes.slicing import slice_dim
@@ -72,7 +73,7 @@ def _planned(items: Items, x: PatchTensor) -> IndexPlan:
 
 @rule(
     torch.Tensor.__getitem__,
-    any_order=lambda input, index: not isinstance(input, PatchTensor) or _takes_all_rows(input, index),
+    any_order=lambda input, index: not isinstance(input, PatchTensor) or _takes_runs(input, index),
     view=True,
 )
 def getitem(func: Any, input: Tensor, index: Any) -> Any:
@@ -105,9 +106,11 @@ def getitem(func: Any, input: Tensor, index: Any) -> Any:
     return _numbered_rows(func, input, plan.with_row(row), plan.row)
 
 
-def _takes_all_rows(x: PatchTensor, index: Any) -> bool:
+def _takes_runs(x: PatchTensor, index: Any) -> bool:
+    """Whether rows are taken as they follow each other: all of them, a slice, one."""
     plan = _planned(_expand_index(index, x), x)
-    return plan.is_supported and _is_whole(plan.row_item)
+    row = plan.row_item
+    return plan.is_supported and (isinstance(row, int) or (isinstance(row, slice) and row.step in {None, 1}))
 
 
 def as_tuple(index: Any) -> tuple[Any, ...]:
@@ -268,7 +271,7 @@ def _looked_up(table: Tensor, index: Any) -> Any:
 
 @rule(
     torch.Tensor.__setitem__,
-    any_order=lambda input, index, value: isinstance(input, PatchTensor) and _takes_all_rows(input, index),
+    any_order=lambda input, index, value: isinstance(input, PatchTensor) and _takes_runs(input, index),
 )
 def setitem(func: Any, input: Tensor, index: Any, value: Any) -> Any:
     """Written to the rows where they are: every rank keeps its own of the value; a replicated tensor takes all."""
@@ -327,6 +330,12 @@ def _set_basic(x: PatchTensor, plan: IndexPlan, value: Any) -> None:
     behind = target.ndim - 1 - target.row_layout.dim  # dims behind the rows
     if one_row and value.ndim > behind:
         value = value.unsqueeze(value.ndim - behind)
+    if (
+        isinstance(value, PatchTensor)
+        and isinstance(value.local, PatchTensor)
+        and not isinstance(target.local, PatchTensor)
+    ):
+        value = wrap(gather_replicated(value.local), value)  # what the target holds on all ranks of an inner axis
     target.copy_(value)
 
 

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distpatch.layout.rows import BlockLayout, RowLayout, aligned_bounds
+from distpatch.layout.blocks import BlockLayout, layout_of
+from distpatch.layout.rows import MANY, PRIME, Part, RowLayout, aligned_bounds
 from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
 from distpatch.rules.core.fallback import computed_on_all, fallback
 from distpatch.rules.core.gather_records import record
-from distpatch.rules.core.operands import redistribute, shares_memory, sizes_of, unmerge_blocks, wrap
+from distpatch.rules.core.operands import sizes_of
+from distpatch.rules.core.redistribution import redistribute, unmerge_blocks
 from distpatch.rules.core.registry import named, nth, rule
+from distpatch.rules.core.wrapping import shares_memory, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
-MANY = (1 << 61) - 1  # a prime, larger than any size
+
+def _keeps_parts(input: PatchTensor, *shape: Any, **kwargs: Any) -> bool:
+    """Whether rows that are joined of several tensors stay rows."""
+    if not _is_joined(input.row_layout) or "dtype" in kwargs or (shape and isinstance(shape[0], torch.dtype)):
+        return True
+    shape = _infer(sizes_of(shape, kwargs, "shape", "size"), input.numel())
+    return _place_of_rows(input.shape, shape, input.row_layout) is not None
 
 
-@rule(*named("reshape", "view", "_unsafe_view"), any_order=True, view=True)
+@rule(*named("reshape", "view", "_unsafe_view"), any_order=_keeps_parts, view=True)
 def reshape(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
     """Splits and merges dims; rows stay put where the sharded dim is outermost among those merged.
 
@@ -33,35 +41,49 @@ def reshape(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor
         return _view_dtype(func, input, *shape, **kwargs)
     shape = _infer(sizes_of(shape, kwargs, "shape", "size"), input.numel())
     x = unmerge_blocks(input)
-    old, new = (x.shape, shape) if input.numel() else _as_if_filled(x.shape, shape)
+    old, new = (x.shape, shape) if input.numel() else _as_if_filled(x.shape, shape, x.row_layout)
     place = None if 0 in old or 0 in new else _place(old, new, x.row_layout.dim)
     if place is None and input.numel():
         return fallback(torch.reshape, input, shape)
-    if place is None or _are_lost(old, new, x.row_layout.dim, place[0]):
+    if place is None or _are_lost(old, new, x.row_layout, place[0]):
         return computed_on_all(torch.reshape, (input, shape), {})
     dim, blocks = place
     return _placed(func, input, x, shape, dim, _as_it_is(blocks), old, new)
 
 
-def _are_lost(old: Sequence[int], new: Sequence[int], row: int, dim: int) -> bool:
-    """Whether rows are merged with a dim that has no elements: nobody can tell then who had which."""
-    return (math.prod(old[row + 1 :]) % MANY == 0) != (math.prod(new[dim + 1 :]) % MANY == 0)
+def _is_joined(layout: RowLayout) -> bool:
+    return isinstance(layout, BlockLayout) and layout.is_joined
+
+
+def _is_void(layout: RowLayout) -> bool:
+    """Whether rows are counted though there are none (``Part.void``)."""
+    return not _is_joined(layout) and layout.parts[0].void
+
+
+def _has_none(sizes: Sequence[int]) -> bool:
+    """Whether one of these sizes is 0, or stands for it (``_as_if_filled``)."""
+    return math.prod(sizes) % PRIME == 0
+
+
+def _are_lost(old: Sequence[int], new: Sequence[int], layout: RowLayout, dim: int) -> bool:
+    """Whether rows are made of none: nobody can tell who has which."""
+    return _has_none(new[dim + 1 :]) and not _has_none(old[layout.dim + 1 :]) and not _is_void(layout)
 
 
 def _as_it_is(size: int) -> int:
     """A size that was found as if there were elements (``_as_if_filled``): 0 where there are none."""
-    return size if size % MANY else 0
+    return size if size % PRIME else 0
 
 
-def _as_if_filled(old: Sequence[int], new: Sequence[int]) -> tuple[list[int], list[int]]:
+def _as_if_filled(old: Sequence[int], new: Sequence[int], layout: RowLayout) -> tuple[list[int], list[int]]:
     """Shapes without elements as they would be with some: dims end up where they do on ranks that have any.
 
     With zeros still, where that cannot be told.
     """
     if new.count(0) != 1:
         return list(old), list(new)
-    fill = MANY * math.prod(n for n in new if n)
-    filled = [n or fill for n in old]
+    rows = layout.parts[0].inner[-1] if _is_void(layout) else MANY
+    filled = [n or (rows if d == layout.dim else MANY) for d, n in enumerate(old)]
     rest, remainder = divmod(math.prod(filled), math.prod(n for n in new if n))
     return (list(old), list(new)) if remainder else (filled, [n or rest for n in new])
 
@@ -81,14 +103,19 @@ def _placed(
     ``old_sizes``, ``new_sizes``: both shapes, without zeros.
     """
     old, new = math.prod(old_sizes[x.row_layout.dim + 1 :]), math.prod(new_sizes[dim + 1 :])
-    unit = math.lcm(old, new) // old  # whole new rows are made of multiples of this many old rows
-    moved = redistribute(x, x.row_layout.with_bounds(aligned_bounds(x.row_layout.bounds, unit)), func)
-    bounds = tuple(_as_it_is(b * old // new) for b in moved.row_layout.bounds)
-    if isinstance(moved.local, PatchTensor):
-        moved = _shared_out_alike(moved, shape, dim, blocks, bounds)
-    lo, hi = bounds[x.rank : x.rank + 2]
-    sizes = [blocks * (hi - lo) if d == dim else n for d, n in enumerate(shape)]
-    layout = RowLayout(dim, bounds) if blocks == 1 else BlockLayout(dim, bounds, blocks)
+    moved, held = x, x.row_layout
+    if isinstance(held, BlockLayout) and held.is_joined:  # its rows stay as they are
+        layout = held.in_front(blocks).with_dim(dim)
+    else:
+        unit = math.lcm(old, new) // old  # whole new rows are made of multiples of this many old rows
+        bounds = aligned_bounds(held.parts[0].inner, unit)
+        if not _is_void(held):
+            moved = redistribute(x, held.with_bounds(bounds), func)
+        part = Part(tuple(b * old // new for b in bounds), blocks)
+        layout = layout_of(dim, [part])
+        if isinstance(moved.local, PatchTensor):
+            moved = _shared_out_alike(moved, shape, layout)
+    sizes = [layout.height(x.rank) if d == dim else n for d, n in enumerate(shape)]
     local = moved.local.reshape(sizes)
     is_view = shares_memory(local, input.local)
     if is_view and not strides_unambiguous(x) and not _has_view(input, shape):
@@ -97,9 +124,7 @@ def _placed(
     return result if is_view else _of_view(result, input, func)
 
 
-def _shared_out_alike(
-    x: PatchTensor, shape: Sequence[int], dim: int, blocks: int, bounds: Sequence[int]
-) -> PatchTensor:
+def _shared_out_alike(x: PatchTensor, shape: Sequence[int], new: RowLayout) -> PatchTensor:
     """The tensor, whose rows are gathered over an inner axis where that would share them out by how many there are.
 
     Ranks of this axis that have not as many rows of ``x`` would have the parts of other rows, and could no longer
@@ -107,14 +132,18 @@ def _shared_out_alike(
     """
     part: Any = x.local
     while isinstance(part, PatchTensor):
-        whole_blocks = unmerge_blocks(part)
-        layout, row = whole_blocks.row_layout, x.row_layout.dim + (part is not whole_blocks)
-        places = set()
-        for own, new in zip(x.row_layout.heights, _heights(bounds)):
-            old = [own if d == row else n for d, n in enumerate(whole_blocks.shape)]
-            sizes = [blocks * new if d == dim else n for d, n in enumerate(shape)]
-            places.add(_place_of_rows(old, sizes, layout))
-        if layout.dim != row and len(places) == 1 and None not in places:
+        opened, row, places = unmerge_blocks(part), x.row_layout.dim, set()
+        both = part.row_layout.dim == row  # axes share it out
+        row += opened.ndim - part.ndim if part.row_layout.dim < row else 0
+        sizes_of_ranks = [*zip(x.row_layout.heights, new.heights)]
+        for own, height in [*sizes_of_ranks, (1, 1)] if both else sizes_of_ranks:  # where there are none, a dummy row
+            old = [own if d == row else n for d, n in enumerate(opened.shape)]
+            sizes = [height if d == new.dim else n for d, n in enumerate(shape)]
+            places.add(_place_of_rows(old, sizes, opened.row_layout))
+        if both:  # who has which of them differs among ranks: they must stay as they are
+            stays = math.prod(x.shape[row + 1 :]) == math.prod(shape[new.dim + 1 :])
+            places = {place and place[0][0] == new.dim for place in places} if stays else {None}
+        if len(places) == 1 and not places & {None, False}:
             part = part.local
             continue
         record("reshape", [part])
@@ -125,17 +154,15 @@ def _shared_out_alike(
 
 def _place_of_rows(old: Sequence[int], new: Sequence[int], layout: RowLayout) -> Any:
     """Where the rows of an inner axis stand in the new shape, and who has which; None where nobody can tell."""
-    old, new = (old, new) if 0 not in old else _as_if_filled(old, new)
+    old, new = (old, new) if 0 not in old else _as_if_filled(old, new, layout)
     place = None if 0 in old or 0 in new else _place(old, new, layout.dim)
-    if place is None or _are_lost(old, new, layout.dim, place[0]):
+    if place is None or _are_lost(old, new, layout, place[0]):
         return None
     before, after = math.prod(old[layout.dim + 1 :]), math.prod(new[place[0] + 1 :])
+    if _is_joined(layout):
+        return (place, layout.parts) if before == after else None
     unit = math.lcm(before, after) // before
-    return place, aligned_bounds(layout.bounds, unit)
-
-
-def _heights(bounds: Sequence[int]) -> list[int]:
-    return [hi - lo for lo, hi in pairwise(bounds)]
+    return place, aligned_bounds(layout.parts[0].inner, unit)
 
 
 def _gathered_inside(rows: Any, part: PatchTensor) -> Tensor:
@@ -161,14 +188,16 @@ def _place(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int] 
     """Where the rows of ``old[dim]`` stand in ``new``: (dim, blocks).
 
     Rows can begin at a dim that has as many elements in front of it as they had. Of several (dims of
-    size 1 stand between) it is the first that is not of size 1; for a single row, the nearest.
+    size 1 stand between) it is the first that is not of size 1; for a single row, the nearest that has as many
+    elements behind it as the row had.
     """
     in_front = math.prod(old[:dim])
     fits = [at for at in range(len(new)) if math.prod(new[:at]) == in_front]
     if not fits:
         return _merged_place(old, new, dim)
     if old[dim] == 1:
-        return min(fits, key=lambda at: abs(at - dim)), 1
+        behind = math.prod(old[dim + 1 :])
+        return min(fits, key=lambda at: (math.prod(new[at + 1 :]) != behind, abs(at - dim))), 1
     return next((at for at in fits if new[at] != 1), fits[-1]), 1
 
 
@@ -229,3 +258,17 @@ def flatten(func: Any, input: PatchTensor, start_dim: int = 0, end_dim: int = -1
     if not first <= row <= last or input.numel() == 0 or isinstance(input.row_layout, BlockLayout):
         return input.reshape(shape)
     return _placed(torch.reshape, input, input, shape, first, math.prod(input.shape[first:row]), input.shape, shape)
+
+
+@rule(*named("unflatten"), any_order=True, view=True)
+def unflatten(func: Any, input: PatchTensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Beside the rows locally: of dims of size 1, shapes alone do not tell which one the rows are."""
+    at, row = nth(dim, input.ndim), input.row_layout.dim
+    known = -math.prod(sizes) if -1 in sizes else math.prod(sizes)
+    sizes = [input.shape[at] // max(known, 1) if n == -1 else n for n in sizes]
+    if math.prod(sizes) != input.shape[at]:
+        raise RuntimeError(f"unflatten: sizes {sizes} do not multiply up to {input.shape[at]}, of dim {dim}")
+    if at == row:
+        return input.reshape(*input.shape[:at], *sizes, *input.shape[at + 1 :])
+    layout = input.row_layout.with_dim(row + (len(sizes) - 1 if row > at else 0))
+    return wrap(input.local.unflatten(at, sizes), input, layout)

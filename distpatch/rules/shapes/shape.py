@@ -10,8 +10,9 @@ from torch import Tensor
 
 from distpatch.layout.rows import RowLayout
 from distpatch.rules.core.aliasing import copied
-from distpatch.rules.core.operands import normalize_dims, sizes_of, wrap
+from distpatch.rules.core.operands import normalize_dims, sizes_of
 from distpatch.rules.core.registry import named, nth, rule
+from distpatch.rules.core.wrapping import wrap
 from distpatch.rules.shapes.concatenation import assembled
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 
@@ -97,7 +98,12 @@ def expand(func: Any, input: PatchTensor, *shape: Any, **kwargs: Any) -> Tensor:
     return wrap(row.local.expand(sizes), input, RowLayout(dim, bounds))
 
 
-@rule(*named("view_as_real", "view_as_complex"), view=True)
+def _beside_pairs(input: PatchTensor) -> bool:
+    """Whether rows are another dim than the last."""
+    return input.row_layout.dim < input.ndim - 1
+
+
+@rule(*named("view_as_real", "view_as_complex"), any_order=_beside_pairs, view=True)
 def complex_view(func: Any, input: PatchTensor) -> Any:
     """The last dim of two numbers that a complex one has comes or goes."""
     if func is torch.view_as_complex and input.row_layout.dim == input.ndim - 1:

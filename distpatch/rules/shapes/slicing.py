@@ -10,20 +10,15 @@ from torch import Tensor
 from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import ceil_div
 from distpatch.rules.core.aliasing import copied
-from distpatch.rules.core.operands import crop, part_of, wrap
 from distpatch.rules.core.registry import named, nth, rule, written
+from distpatch.rules.core.wrapping import crop, part_of, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
-
-
-def _beside_rows(input: PatchTensor, dim: int, *_: Any, **__: Any) -> bool:
-    """Whether only another dim is cut."""
-    return nth(dim, input.ndim) != input.row_layout.dim
 
 
 @rule(
     *named("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"),
     *named("unsafe_split_with_sizes"),
-    any_order=lambda input, sizes=None, dim=0, **_: _beside_rows(input, dim),
+    any_order=True,
     view=True,
 )
 def split(func: Any, input: PatchTensor, sizes: Any = None, dim: int = 0, **kwargs: Any) -> Any:
@@ -46,7 +41,7 @@ def unbind(func: Any, input: PatchTensor, dim: int = 0) -> Any:
     return tuple(wrap(part, input, layout) for part in input.local.unbind(at))
 
 
-@rule(*named("narrow"), any_order=_beside_rows, view=True)
+@rule(*named("narrow"), any_order=True, view=True)
 def narrow(func: Any, input: PatchTensor, dim: int, start: Any, length: int) -> PatchTensor:
     at = nth(dim, input.ndim)
     if at != input.row_layout.dim:
@@ -59,7 +54,7 @@ def narrow(func: Any, input: PatchTensor, dim: int, start: Any, length: int) -> 
     return crop(input, start, start + length)
 
 
-@rule(*named("select"), any_order=_beside_rows, view=True)
+@rule(*named("select"), any_order=True, view=True)
 def select(func: Any, input: PatchTensor, dim: int, index: int) -> Tensor:
     at = nth(dim, input.ndim)
     if at == input.row_layout.dim:

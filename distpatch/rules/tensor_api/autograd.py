@@ -20,8 +20,10 @@ from torch.overrides import handle_torch_function
 from distpatch.comm.collectives import narrow_rows
 from distpatch.errors import UnsupportedOpError
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import local_rows_of, redistribute, wrap
+from distpatch.rules.core.operands import local_rows_of
+from distpatch.rules.core.redistribution import redistribute
 from distpatch.rules.core.registry import rule
+from distpatch.rules.core.wrapping import wrap
 from distpatch.rules.tensor_api.metadata import COMPILED
 from distpatch.tensor.axes import InnerTensor, bare
 from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy, gather_replicated

@@ -11,8 +11,9 @@ from torch import Tensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
 from distpatch.rules.core.executor import run_rows
-from distpatch.rules.core.operands import dim_order, local_rows_of, wrap
+from distpatch.rules.core.operands import local_rows_of
 from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.wrapping import dim_order, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.rule_table import Rule
 from distpatch.torch_utils.memory_format import dense_strides

@@ -20,8 +20,9 @@ from distpatch.layout.stencil import AreaStencil
 from distpatch.layout.transfers import plan_stencil
 from distpatch.lazy.row_patches import with_dummy_row
 from distpatch.rules.core.halo import run_stencil, spatial_dims
-from distpatch.rules.core.operands import beside_rows, on_some_rows, per_dim, precise, sum_ranks, wrap
+from distpatch.rules.core.operands import per_dim, precise, sum_ranks
 from distpatch.rules.core.registry import named, rule
+from distpatch.rules.core.wrapping import beside_rows, on_some_rows, wrap
 from distpatch.rules.windows.filters import averaged
 from distpatch.rules.windows.pooling import global_indices
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in

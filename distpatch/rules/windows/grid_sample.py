@@ -9,17 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpatch.layout.rows import RowLayout
-from distpatch.rules.core.operands import gather_partial, on_some_rows, redistribute, replicated_operand, wrap
+from distpatch.rules.core.operands import replicated_operand
+from distpatch.rules.core.redistribution import gather_partial, redistribute
 from distpatch.rules.core.registry import rule
+from distpatch.rules.core.wrapping import on_some_rows, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
 
 
-def _order_free(input: Tensor, grid: Tensor, *_: Any, **__: Any) -> bool:
+def _of_points(input: Tensor, grid: Tensor, *_: Any, **__: Any) -> bool:
     """Of a grid: each point is a sample of its own."""
-    return isinstance(grid, PatchTensor) and 0 < grid.row_layout.dim < grid.ndim - 1
+    return isinstance(grid, PatchTensor) and grid.row_layout.dim < grid.ndim - 1
 
 
-@rule(F.grid_sample, torch.grid_sampler, torch.grid_sampler_2d, torch.grid_sampler_3d, order_free=_order_free)
+@rule(F.grid_sample, torch.grid_sampler, torch.grid_sampler_2d, torch.grid_sampler_3d, any_order=_of_points)
 def grid_sample(func: Any, input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> PatchTensor:
     """``input``: (N, C, H, W), ``grid``: (N, H', W', 2), or both with a depth. All of a sharded input is
     fetched, unless its images or channels are what is sharded."""

@@ -14,9 +14,10 @@ from distpatch.errors import LayoutError
 from distpatch.layout.rows import EMPTY, RowLayout
 from distpatch.layout.stencil import Interval
 from distpatch.rules.core.executor import run_rows
-from distpatch.rules.core.operands import crop, fetch, wrap
+from distpatch.rules.core.redistribution import fetch
 from distpatch.rules.core.registry import named, rule
-from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.rules.core.wrapping import crop, on_some_rows, wrap
+from distpatch.tensor.patch_tensor import BlockTensor, PatchTensor
 from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.private import nn_builtins
 
@@ -26,20 +27,32 @@ def _keeps_format(*args: Any, **kwargs: Any) -> bool:
 
 
 def _order_free(input: Tensor, pad: Sequence[int], *_: Any, **__: Any) -> bool:
-    if not isinstance(input, PatchTensor):
-        return False
+    return isinstance(input, PatchTensor) and not any(_of_rows(input, pad))
+
+
+def _adds_constants(input: Tensor, pad: Sequence[int], mode: str = "constant", *_: Any, **__: Any) -> bool:
+    """Whether rows are added, all alike: where the others stand does not matter then."""
+    above, below = _of_rows(input, pad) if isinstance(input, PatchTensor) else (0, 0)
+    return mode == "constant" and min(above, below) >= 0 and above + below > 0
+
+
+def _of_rows(input: PatchTensor, pad: Sequence[int]) -> tuple[int, int]:
+    """How many rows are added above and below."""
+    pads = [*pad, *[0] * (2 * input.ndim - len(pad))]
     at = 2 * (input.ndim - 1 - input.row_layout.dim)
-    return not any(pad[at : at + 2])
+    return pads[at], pads[at + 1]
 
 
 @rule(nn_builtins.pad, asks_if_empty=True)  # Dynamo sees what F.pad calls
-@rule(*named("pad"), asks_if_empty=True, keeps_format=_keeps_format, order_free=_order_free)
+@rule(*named("pad"), asks_if_empty=True, keeps_format=_keeps_format, any_order=_adds_constants, order_free=_order_free)
 def pad(
     func: Any, input: PatchTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> PatchTensor:
     pads = [*pad, *[0] * (2 * input.ndim - len(pad))]
     at = 2 * (input.ndim - 1 - input.row_layout.dim)
-    above, below = pads[at : at + 2]
+    above, below = _of_rows(input, pad)
+    if isinstance(input, BlockTensor):
+        return _with_constant_rows(func, input, [*pads[:at], 0, 0, *pads[at + 2 :]], (above, below), value)
     if mode == "circular" or (above <= 0 and below <= 0):
         input, cut = crop(input, max(-above, 0), input.row_layout.size - max(-below, 0)), (0, 0)
     else:  # in the end: a negative pad may cut into the padding of the other edge
@@ -80,6 +93,18 @@ def _padded(
         return result if result.shape[dim] == hi - lo else result.narrow(dim, lo - (start + above - own[at]), hi - lo)
 
     return run_rows("pad", [x], pad_part, need=need, shape=shape, layout=layout, may_defer=may_defer)
+
+
+def _with_constant_rows(
+    func: Any, x: BlockTensor, others: Sequence[int], counts: tuple[int, int], value: float | None
+) -> PatchTensor:
+    """Rows that stay where they are, padded along other dims, between such as are replicated."""
+    dim = x.row_layout.dim
+    x = wrap(on_some_rows(lambda rows: func(rows, others, "constant", value), x.local, dim), x)  # type: ignore[assignment]
+    sizes = [[n if d == dim else size for d, size in enumerate(x.shape)] for n in counts]
+    above, below = (torch.full(size, value or 0, dtype=x.dtype, device=x.device) for size in sizes)
+    padded: PatchTensor = torch.cat([above, x, below], dim)  # type: ignore[assignment]
+    return padded
 
 
 def _have_edges(rows: RowLayout, above: int, below: int, mode: str) -> bool:

@@ -15,8 +15,10 @@ from distpatch.errors import LayoutError
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.layout.transfers import plan_rank
 from distpatch.rules.core.halo import fixed, paddings, run_windows, spatial_dims
-from distpatch.rules.core.operands import gather_partial, per_dim, precise, redistribute, wrap
+from distpatch.rules.core.operands import per_dim, precise
+from distpatch.rules.core.redistribution import gather_partial, redistribute
 from distpatch.rules.core.registry import first_dim, named, rule
+from distpatch.rules.core.wrapping import wrap
 from distpatch.tensor.patch_tensor import PatchTensor, shard_in
 from distpatch.torch_utils.op_names import op_name
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from distpatch.layout.stencil import FilterStencil, Interval, NearestStencil, ceil_div
 from distpatch.rules.core.executor import run_rows
 from distpatch.rules.core.halo import run_stencil
-from distpatch.rules.core.operands import beside_rows, needs_grad, per_dim, precise, wrap
+from distpatch.rules.core.operands import needs_grad, per_dim, precise
 from distpatch.rules.core.registry import first_dim, named, rule
+from distpatch.rules.core.wrapping import beside_rows, wrap
 from distpatch.rules.windows.filters import FILTERS, enlarged, filtered
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.memory_format import in_memory_order, memory_order

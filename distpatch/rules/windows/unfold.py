@@ -16,8 +16,10 @@ from distpatch.layout.rows import aligned_bounds
 from distpatch.layout.stencil import TransposedStencil, WindowStencil
 from distpatch.rules.core.aliasing import copied
 from distpatch.rules.core.halo import batched, fixed, paddings, run_stencil, run_windows
-from distpatch.rules.core.operands import beside_rows, on_some_rows, per_dim, redistribute, wrap
+from distpatch.rules.core.operands import per_dim
+from distpatch.rules.core.redistribution import redistribute
 from distpatch.rules.core.registry import named, nth, rule
+from distpatch.rules.core.wrapping import beside_rows, on_some_rows, wrap
 from distpatch.rules.windows.transposed import written
 from distpatch.tensor.patch_tensor import PatchTensor
 from distpatch.torch_utils.op_names import op_name
