@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from distpatch.lazy.row_patches import memory_of
 from distpatch.torch_utils.private import storage_uses
 
 
@@ -44,18 +45,6 @@ def deferred_rows() -> list[DeferredRows]:
     """The rows of tensors that are alive, and not computed yet."""
     alive = [rows() for rows in list(pending.rows)]
     return [rows for rows in alive if rows is not None and rows.value is None and rows.is_wanted]
-
-
-def own_part(rows: Tensor) -> Tensor:
-    """Of rows that are sharded themselves this rank's part of them; others as they are."""
-    while type(rows) is not Tensor and (inner := getattr(rows, "local", None)) is not None:
-        rows = inner
-    return rows
-
-
-def memory_of(rows: Tensor) -> int:
-    """Which memory they stand in; of rows that are sharded themselves, this rank's part of them."""
-    return own_part(rows).untyped_storage()._cdata
 
 
 def materialize_readers(rows: Tensor) -> None:

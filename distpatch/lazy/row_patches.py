@@ -18,7 +18,6 @@ from einops import rearrange
 from torch import Tensor
 
 from distpatch.layout.stencil import Interval, ceil_div
-from distpatch.lazy.buffer_reuse import memory_of, own_part
 from distpatch.lazy.patch_plan import Cut, Seams, fewest_calls
 from distpatch.torch_utils.constants import blank
 from distpatch.torch_utils.memory_format import format_by_strides, memory_format
@@ -328,6 +327,18 @@ def empty_beside(rows: Tensor, shape: Sequence[int], format: torch.memory_format
         if size != rows.shape[dim]:
             rows = rows.narrow(dim, 0, 1).expand([size if d == dim else n for d, n in enumerate(rows.shape)])
     return torch.empty_like(rows, memory_format=format)
+
+
+def own_part(rows: Tensor) -> Tensor:
+    """Of rows that are sharded themselves this rank's part of them; others as they are."""
+    while type(rows) is not Tensor and (inner := getattr(rows, "local", None)) is not None:
+        rows = inner
+    return rows
+
+
+def memory_of(rows: Tensor) -> int:
+    """Which memory they stand in; of rows that are sharded themselves, this rank's part of them."""
+    return own_part(rows).untyped_storage()._cdata
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:

@@ -269,7 +269,7 @@ def test_walk_of_a_convolution(lazy: bool, most: int, to_read: int, monkeypatch:
 
     def body(rank: int) -> tuple[dict[str, None], dict[str, None]]:
         image = distpatch.shard(x, dist.group.WORLD)
-        image.region = replace(image.region, options=Options(lazy=lazy, splits=4 if lazy else 1))
+        image.region = replace(image.region, options=Options(lazy=lazy, splits=4))
 
         def call() -> Any:
             return F.conv2d(image, weight, None, (1, 1), (1, 1), (1, 1), 1)
