@@ -1,6 +1,6 @@
 """Every diffusion transformer of diffusers, converted as it is: the results of one device, and of some the gradients.
 
-On 2 and 3 ranks, all with their gradients: ``make transformers``.
+On 2 and 3 ranks, all with their gradients: ``make transformers``. On 2 x 2, those of images and videos: ``--meshes``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from tests.support import oracle
+from tests.support.mesh_cases import everything
+from tests.support.zoo.image_transformers import IMAGES
 from tests.support.zoo.transformers_of_diffusers import TRANSFORMERS, classes, compare
+from tests.support.zoo.video_transformers import VIDEOS
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 WITH_GRADIENTS = (
@@ -27,6 +30,8 @@ WITH_GRADIENTS = (
     "LTX2VideoTransformer3DModel",
     "MiniMaxH3Transformer3DModel",
 )
+OF_PICTURES = [name for name, entry in {**IMAGES, **VIDEOS}.items() if "shard" not in entry.options]
+FORWARD_ALONE = {"AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel"}  # flex_attention on a CPU
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of diffusers
 
 
@@ -46,4 +51,14 @@ def test_as_on_one_device(name: str) -> None:
 def test_gradients_of_one_device(name: str) -> None:
     result = compare(name, world=2, backward=True)
     assert max(result.error, result.gradient) <= TOLERANCE[TRANSFORMERS[name].dtype]
+    oracle.compared += 1
+
+
+@pytest.mark.skipif(not everything.on, reason="nets on meshes run with --meshes")
+@pytest.mark.parametrize("name", OF_PICTURES)
+def test_on_a_mesh(name: str) -> None:
+    result = compare(name, world=4, mesh=(2, 2), backward=name not in FORWARD_ALONE)
+    assert max(result.error, result.gradient) <= TOLERANCE[TRANSFORMERS[name].dtype]
+    if result.gathered:
+        oracle.notes.setdefault("gathered on 2 x 2:", []).append(f"{name}: {result.gathered}")
     oracle.compared += 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import distpatch
 from distpatch.torch_utils.tree import tensors_in
+from tests.support.oracle import mesh_of
 from tests.support.threads import run_ranks
 from tests.support.zoo.autoencoder_runs import OwnProcess
 from tests.support.zoo.image_transformers import IMAGES
@@ -59,11 +60,13 @@ def run(model: nn.Module, entry: Transformer, backward: bool = False) -> tuple[l
     return [t.detach() for t in results], [torch.zeros(1) if g is None else g for g in gradients]
 
 
-def compare(name: str, world: int, *, backward: bool = False, timeout: float = 60, **options: Any) -> Comparison:
+def compare(
+    name: str, world: int, *, mesh: tuple[int, ...] = (), backward: bool = False, timeout: float = 60, **options: Any
+) -> Comparison:
     """One call of a model, converted, on every rank against one device; ``backward``: with its gradients too.
 
     Without them the result is left sharded, and gathered here: one that is not would show that all ranks have computed
-    the whole.
+    the whole. On so many ranks, or on a mesh along height and width.
     """
     entry = TRANSFORMERS[name]
     model = entry.build()
@@ -72,7 +75,11 @@ def compare(name: str, world: int, *, backward: bool = False, timeout: float = 6
 
     def body(rank: int) -> tuple[list[Tensor], list[Tensor], list[str]]:
         settings = {"fallback": "allow", "output": "gather" if backward else "shard", **entry.options, **options}
-        converted = distpatch.convert_model(copy.deepcopy(model), dist.group.WORLD, **settings)
+        if mesh:
+            settings["dim"] = (-2, -1)
+        converted = distpatch.convert_model(
+            copy.deepcopy(model), mesh_of(mesh) if mesh else dist.group.WORLD, **settings
+        )
         with distpatch.trace() as t:
             results, gradients = run(converted, entry, backward)
         assert backward or any(isinstance(result, distpatch.PatchTensor) for result in results), f"{name}: all is whole"
