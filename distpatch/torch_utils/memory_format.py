@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from distpatch.torch_utils.overridable import overridable
 from distpatch.torch_utils.private import DisableTorchFunction, FakeMode, no_modes
 
 Order = tuple[int, ...]  # dims as they stand in memory, innermost first
@@ -98,6 +99,7 @@ def format_by_order(shape: Sequence[int], strides: Sequence[int]) -> torch.memor
     return format if same_order(order, order_in(format, len(shape)), shape) else None
 
 
+@overridable
 def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
     """A dense copy of the tensor whose dims are in this order in memory, innermost first."""
     # No view: autograd lets nobody write to one that was made in a function of its own.

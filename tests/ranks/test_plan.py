@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import einops
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import distpatch
@@ -115,6 +117,37 @@ def test_plan_and_trace_agree_on_a_mesh(backward: bool) -> None:
             assert backward or planned.trace.records == real.records, where
             assert (planned.sent_bytes, planned.messages) == (real.sent_bytes, real.messages), where
             assert (planned.rounds, planned.flops) == (real.rounds, real.flops), where
+
+
+class Tokens(nn.Module):
+    """A norm of so many rows that they are read in parts; tokens beside a text's; windows of an image that is rolled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.text = nn.GroupNorm(2, 8).double(), nn.Parameter(random_tensor((1, 5, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(self.norm(x), 15)
+        tokens = torch.cat([self.text, x.flatten(2).transpose(1, 2)], 1)
+        tokens = F.scaled_dot_product_attention(tokens, tokens, tokens)[:, 5:]
+        x = x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        windows = einops.rearrange(x.roll((1, 1), (2, 3)), "b c (h p) (w q) -> (b h w) (p q) c", p=5, q=5)
+        windows = windows - windows.mean(1, keepdim=True)
+        return einops.rearrange(windows, "(h w) (p q) c -> 1 c (h p) (w q)", h=3, p=5) * x
+
+
+def test_plan_and_trace_agree_on_tokens_of_a_mesh() -> None:
+    model, x, options = Tokens(), random_tensor((1, 8, 401, 300)), {"dim": (-2, -1)}
+    plan = distpatch.plan(model, x, world_size=(2, 2), ranks=range(4), device="cpu", options=options)
+
+    def body(rank: int) -> distpatch.Trace:
+        mine = distpatch.convert_model(copy.deepcopy(model), mesh_of((2, 2)), fallback="error", dim=(-2, -1))
+        with torch.no_grad(), distpatch.trace() as t:
+            mine(x)
+        return t
+
+    for planned, real in zip(plan.ranks, run_ranks(4, body), strict=True):
+        assert planned.trace.records == real.records, f"rank {planned.rank}"
 
 
 @pytest.mark.parametrize("world", [1, 3])

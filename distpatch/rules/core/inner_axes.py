@@ -25,7 +25,7 @@ from distpatch.rules.core.gather_records import record
 from distpatch.rules.core.registry import rule
 from distpatch.rules.core.wrapping import dim_order, part_of, reshard, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated, shard_in
-from distpatch.torch_utils.memory_format import dense_strides
+from distpatch.torch_utils.memory_format import dense_strides, in_memory_order
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 
@@ -112,6 +112,11 @@ def of_rows(func: Any, x: PatchTensor, name: str, *args: Any) -> PatchTensor:
 def stacked(func: Any, x: PatchTensor, name: str, op: str) -> PatchTensor:
     _note(name, op, x)
     return wrap(func(x.local, name, op), x, x.row_layout.with_dim(x.row_layout.dim + 1))
+
+
+@rule(in_memory_order, any_order=True)
+def ordered(func: Any, x: PatchTensor, order: Sequence[int]) -> PatchTensor:
+    return _part(func(x.local, order), x)
 
 
 def beside_no_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -27,7 +27,7 @@ from distpatch.torch_utils.private import foreach_copy
 
 
 def moments(
-    local: Tensor | Recipe, dims: tuple[int, ...], along: int, exact: bool = False, groups: int = 0
+    local: Tensor | Recipe, dims: tuple[int, ...], along: int, op: str, exact: bool = False, groups: int = 0
 ) -> tuple[int, Tensor, Tensor]:
     """Count, mean and centred second moment over ``dims``, which stay as dims of size 1, in fp64.
 
@@ -35,13 +35,23 @@ def moments(
     from 0, its rounding alone is as large as torch's whole error. On devices without a large cache in one reading
     by Welford's update, with torch's error. ``exact``: squares are added in fp64, for a variance that somebody sees,
     in either case around the mean. Without gradients in chunks of rows of the dim ``along``, one of ``dims``.
-    ``groups``: of dim 1, which is two then, as ``dims`` count.
+    ``groups``: of dim 1, which is two then, as ``dims`` count. Of rows that are sharded over an inner axis each of its
+    ranks takes its own, which are merged in one collective, named after ``op``.
     """
     precise, double = torch.promote_types(local.dtype, torch.float32), _double(local)
     sizes = sizes_of(local.device)
     if isinstance(local, Recipe) and local.value is not None:
         local = local.value
     grads = isinstance(local, Tensor) and needs_grad(local)
+    if isinstance(local, PatchTensor) and not grads:
+        layout, shape = local.row_layout, list(local.shape)
+        if groups:
+            shape[1:2] = [groups, shape[1] // groups]
+        at = layout.dim + (len(shape) - local.ndim if layout.dim > 1 else 0)
+        if at in dims:
+            _, mean, m2 = moments(local.local, dims, along, op, exact, groups)
+            a_row = math.prod(shape[d] for d in dims if d != at)
+            return merge_ranks(layout, a_row, mean, m2, local.comm.name, op)
     whole = grads or torch.compiler.is_compiling()  # a compiler makes its own chunks
     whole = whole or isinstance(local, BlockTensor)  # of an inner axis, of which some would have to be in order
     rows = local.shape[along]
@@ -154,20 +164,21 @@ class Norm:
     def _moments(self, local: Tensor | Recipe) -> tuple[int, Tensor, Tensor]:
         exact, along = self._is_seen(local), max(self.row_layout.dim, 2)
         if not self.groups:
-            count, mean, m2 = moments(local, (0, *range(2, local.ndim)), along, exact)
+            count, mean, m2 = moments(local, (0, *range(2, local.ndim)), along, self.op, exact)
         elif sizes_of(local.device).reads_twice:  # a sum over channels too is slow there, above all of channels last
-            count, *channels = moments(local, tuple(range(2, local.ndim)), along, exact)
+            count, *channels = moments(local, tuple(range(2, local.ndim)), along, self.op, exact)
             members = [t.flatten(1).unflatten(1, (self.groups, -1)).movedim(2, 0) for t in channels]
             count, mean, m2 = merge_moments([count] * len(members[0]), *members)
         else:
-            count, mean, m2 = moments(local, tuple(range(2, local.ndim + 1)), along, exact, self.groups)
+            count, mean, m2 = moments(local, tuple(range(2, local.ndim + 1)), along, self.op, exact, self.groups)
         return count, mean.flatten(1), m2.flatten(1)
 
     def _parts(self, local: Tensor | Recipe) -> tuple[Sequence[int], Sequence[Tensor]]:
         """How many samples parts of this rank's rows have, and the mean and the deviation of each."""
         if isinstance(local, Recipe) and local.value is not None:
             local = local.value
-        if sizes_of(local.device).reads_twice or self._is_seen(local) or not local.shape.numel():
+        alone = isinstance(local, PatchTensor) or not local.shape.numel()
+        if alone or sizes_of(local.device).reads_twice or self._is_seen(local):
             count, mean, m2 = self._moments(local)
             return [count], [mean, (m2 / max(count, 1)).clamp_(min=0).sqrt_()]
         along, a_row = max(self.row_layout.dim, 2), self._a_row(local)

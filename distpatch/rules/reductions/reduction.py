@@ -128,7 +128,7 @@ def variance(
     if not input.dtype.is_floating_point:
         return NotImplemented
     a_row = math.prod(input.shape[d] for d in dims) // max(input.row_layout.size, 1)
-    _, mean, m2 = moments(input.local, dims, row, exact=True)
+    _, mean, m2 = moments(input.local, dims, row, op_name(func), exact=True)
     count, mean, m2 = merge_ranks(input.row_layout, a_row, mean, m2, input.comm.name, name)
     if not keepdim:
         mean, m2 = (t.squeeze(dims) for t in (mean, m2))
