@@ -62,9 +62,10 @@ def _along_rows(func: Any, input: PatchTensor, args: Any, kwargs: Any, removes: 
     """Two exchanges of all elements, each between all ranks. What is not as tall as the input is replicated."""
     rows = input.row_layout
     widest = widest_beside(input, (rows.dim,))
-    if isinstance(rows, BlockLayout) and (widest is None or input.shape[widest] == 1):
+    is_vector = widest is None or input.shape[widest] == 1
+    if isinstance(rows, BlockLayout) and (widest is None or (is_vector and not input.region.level)):
         return func(in_order(input), *args, **kwargs)
-    if widest is None or input.shape[widest] == 1:
+    if widest is None or (is_vector and not isinstance(rows, BlockLayout)):  # blocks of an inner axis go to one rank
         may = op_name(func) in {"sort", "argsort"} and not input.dtype.is_complex and input.dtype != torch.uint64
         return _of_vector(func, input, args, kwargs) if may else NotImplemented
     result = _ranked(func, turned(input, widest, func), rows.dim, args, kwargs, removes)
