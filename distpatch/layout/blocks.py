@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distpatch.layout.rows import PRIME, Bounds, Cut, Part, RowLayout, clipped, is_tiny
 from distpatch.layout.stencil import Interval
@@ -71,13 +72,13 @@ class BlockLayout(RowLayout):
     @property
     def opened(self) -> RowLayout:
         """The layout of its one part where blocks and rows are two dims again."""
-        return layout_of(self.dim + 1, [self.parts[0]._replace(blocks=1)])
+        return layout_of(self.dim + 1, [self.parts[0]._replace(blocks=())])
 
     @property
     def blocks(self) -> int:
         """Of its one part."""
         (part,) = self.parts
-        return part.blocks
+        return part.block_count
 
     def intervals(self, rank: int) -> Iterator[Interval]:
         """The global rows that a rank holds, in its order."""
@@ -85,7 +86,7 @@ class BlockLayout(RowLayout):
         for part in self.parts:
             rows, lo, hi = part.inner[-1], part.inner[rank], part.inner[rank + 1]
             if lo < hi and not part.void:
-                yield from ((first + block * rows + lo, first + block * rows + hi) for block in range(part.blocks))
+                yield from ((first + block * rows + lo, first + block * rows + hi) for block in range(part.block_count))
             first += part.size
 
     def height(self, rank: int) -> int:
@@ -101,24 +102,21 @@ class BlockLayout(RowLayout):
             first += part.size
         return cuts or [Cut(0, _none_of(self), (0, 0, 1))]
 
-    def in_front(self, count: int) -> RowLayout:
-        """The layout where a dim of so many elements in front of the rows is merged with them."""
-        if self.is_joined:
-            return layout_of(self.dim, self.parts * count)
-        (part,) = self.parts
-        return layout_of(self.dim, [part._replace(blocks=part.blocks * count)])
-
     def with_dim(self, dim: int) -> RowLayout:
         return self if dim == self.dim else _layout(dim, self.parts)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BlockLayout) and (self.dim, self.parts) == (other.dim, other.parts)
+        return isinstance(other, BlockLayout) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((self.dim, self.parts))
+        return hash(self._key)
 
     def __repr__(self) -> str:
-        return f"BlockLayout(dim={self.dim}, {self.parts})"
+        return f"BlockLayout(dim={self.dim}, parts={[(part.inner, part.blocks) for part in self.parts]})"
+
+    @property
+    def _key(self) -> Any:
+        return self.dim, tuple((part.inner, part.block_count) for part in self.parts)
 
 
 def cut_inside(layout: RowLayout, start: int, cuts: Sequence[InnerCut]) -> list[list[Part]]:
@@ -134,7 +132,7 @@ def cut_inside(layout: RowLayout, start: int, cuts: Sequence[InnerCut]) -> list[
         first = start - firsts[min(at, len(layout.parts))]
         some: Iterable[Part] = ()
         if part.void:
-            counted = part.blocks * part.inner[-1] // PRIME
+            counted = part.block_count * part.inner[-1] // PRIME
             some = (rows for rows, _ in _cropped(part, counted * lo // of * PRIME, counted * hi // of * PRIME))
         elif apart and 0 <= first < first + count <= part.size:
             some = (rows for rows, _ in _cropped(part, first, first + count))
@@ -151,7 +149,7 @@ def _none_of(layout: RowLayout) -> Part:
 
 @lru_cache(maxsize=4096)
 def _layout(dim: int, parts: tuple[Part, ...]) -> RowLayout:
-    if len(parts) == 1 and parts[0].blocks == 1 and not parts[0].void:
+    if len(parts) == 1 and parts[0].block_count == 1 and not parts[0].void:
         return RowLayout(dim, parts[0].inner)
     return BlockLayout(dim, parts)
 
@@ -162,10 +160,14 @@ def layout_of(dim: int, parts: Iterable[Part]) -> RowLayout:
 
 
 def _cropped(part: Part, lo: int, hi: int) -> Iterator[tuple[Part, tuple[int, int, int]]]:
-    """Rows [lo, hi) of a part: the rest of a block, whole blocks, the begin of one; and which blocks these are."""
+    """Rows [lo, hi) of a part: the rest of a block, whole blocks, the begin of one; and which blocks these are.
+
+    Each is of one element of every dim in front of the last one cut: so it is one part on an inner axis, too, whose
+    rows are one of these dims.
+    """
     if lo >= hi:
         return
-    rows, blocks = part.inner[-1], part.blocks
+    rows, blocks = part.inner[-1], part.block_count
     (block, start), (last, stop) = divmod(lo, rows), divmod(hi, rows)
     if block == last:
         yield Part(clipped(part.inner, start, stop)), (block, block + 1, blocks)
@@ -173,7 +175,31 @@ def _cropped(part: Part, lo: int, hi: int) -> Iterator[tuple[Part, tuple[int, in
     if start:
         yield Part(clipped(part.inner, start, rows)), (block, block + 1, blocks)
         block += 1
-    if block < last:
-        yield part._replace(blocks=last - block), (block, last, blocks)
+    for first, end, sizes in _whole_blocks(part.blocks, block, last):
+        yield part._replace(blocks=sizes), (first, end, blocks)
     if stop:
         yield Part(clipped(part.inner, 0, stop)), (last, last + 1, blocks)
+
+
+def _whole_blocks(sizes: tuple[int, ...], lo: int, hi: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Blocks [lo, hi), of as many as these sizes multiply up to: (first, end, sizes), each a box of the dims."""
+    if lo >= hi:
+        return
+    if len(sizes) < 2:
+        yield lo, hi, (hi - lo,) if hi > lo + 1 else ()
+        return
+    each = math.prod(sizes[1:])
+    (at, start), (last, stop) = divmod(lo, each), divmod(hi, each)
+
+    def within(at: int, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        return ((at * each + a, at * each + b, own) for a, b, own in _whole_blocks(sizes[1:], start, stop))
+
+    if at == last:
+        yield from within(at, start, stop)
+        return
+    if start:
+        yield from within(at, start, each)
+        at += 1
+    if at < last:
+        yield at * each, last * each, (last - at, *sizes[1:])
+    yield from within(last, 0, stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -89,10 +90,18 @@ class RowLayout:
 
 
 class Part(NamedTuple):
-    """Some of the rows: of each of so many blocks of them, rank r owns the rows ``inner[r]:inner[r + 1]``."""
+    """Some of the rows: of each block of them, rank r owns the rows ``inner[r]:inner[r + 1]``.
+
+    ``blocks``: the sizes of the dims that were merged in front of the rows; there are as many as their product.
+    """
 
     inner: Bounds
-    blocks: int = 1
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def block_count(self) -> int:
+        """How many blocks there are."""
+        return math.prod(self.blocks)
 
     @property
     def void(self) -> bool:
@@ -104,11 +113,11 @@ class Part(NamedTuple):
 
     @property
     def size(self) -> int:
-        return 0 if self.void else self.blocks * self.inner[-1]
+        return 0 if self.void else self.block_count * self.inner[-1]
 
     def height(self, rank: int) -> int:
         """How many of them a rank owns."""
-        return 0 if self.void else self.blocks * (self.inner[rank + 1] - self.inner[rank])
+        return 0 if self.void else self.block_count * (self.inner[rank + 1] - self.inner[rank])
 
 
 class Cut(NamedTuple):

@@ -171,7 +171,7 @@ def _in_blocks(x: PatchTensor, layout: BlockLayout, func: Any) -> Tensor:
 
 def _are_blocks_alike(one: BlockLayout, other: BlockLayout) -> bool:
     """Whether rows are in the same parts and blocks, if on other ranks."""
-    parts = [[(part.inner[-1], part.blocks) for part in layout.parts] for layout in (one, other)]
+    parts = [[(part.inner[-1], part.block_count) for part in layout.parts] for layout in (one, other)]
     return one.dim == other.dim and parts[0] == parts[1]
 
 

@@ -57,7 +57,7 @@ def _is_joined(layout: RowLayout) -> bool:
 
 def _is_void(layout: RowLayout) -> bool:
     """Whether rows are counted though there are none (``Part.void``)."""
-    return not _is_joined(layout) and layout.parts[0].void
+    return layout.size == 0 and any(part.void for part in layout.parts)
 
 
 def _has_none(sizes: Sequence[int]) -> bool:
@@ -82,7 +82,7 @@ def _as_if_filled(old: Sequence[int], new: Sequence[int], layout: RowLayout) -> 
     """
     if new.count(0) != 1:
         return list(old), list(new)
-    rows = layout.parts[0].inner[-1] if _is_void(layout) else MANY
+    rows = sum(part.block_count * part.inner[-1] for part in layout.parts) if _is_void(layout) else MANY
     filled = [n or (rows if d == layout.dim else MANY) for d, n in enumerate(old)]
     rest, remainder = divmod(math.prod(filled), math.prod(n for n in new if n))
     return (list(old), list(new)) if remainder else (filled, [n or rest for n in new])
@@ -104,15 +104,19 @@ def _placed(
     """
     old, new = math.prod(old_sizes[x.row_layout.dim + 1 :]), math.prod(new_sizes[dim + 1 :])
     moved, held = x, x.row_layout
-    if isinstance(held, BlockLayout) and held.is_joined:  # its rows stay as they are
-        layout = held.in_front(blocks).with_dim(dim)
+    unit = math.lcm(old, new) // old  # whole new rows are made of multiples of this many old rows
+    if not (_is_joined(held) or _is_void(held)):
+        moved = redistribute(x, held.with_bounds(aligned_bounds(held.bounds, unit)), func)
+    parts = [part._replace(inner=aligned_bounds(part.inner, unit)) for part in held.parts]  # of joined ones as they are
+    parts = [part._replace(inner=tuple(b * old // new for b in part.inner)) for part in parts]
+    in_front = [*old_sizes[: held.dim]]
+    if x is not input:  # its blocks, which are one dim here, were several
+        in_front[-1:] = input.row_layout.parts[0].blocks
+    front = _sizes_in_front(in_front, blocks)
+    if _is_joined(held):
+        layout = layout_of(dim, parts * blocks)
     else:
-        unit = math.lcm(old, new) // old  # whole new rows are made of multiples of this many old rows
-        bounds = aligned_bounds(held.parts[0].inner, unit)
-        if not _is_void(held):
-            moved = redistribute(x, held.with_bounds(bounds), func)
-        part = Part(tuple(b * old // new for b in bounds), blocks)
-        layout = layout_of(dim, [part])
+        layout = layout_of(dim, [Part(parts[0].inner, front + parts[0].blocks)])
         if isinstance(moved.local, PatchTensor):
             moved = _shared_out_alike(moved, shape, layout)
     sizes = [layout.height(x.rank) if d == dim else n for d, n in enumerate(shape)]
@@ -122,6 +126,14 @@ def _placed(
         local = local.clone()
     result = wrap(local, x, layout)
     return result if is_view else _of_view(result, input, func)
+
+
+def _sizes_in_front(sizes: Sequence[int], blocks: int) -> tuple[int, ...]:
+    """The sizes of the last of these dims, which make so many blocks; one size, where that cuts one of them."""
+    for at in range(len(sizes), -1, -1):
+        if math.prod(sizes[at:]) == blocks:
+            return tuple(n for n in sizes[at:] if n != 1)
+    return (blocks,)
 
 
 def _shared_out_alike(x: PatchTensor, shape: Sequence[int], new: RowLayout) -> PatchTensor:
@@ -160,7 +172,8 @@ def _place_of_rows(old: Sequence[int], new: Sequence[int], layout: RowLayout) ->
         return None
     before, after = math.prod(old[layout.dim + 1 :]), math.prod(new[place[0] + 1 :])
     if _is_joined(layout):
-        return (place, layout.parts) if before == after else None
+        exact = all(b * before % after == 0 for part in layout.parts for b in part.inner)
+        return (place, len(layout.parts)) if exact else None
     unit = math.lcm(before, after) // before
     return place, aligned_bounds(layout.parts[0].inner, unit)
 
