@@ -114,7 +114,7 @@ def check(
             for j, bounds in enumerate(layouts[i]):
                 where = f"{rows} rows on {mesh} ranks, bounds {bounds}"
                 compare([results[i][j][0] for results in ranks], expected[i], where, tolerance)
-                _compare_parts([results[i][j][1] for results in ranks], mesh, where)
+                compare_parts([results[i][j][1] for results in ranks], mesh, where)
                 compared += 1
 
 
@@ -153,7 +153,7 @@ def parts_sent(mesh: DeviceMesh) -> list[int]:
     return parts
 
 
-def _compare_parts(sent: Sequence[list[int]], mesh: tuple[int, ...], where: str) -> None:
+def compare_parts(sent: Sequence[list[int]], mesh: tuple[int, ...], where: str) -> None:
     """The ranks of an axis have sent parts of the same tensors, sharded alike over the other axes."""
     for axis in range(len(sent[0])):
         lines: dict[tuple[int, ...], set[int]] = {}
