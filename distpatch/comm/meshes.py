@@ -100,17 +100,13 @@ class Ranks:
 
     def _compare_parts(self, what: str, seen: Sequence[Any]) -> None:
         """Raise on all ranks where those of one axis sent parts in the last call that do not fit each other."""
-        places = list(product(*(range(comm.size) for comm in self.axes)))
-        for axis in range(len(self.axes)):
-            lines: dict[tuple[int, ...], set[int]] = {}
-            for place, parts in zip(places, seen, strict=True):
-                lines.setdefault((*place[:axis], *place[axis + 1 :]), set()).add(parts[axis])
-            if any(len(found) > 1 for found in lines.values()):
-                raise RankError(
-                    f"{what}: in the call before it the ranks of axis {axis} of the mesh had different parts of one "
-                    f"tensor, and sent what does not fit: its result is wrong (this is rank {self.whole.rank}). It is "
-                    "a fault of distpatch, please report it; along one dim alone the model is computed right."
-                )
+        axis = axis_of_other_parts([comm.size for comm in self.axes], seen)
+        if axis is not None:
+            raise RankError(
+                f"{what}: in the call before it the ranks of axis {axis} of the mesh had different parts of one "
+                f"tensor, and sent what does not fit: its result is wrong (this is rank {self.whole.rank}). It is "
+                "a fault of distpatch, please report it; along one dim alone the model is computed right."
+            )
 
     @contextmanager
     def open_call(self, what: str) -> Iterator[None]:
@@ -166,3 +162,14 @@ def _whole(axes: Sequence[Communicator]) -> Communicator:
         return known
     of_axis[key] = whole = axes[0].of_mesh(axes[1:])
     return whole
+
+
+def axis_of_other_parts(mesh: Sequence[int], seen: Sequence[Sequence[int]]) -> int | None:
+    """The first axis whose ranks have not all sent parts of the same tensors, by each rank's checksums."""
+    for axis in range(len(mesh)):
+        lines: dict[tuple[int, ...], set[int]] = {}
+        for place, parts in zip(product(*map(range, mesh)), seen, strict=True):
+            lines.setdefault((*place[:axis], *place[axis + 1 :]), set()).add(parts[axis])
+        if any(len(found) > 1 for found in lines.values()):
+            return axis
+    return None

@@ -81,7 +81,6 @@ class BlockLayout(RowLayout):
         return part.block_count
 
     def intervals(self, rank: int) -> Iterator[Interval]:
-        """The global rows that a rank holds, in its order."""
         first = 0
         for part in self.parts:
             rows, lo, hi = part.inner[-1], part.inner[rank], part.inner[rank + 1]

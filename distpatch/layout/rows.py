@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -77,6 +78,12 @@ class RowLayout:
     def rows_before(self, row: int, rank: int) -> int:
         """How many of a rank's rows come before a row of the whole."""
         return min(max(row - self.bounds[rank], 0), self.height(rank))
+
+    def intervals(self, rank: int) -> Iterator[Interval]:
+        """The global rows that a rank holds, in its order."""
+        lo, hi = self.interval(rank)
+        if lo < hi:
+            yield lo, hi
 
     def cuts(self, lo: int, hi: int) -> list[Cut]:
         """What rows [lo, hi) of the whole are made of; each rank keeps those of its own."""

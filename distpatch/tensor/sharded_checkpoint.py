@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distpatch.layout.blocks import BlockLayout
 from distpatch.layout.rows import RowLayout
 
 if TYPE_CHECKING:
@@ -54,9 +53,8 @@ def chunks(axes: Sequence[PatchTensor]) -> Iterator[Chunk]:
 
 def _intervals(layout: RowLayout, rank: int) -> Iterator[Span]:
     own = 0
-    for lo, hi in layout.intervals(rank) if isinstance(layout, BlockLayout) else [layout.interval(rank)]:
-        if lo < hi:
-            yield Span(lo, own, hi - lo)
+    for lo, hi in layout.intervals(rank):
+        yield Span(lo, own, hi - lo)
         own += hi - lo
 
 

@@ -55,7 +55,11 @@ def held_places(x: PatchTensor, numbers: Tensor, others: int) -> Tensor:
     places, first, held = torch.full_like(numbers, others), 0, 0
     for part in x.row_layout.parts:
         rows, lo, hi = part.inner[-1], part.inner[x.rank], part.inner[x.rank + 1]
-        if part.size:
+        if part.size and part.block_count == 1:
+            places = torch.where(
+                (numbers >= first + lo) & (numbers < first + hi), numbers + (held - first - lo), places
+            )
+        elif part.size:
             block, row = (numbers - first).div(rows, rounding_mode="floor"), (numbers - first) % rows
             own = (numbers >= first) & (numbers < first + part.size) & (row >= lo) & (row < hi)
             places = torch.where(own, held + block * (hi - lo) + row - lo, places)

@@ -69,7 +69,8 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if is_causal and isinstance(query, PatchTensor) and query.row_layout.dim == query.ndim - 2:
+    orderly = is_causal and attn_mask is None and dropout_p == 0
+    if orderly and isinstance(query, PatchTensor) and query.row_layout.dim == query.ndim - 2:
         query = in_order(query)
     if not any(isinstance(t, PatchTensor) for t in (query, key, value)):  # a sharded mask alone
         more = {"scale": scale, "enable_gqa": enable_gqa}
