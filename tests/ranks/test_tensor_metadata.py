@@ -99,7 +99,7 @@ def test_printing_needs_no_other_rank() -> None:
         if x.region.comm.rank == 1:
             assert repr(x) == str(x) == f"{x}" == "{}".format(x)  # noqa: UP032
             assert "shape=(1, 2, 5, 3)" in repr(x) and "bounds=(0, 3, 5)" in repr(x)
-            assert "blocks=2" in repr(x.flatten(1, 2))
+            assert "blocks=(2,)" in repr(x.flatten(1, 2))
             assert "shape" in dir(x)
 
 
