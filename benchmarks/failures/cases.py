@@ -47,6 +47,7 @@ FAILURES = [
     Failure("is stopped (SIGSTOP)", ranks.forward, ranks.waits_for_a_signal, ("is stopped",), signal.SIGSTOP),
     Failure("raises in a displaced step", ranks.displaced, ranks.raises, RAISED),
     Failure("raises in a compiled call", ranks.compiled, ranks.raises, RAISED),
+    Failure("raises in a call with `compile=`", ranks.with_compile, ranks.raises, RAISED),
     Failure("raises in `save_video`", ranks.video, ranks.raises, RAISED),
 ]
 

@@ -59,9 +59,9 @@ class Net(nn.Module):
         return x + self.last(y)
 
 
-def converted(**options: Any) -> Any:
+def converted(with_operator: bool = False, **options: Any) -> Any:
     torch.manual_seed(0)
-    return distpatch.convert_model(Net(**options), dist.group.WORLD)
+    return distpatch.convert_model(Net(with_operator=with_operator), dist.group.WORLD, **options)
 
 
 # Where it fails: each makes what is called well once, then with ``fail``.
@@ -101,6 +101,14 @@ def displaced(fail: Fail, folder: Path) -> Iterator[Attempt]:
 
 def compiled(fail: Fail, folder: Path) -> Iterator[Attempt]:
     net = torch.compile(converted(with_operator=True), fullgraph=True, backend="aot_eager")
+    return in_the_middle(net, fail)
+
+
+def with_compile(fail: Fail, folder: Path) -> Iterator[Attempt]:
+    return in_the_middle(converted(with_operator=True, compile={"backend": "aot_eager"}), fail)
+
+
+def in_the_middle(net: Any, fail: Fail) -> Iterator[Attempt]:
     with torch.no_grad():
         yield lambda: net(torch.ones(SHAPE))
         _in_the_middle.append(fail)

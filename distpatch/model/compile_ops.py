@@ -11,7 +11,9 @@ from __future__ import annotations
 import operator
 import secrets
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,8 +40,10 @@ def begin_call(beside: Sequence[Tensor], name: str, what: str, signature: str) -
     comm = communicator_of(name)
     comm.begin_call(what, signature)
     comm.in_call = True
-    if comm.has_peers:
-        _tell_of_an_exception(comm, what)
+    if comm.has_peers and _thread.caller is not None:
+        _thread.caller.append((comm, what))
+    elif comm.has_peers:
+        _look_for_an_exception(comm, what)
 
 
 @torch.library.custom_op("distpatch::end_call", mutates_args=(), tags=NEVER_REPLAYED)
@@ -64,11 +68,39 @@ keep_in_order(begin_call)
 keep_in_order(end_call)
 
 
-def _tell_of_an_exception(comm: Communicator, what: str) -> None:
+class _Thread(threading.local):
+    caller: list[tuple[Communicator, str]] | None = None  # of compiled code, that tells of exceptions: what has begun
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def tells_of_exceptions() -> Iterator[None]:
+    """An exception that leaves compiled code, which is called in here, is told to the other ranks of what it began."""
+    before, begun = _thread.caller, []
+    _thread.caller = begun
+    try:
+        yield
+    except BaseException as error:
+        for comm, what in begun:
+            if comm.in_call:
+                _tell(comm, what, error)
+        raise
+    finally:
+        _thread.caller = before
+
+
+def _tell(comm: Communicator, what: str, error: object, kind: type | None = None) -> None:
+    comm.abort_call(f"raised {(kind or type(error)).__name__}: {error} (in compiled {what})")
+
+
+def _look_for_an_exception(comm: Communicator, what: str) -> None:
     """Until ``end_call``: an exception that leaves the compiled code is told to the other ranks.
 
-    That code cannot have an ``except``: fullgraph=True has none. Python's trace function of its frame is called with
-    what is raised in it. Where a debugger has that function already, the others wait for this rank's process to end.
+    Where that code is called by somebody else's, there is no ``except``: fullgraph=True has none. Python's trace
+    function of its frame is called with what is raised in it; it makes all of Python slower meanwhile. Where a debugger
+    has that function already, the others wait for this rank's process to end.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_NOT_COMPILED):
@@ -79,7 +111,7 @@ def _tell_of_an_exception(comm: Communicator, what: str) -> None:
     def look(frame: FrameType, event: str, arg: Any) -> Any:
         if event == "exception":
             sys.settrace(None)
-            comm.abort_call(f"raised {arg[0].__name__}: {arg[1]} (in compiled {what})")
+            _tell(comm, what, arg[1], arg[0])
         return look
 
     frame.f_trace, frame.f_trace_lines = look, False

@@ -11,6 +11,7 @@ import torch
 
 from distpatch.errors import DistPatchError
 from distpatch.model.calls import Conversion
+from distpatch.model.compile_ops import tells_of_exceptions
 
 SHAPES = 64  # each has a graph of its own; torch's own limit is 8
 
@@ -34,6 +35,7 @@ def compiled_calls(entry: Callable[..., Any], state: Conversion) -> Callable[...
     def call(*args: Any, **kwargs: Any) -> Any:
         if state.thread.inside or state.steps is not None or torch.compiler.is_compiling():
             return entry(*args, **kwargs)
-        return compiled(*args, **kwargs)
+        with tells_of_exceptions():
+            return compiled(*args, **kwargs)
 
     return call

@@ -37,6 +37,8 @@ CASES = {
     "stopped": Case(failure("SIGSTOP"), GLOO),
     "ends, file": Case(failure("ends"), GLOO, FILE),
     "displaced": Case(failure("displaced"), NCCL, AGENT),
+    "compiled": Case(failure("compiled"), NCCL),
+    "compile=": Case(failure("compile="), GLOO),
 }
 
 

@@ -144,12 +144,17 @@ class Norm:
         And, without gradients, the rows of others that come with them (``gather_moments``).
         """
         layout, a_row = self.row_layout, self._a_row(local)
+        rows = None
         if torch.compiler.is_compiling() or (isinstance(local, Tensor) and needs_grad(local)):
             _, mean, m2 = self._moments(local)
-            count, mean, m2 = merge_ranks(layout, a_row, mean, m2, self.name, self.op)
-            return mean, (m2 / max(count, 1) + self.eps).sqrt(), None
+            if strips is None:
+                count, mean, m2 = merge_ranks(layout, a_row, mean, m2, self.name, self.op)
+            else:
+                counts = [a_row * height for height in layout.heights]
+                counts, parts, rows = gather_moments(counts, (mean, m2), mean.dtype, self.name, self.op, strips)
+                count, mean, m2 = merge_moments(counts, parts[:, 0], parts[:, 1])
+            return mean, (m2 / max(count, 1) + self.eps).sqrt(), rows
         counts, moments = self._parts(local)
-        rows = None
         if layout.world_size > 1:
             own = moments if len(counts) == 1 else merge_deviations(counts, _packed(moments), 0.0)
             counts = [a_row * height for height in layout.heights]

@@ -113,13 +113,26 @@ def group_norm(
     input = along_rows(input, func)
     if input.row_layout.dim == 0:  # torch's own, which does not ask how many samples a rank has
         return _local(torch.group_norm, input, num_groups, weight, bias, eps, *cudnn)
-    if input.world_size == 1 and not may_pay(input) and not torch.compiler.is_compiling():
+    if input.world_size == 1 and not may_pay(input):
         affine = (t if t is None else replicated_operand(t, input) for t in (weight, bias))
-        return beside_rows(func, input, num_groups, *affine, eps, *cudnn)
+        alone = _alone_in_a_graph if torch.compiler.is_compiling() else func
+        return beside_rows(alone, input, num_groups, *affine, eps, *cudnn)
     if input.row_layout.dim == 1 or input.shape[1] % num_groups:
         return NotImplemented
     input = autocast(input, lambda t: func(t.expand(1, 1, 2), 1))
     return normalize_rows(input, weight, bias, _norm(func, input, num_groups, eps))[0]
+
+
+def _alone_in_a_graph(rows: Tensor, *args: Any) -> Tensor:
+    """Pixels as one dim: torch's kernel refuses images of a batch of one whose strides are not those of the trace.
+
+    As they are after a view of channels-last tokens (``torch.compile(backend="aot_eager")``, also of plain torch; seen
+    in 2.13).
+    """
+    if rows.ndim < 4:
+        return torch.group_norm(rows, *args)
+    normalized = torch.group_norm(rows.flatten(2), *args).view(rows.shape)
+    return normalized.contiguous(memory_format=memory_format(rows))
 
 
 @norm_rule(F.batch_norm, keeps_format=True)

@@ -55,7 +55,7 @@ def normalize_rows(
 
     Without gradients the result brings its neighbours' rows along (``halo_rows.py``), which a convolution may need.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.row_layout.dim < 2:
+    if torch.is_grad_enabled() or x.row_layout.dim < 2:
         out, mean, spread = normalize(x.local, weight, bias, norm)
         return wrap(out, x), mean, spread
     deferred = deferrable([x], x) is not None
@@ -74,12 +74,7 @@ def _halo_of(x: PatchTensor) -> Needs | None:
     layout = x.row_layout
     if x.ndim < 4 or layout.dim < 2 or layout.is_tiny or layout.world_size == 1 or x.row_stride:
         return None
-    if (
-        isinstance(layout, BlockLayout)
-        or x.region.inner is not None
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-    ):
+    if isinstance(layout, BlockLayout) or x.region.inner is not None or torch.is_grad_enabled():
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
