@@ -27,8 +27,8 @@ from distpatch.layout.rows import RowLayout
 from distpatch.layout.stencil import ceil_div
 from distpatch.torch_utils.chunk_sizes import sizes_of
 from distpatch.torch_utils.memory_format import format_of, in_memory_order, memory_format, order_in
+from distpatch.torch_utils.operators import collective
 from distpatch.torch_utils.overridable import has_rules, overridable
-from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
 
 
 def in_one_thread(device: torch.device) -> None:
@@ -328,20 +328,16 @@ def _gathered(tensor: Tensor, name: str, op: str) -> Tensor:
     return communicator_of(name).transport(tensor.device).all_gather(tensor.contiguous(), op)
 
 
-_all_reduce = torch.library.custom_op("distpatch::all_reduce", _summed, mutates_args=(), tags=NEVER_REPLAYED)
-_all_gather = torch.library.custom_op("distpatch::all_gather", _gathered, mutates_args=(), tags=NEVER_REPLAYED)
-
-for _op in (_all_reduce, _all_gather):  # as transfers (comm/row_exchange.py)
-    keep_in_order(_op)
+_all_reduce, _all_gather = collective("all_reduce")(_summed), collective("all_gather")(_gathered)
 
 
-@_all_reduce.register_fake
+@torch.library.register_fake(_all_reduce)
 def _(tensor: Tensor, name: str, op: str) -> Tensor:
     _simulate("all_reduce", tensor, name, op)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-@_all_gather.register_fake
+@torch.library.register_fake(_all_gather)
 def _(tensor: Tensor, name: str, op: str) -> Tensor:
     _simulate("all_gather", tensor, name, op)
     return tensor.new_empty((communicator_of(name).size, *tensor.shape))

@@ -21,8 +21,9 @@ from distpatch.comm.transport import Batch
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.stencil import Interval
 from distpatch.layout.transfers import flat_needs, grouped_needs, plan_transfer, wire_order
+from distpatch.torch_utils.operators import collective
 from distpatch.torch_utils.overridable import has_rules
-from distpatch.torch_utils.private import NEVER_REPLAYED, foreach_copy
+from distpatch.torch_utils.private import foreach_copy
 
 MOST_RANKS = 16  # beyond that each telling each is slower than a collective
 
@@ -146,7 +147,7 @@ def _rows_of(cut: Sequence[Interval]) -> int:
     return sum(hi - lo for lo, hi in cut)
 
 
-@torch.library.custom_op("distpatch::gather_moments", mutates_args=(), tags=NEVER_REPLAYED)
+@collective("gather_moments")
 def _gather_moments(
     own: Sequence[Tensor],
     local: Tensor,
@@ -161,7 +162,7 @@ def _gather_moments(
     return _gathered(own, local, dim, tuple(bounds), grouped, name, op, dtype)
 
 
-@_gather_moments.register_fake
+@torch.library.register_fake(_gather_moments)
 def _(
     own: Sequence[Tensor],
     local: Tensor,

@@ -23,8 +23,9 @@ from distpatch.comm.transport import Batch, Finish
 from distpatch.comm.watched import UnderWay
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.transfers import TransferPlan, flat_needs, grouped_needs, plan_fetch, plan_transfer, wire_order
+from distpatch.torch_utils.operators import collective
 from distpatch.torch_utils.overridable import has_rules
-from distpatch.torch_utils.private import NEVER_REPLAYED, count_dispatch_modes, in_functorch, keep_in_order
+from distpatch.torch_utils.private import count_dispatch_modes, in_functorch
 
 # Rows of these are never those of an earlier step: what leaves the sharded computation, or is gathered for an
 # operation without a rule.
@@ -105,7 +106,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@torch.library.custom_op("distpatch::fetch_rows", mutates_args=(), tags=NEVER_REPLAYED)
+@collective("fetch_rows")
 def _fetch(
     local: Tensor,
     dim: int,
@@ -153,7 +154,7 @@ def _empty_rows(like: Tensor, dim: int, rows: int, order: list[int]) -> Tensor:
     return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
 
 
-@torch.library.custom_op("distpatch::return_rows", mutates_args=(), tags=NEVER_REPLAYED)
+@collective("return_rows")
 def _return(
     pieces: Sequence[Tensor],
     dim: int,
@@ -247,7 +248,7 @@ def _inverse(order: list[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-@_fetch.register_fake
+@torch.library.register_fake(_fetch)
 def _(
     local: Tensor,
     dim: int,
@@ -265,7 +266,7 @@ def _(
     return [_empty_rows(local, dim, n, order) for n in plan.rows]
 
 
-@_return.register_fake
+@torch.library.register_fake(_return)
 def _(
     pieces: Sequence[Tensor],
     dim: int,
@@ -306,7 +307,5 @@ def _return_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _fetch(grad, *ctx.plan), None, None, None, None, None, None
 
 
-for _op in (_fetch, _return):  # a compiled graph keeps all transfers, and every rank's in one order
-    keep_in_order(_op)
-_fetch.register_autograd(_fetch_backward, setup_context=_fetch_setup)
-_return.register_autograd(_return_backward, setup_context=_return_setup)
+torch.library.register_autograd(_fetch, _fetch_backward, setup_context=_fetch_setup)
+torch.library.register_autograd(_return, _return_backward, setup_context=_return_setup)

@@ -13,8 +13,8 @@ from distpatch.comm.row_exchange import NAME, add_rows, alias, fetch_rows, plan_
 from distpatch.layout.rows import Bounds, Needs
 from distpatch.layout.stencil import Interval
 from distpatch.layout.transfers import flat_needs, wire_order
+from distpatch.torch_utils.operators import collective
 from distpatch.torch_utils.overridable import overridable
-from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
 
 
 @overridable
@@ -68,7 +68,7 @@ class _ReturnAround(torch.autograd.Function):
         return None, *_Around.apply(grad, *ctx.plan)
 
 
-@torch.library.custom_op("distpatch::add_returned_rows", mutates_args=(), tags=NEVER_REPLAYED)
+@collective("add_returned_rows")
 def _add_returned(
     grad: Tensor,
     pieces: Sequence[Tensor],
@@ -86,7 +86,7 @@ def _add_returned(
     return total
 
 
-@_add_returned.register_fake
+@torch.library.register_fake(_add_returned)
 def _(grad: Tensor, pieces: Sequence[Tensor], *plan_given: Any) -> Tensor:
     dim, bounds, needs, name, op, _ = plan_given
     comm = communicator_of(name)
@@ -94,6 +94,3 @@ def _(grad: Tensor, pieces: Sequence[Tensor], *plan_given: Any) -> Tensor:
     sent_rows = sum(part.stop - part.start for _, parts in plan.recvs for part in parts)
     simulate(comm, op, sent_rows, len(plan.recvs), len(plan.sends), grad, dim)
     return torch.empty_like(grad)
-
-
-keep_in_order(_add_returned)

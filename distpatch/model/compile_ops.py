@@ -27,10 +27,10 @@ from distpatch.tensor.options import Options
 from distpatch.tensor.patch_tensor import PatchTensor, shard_input
 from distpatch.tensor.region import Region
 from distpatch.tensor.rule_table import RULES, RuleEntry
-from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
+from distpatch.torch_utils.operators import collective, library
 
 
-@torch.library.custom_op("distpatch::begin_call", mutates_args=(), tags=NEVER_REPLAYED)
+@collective("begin_call")
 def begin_call(beside: Sequence[Tensor], name: str, what: str, signature: str) -> None:
     """A barrier that checks that all ranks make the same call, at every run of a compiled graph.
 
@@ -46,7 +46,7 @@ def begin_call(beside: Sequence[Tensor], name: str, what: str, signature: str) -
         _look_for_an_exception(comm, what)
 
 
-@torch.library.custom_op("distpatch::end_call", mutates_args=(), tags=NEVER_REPLAYED)
+@collective("end_call")
 def end_call(beside: Sequence[Tensor], name: str) -> None:
     """All that the graph sends has been sent, and what it was sent is whole."""
     if sys.gettrace() is _look_at_no_frame:
@@ -54,18 +54,14 @@ def end_call(beside: Sequence[Tensor], name: str) -> None:
     communicator_of(name).end_call()
 
 
-@begin_call.register_fake
+@torch.library.register_fake(begin_call)
 def _(beside: Sequence[Tensor], name: str, what: str, signature: str) -> None:
     return None
 
 
-@end_call.register_fake
+@torch.library.register_fake(end_call)
 def _(beside: Sequence[Tensor], name: str) -> None:
     return None
-
-
-keep_in_order(begin_call)
-keep_in_order(end_call)
 
 
 class _Thread(threading.local):
@@ -78,7 +74,8 @@ _thread = _Thread()
 @contextmanager
 def tells_of_exceptions() -> Iterator[None]:
     """An exception that leaves compiled code, which is called in here, is told to the other ranks of what it began."""
-    before, begun = _thread.caller, []
+    before = _thread.caller
+    begun: list[tuple[Communicator, str]] = []
     _thread.caller = begun
     try:
         yield
@@ -145,13 +142,12 @@ def _gather(tensor: Tensor, op: str) -> Tensor:
     return gather_rows(tensor.local, tensor.row_layout, tensor.region.comm.name, op)
 
 
-_library = torch.library.Library("distpatch", "FRAGMENT")
 for _schema, _function in (
     ("enter(Tensor x, int dim, str name, str options, str process) -> Tensor", _enter),
     ("gather(Tensor x, str op) -> Tensor", _gather),
 ):
-    _name = _library.define(_schema)
-    _library.impl(_name, _function, "CompositeImplicitAutograd")
+    _name = library.define(_schema)
+    library.impl(_name, _function, "CompositeImplicitAutograd")
 
 
 def _on_sharded(function: Any) -> Any:

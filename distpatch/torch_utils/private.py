@@ -172,9 +172,9 @@ def own_connection(store: Any) -> Any:
 NEVER_REPLAYED = (torch.Tag.cudagraph_unsafe,)
 
 
-def keep_in_order(operator: Any) -> None:
-    """Have every compiled graph keep all calls of a custom operator, in one order with those of others."""
-    operator.register_effect(EffectType.ORDERED)
+def keep_in_order(library: torch.library.Library, name: str) -> None:
+    """Have every compiled graph keep all calls of an operator of this library, in one order with those of others."""
+    library._register_effectful_op(name, EffectType.ORDERED)
 
 
 @functools.cache

@@ -198,3 +198,19 @@ def steps_between_compiled_calls(rank: int) -> list[Tensor]:
         results.append(model(image))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         return [*results, distpatch.restore_model(model)(image)]
+
+
+def rounds(rank: int) -> list[list[tuple[str, int]]]:
+    """What a decode sends, eager and compiled."""
+    torch._dynamo.reset()
+    found = []
+    for option in (False, {"backend": "aot_eager"}):
+        model: Any = distpatch.convert_model(
+            model_of("decoder", torch.float64), dist.group.WORLD, fallback="error", compile=option
+        )
+        with torch.no_grad():
+            model.decode(torch.ones(1, CHANNELS["decoder"], 7, 4).double())
+            with distpatch.trace() as trace:
+                model.decode(torch.ones(1, CHANNELS["decoder"], 7, 4).double())
+        found.append([(record.op, record.sent_bytes) for record in trace.records])
+    return found

@@ -46,6 +46,12 @@ def test_a_module_of_a_converted_model(pool: Pool, way: str) -> None:
     check(pool, 2, "decoder", way, "aot_eager", sizes=1)
 
 
+def test_a_compiled_call_sends_what_an_eager_one_does(pool: Pool) -> None:
+    """The halo of a convolution comes with the moments of the norm before it in either."""
+    for eager, compiled in pool.run(2, compiling.rounds, timeout=120):
+        assert compiled == eager and len(eager) > 9
+
+
 def test_displaced_steps_between_compiled_calls(pool: Pool) -> None:
     for results in pool.run(2, compiling.steps_between_compiled_calls, timeout=60):
         for result in results:

@@ -144,6 +144,7 @@ class Norm:
         And, without gradients, the rows of others that come with them (``gather_moments``).
         """
         layout, a_row = self.row_layout, self._a_row(local)
+        counts: Sequence[int]
         rows = None
         if torch.compiler.is_compiling() or (isinstance(local, Tensor) and needs_grad(local)):
             _, mean, m2 = self._moments(local)
