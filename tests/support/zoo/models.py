@@ -38,8 +38,8 @@ def sd_decoder(channels: tuple[int, ...] = (128, 256, 512, 512), groups: int = 3
     """Stable Diffusion's decoder, by default in its real size."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=channels,
         layers_per_block=2,
         latent_channels=4,
