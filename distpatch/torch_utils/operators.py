@@ -15,6 +15,7 @@ from distpatch.torch_utils.private import NEVER_REPLAYED, keep_in_order
 
 NAMESPACE = "distpatch"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
+BODIES: dict[str, Callable[..., Any]] = {}  # of each operator, by its name
 
 
 def collective(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -29,6 +30,7 @@ def collective(name: str) -> Callable[[Callable[..., Any]], Any]:
     def register(function: Callable[..., Any]) -> Any:
         library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=NEVER_REPLAYED)
         library.impl(name, function, "CompositeExplicitAutograd")
+        BODIES[name] = function
         keep_in_order(library, f"{NAMESPACE}::{name}")
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 

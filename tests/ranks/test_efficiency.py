@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distpatch
-from distpatch.comm import collectives, moments_exchange, row_exchange, rows_around
+from distpatch.comm import row_exchange
 from distpatch.lazy import recipe
 from distpatch.tensor import region
 from distpatch.tensor.options import Options
+from distpatch.torch_utils.operators import BODIES
 from tests.support import forced
 from tests.support.kernels import Kernels
 from tests.support.oracle import random_tensor
@@ -32,12 +33,6 @@ from tests.support.zoo.models import on_ranks, tiny_autoencoder, tiny_kl
 
 READ_BACK = "item tolist numpy cpu nonzero __bool__ __int__ __float__ __index__ __complex__".split()
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero"}
-CUSTOM_OPS = {
-    op._qualname.removeprefix("distpatch::"): op
-    for module in (row_exchange, rows_around, collectives, moments_exchange)
-    for op in vars(module).values()
-    if isinstance(op, torch._library.custom_ops.CustomOpDef)
-}
 
 
 class NoHostSync(TorchDispatchMode):
@@ -58,7 +53,7 @@ class NoHostSync(TorchDispatchMode):
             assert len(devices) == 1, f"{func} copies between {devices}"
         if space == "distpatch":  # run its body under the mode too
             with self:
-                return CUSTOM_OPS[name]._init_fn(*args, **(kwargs or {}))
+                return BODIES[name](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

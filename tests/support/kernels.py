@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distpatch.torch_utils import chunk_sizes
 from distpatch.torch_utils.chunk_sizes import planned_as
+from distpatch.torch_utils.operators import BODIES
 
 NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "resize_", "set_", "is_same_size", "_local_scalar_dense", "detach")
 EXCHANGES = "distpatch"  # namespace of the operators that exchange rows, and of the collectives
@@ -71,7 +71,7 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        run = OPDEFS[func._schema.name]._init_fn if func.namespace == EXCHANGES else _parts(func)
+        run = BODIES[func._schema.name.split("::")[1]] if func.namespace == EXCHANGES else _parts(func)
         if run is not None:  # what it is made of under the mode, too
             super().__enter__()
             try:
