@@ -80,7 +80,7 @@ def tells_of_exceptions() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        for comm, what in begun:
+        for comm, what in reversed(begun):
             if comm.in_call:
                 _tell(comm, what, error)
         raise

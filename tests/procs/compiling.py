@@ -200,6 +200,68 @@ def steps_between_compiled_calls(rank: int) -> list[Tensor]:
         return [*results, distpatch.restore_model(model)(image)]
 
 
+def _blank_rows(y: Tensor) -> Tensor:
+    y[:, :, 2:4] = 0
+    return y
+
+
+def _add_to_a_view(y: Tensor) -> Tensor:
+    y[:, :2].add_(y.new_ones(()))
+    return y
+
+
+def _double_another_view(y: Tensor) -> Tensor:
+    y.view(len(y), 2, -1, *y.shape[2:]).mul_(2)
+    return y
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda y: y,
+    "in place": lambda y: nn.functional.silu(y, inplace=True),
+    "in place twice": lambda y: y.add_(1).mul_(y),
+    "some rows": _blank_rows,
+    "a view of channels": _add_to_a_view,
+    "another view": _double_another_view,
+    "by rows": lambda y: y * torch.arange(y.shape[2], dtype=y.dtype).view(-1, 1),
+    "joined": lambda y: torch.cat([y, y.neg()], 1)[:, 2:6],
+    "rolled": lambda y: y.roll(1, 2),
+    "flipped": lambda y: y.flip(2),
+    "taller": lambda y: nn.functional.interpolate(y, scale_factor=2.0),
+    "cropped": lambda y: y[:, :, 1:],
+    "copied": lambda y: y.copy_(y.flip(3)),
+}
+
+
+class Changed(nn.Module):
+    """What a norm has made is changed before a convolution reads its neighbours' rows: each change in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = nn.ModuleList([nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)])
+        self.last = nn.Conv2d(4, 3, 3, padding=1)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        results = []
+        for norm in self.norms:
+            for change in CHANGES.values():
+                y = norm(x)
+                results += [self.last(change(y)), self.last(y)]
+        return tuple(results)
+
+
+def changed_between(rank: int, height: int) -> list[tuple[str, Tensor, Tensor]]:
+    """On one device, and compiled on the ranks; without gradients, so that halos come with moments."""
+    torch._dynamo.reset()
+    x, names = random_tensor((2, 4, height, 5)), [name for name in CHANGES for _ in range(2)] * 2
+    with torch.no_grad():
+        right = Changed().double()(x)
+        model = distpatch.convert_model(Changed().double(), dist.group.WORLD, compile={"backend": "aot_eager"})
+        return list(zip(names, model(x), right, strict=True))
+
+
 def rounds(rank: int) -> list[list[tuple[str, int]]]:
     """What a decode sends, eager and compiled."""
     torch._dynamo.reset()

@@ -52,6 +52,14 @@ def test_a_compiled_call_sends_what_an_eager_one_does(pool: Pool) -> None:
         assert compiled == eager and len(eager) > 9
 
 
+@pytest.mark.parametrize(("world", "height"), [(2, 7), (3, 4)])
+def test_changes_between_a_norm_and_a_convolution(pool: Pool, world: int, height: int) -> None:
+    """Halo rows that came with the moments are not those that a changed tensor has."""
+    for found in pool.run(world, compiling.changed_between, height, timeout=240):
+        for name, compiled, right in found:
+            assert_same(compiled, right, 1e-10, name)
+
+
 def test_displaced_steps_between_compiled_calls(pool: Pool) -> None:
     for results in pool.run(2, compiling.steps_between_compiled_calls, timeout=60):
         for result in results:

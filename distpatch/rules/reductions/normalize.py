@@ -70,11 +70,14 @@ def normalize_rows(
 
 
 def _halo_of(x: PatchTensor) -> Needs | None:
-    """One row above and one below, of images, which a kernel of three rows reads; None where none can come."""
+    """One row above and one below, of images, which a kernel of three rows reads; None where none can come.
+
+    Without gradients alone.
+    """
     layout = x.row_layout
     if x.ndim < 4 or layout.dim < 2 or layout.is_tiny or layout.world_size == 1 or x.row_stride:
         return None
-    if isinstance(layout, BlockLayout) or x.region.inner is not None or torch.is_grad_enabled():
+    if isinstance(layout, BlockLayout) or x.region.inner is not None:
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
