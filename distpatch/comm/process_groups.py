@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distpatch.comm import io_threads
 from distpatch.comm.rendezvous import Rendezvous
 from distpatch.errors import RankError
 from distpatch.torch_utils import private
@@ -38,7 +39,8 @@ def by_members(
         )
     default = private.default_group()
     nccl = "nccl" in (backend or str(dist.get_backend_config(default)))
-    with _unbound(default), _ended_by_abort() if nccl else contextlib.nullcontext():
+    own_errors = _ended_by_abort() if nccl else contextlib.nullcontext()
+    with _unbound(default), own_errors, io_threads.made_without_preemption():
         return private.new_group(default, list(members), name, backend, timeout)
 
 

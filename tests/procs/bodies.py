@@ -16,13 +16,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
-from distpatch.comm import processes
+from distpatch.comm import io_threads, processes
 from tests.support import forced as _forced  # noqa: F401  where the suite runs so
 from tests.support.oracle import random_tensor
 from tests.support.transports.nccl import simulated_nccl
 from tests.support.zoo.models import tiny_kl
 
 SHAPE = (1, 3, 27, 16)
+
+
+def threads_of_sockets(rank: int) -> tuple[list[int], list[int]]:
+    """How the kernel schedules gloo's threads: those of the program's groups, and those that distpatch has added."""
+    before = io_threads.running()
+    distpatch.convert_model(tiny_kl(), dist.group.WORLD)(random_tensor(SHAPE))
+    made = io_threads.running() - before
+    return [os.sched_getscheduler(thread) for thread in before], [os.sched_getscheduler(thread) for thread in made]
 
 
 def round_trip(rank: int, device: str = "cpu", sharded: bool = True) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -45,6 +46,14 @@ def assert_right(results: list[dict[str, torch.Tensor]], tolerance: float) -> No
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_round_trip(pool: Pool, world: int) -> None:
     assert_right(pool.run(world, bodies.round_trip, timeout=60), 1e-11)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux's scheduler")
+def test_threads_of_sockets(pool: Pool) -> None:
+    """gloo's threads of distpatch's groups take no core from one that computes; a program's own are left alone."""
+    for others, own in pool.run(2, bodies.threads_of_sockets):
+        assert others and set(others) == {os.SCHED_OTHER}
+        assert own and set(own) == {os.SCHED_BATCH}
 
 
 @pytest.mark.parametrize("members", [[1, 3], [2], [0, 1, 2]], ids=str)
