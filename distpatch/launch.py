@@ -7,7 +7,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 import distpatch
+from distpatch.torch_utils.cores import own_cores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,35 +34,44 @@ class AbsentRanks(distpatch.RankError):
 
 @contextmanager
 def process_group(
-    *, threads: int | None = None, device: str | None = None, timeout: timedelta | None = None
+    *, threads: int | None = None, device: str | None = None, timeout: timedelta | None = None, bind: bool = True
 ) -> Iterator[tuple[dist.ProcessGroup, torch.device]]:
     """The group of all ranks that torchrun started, and this rank's device; torn down at the end.
 
     CUDA and NCCL where there are GPUs (or ``device="cuda"``), one GPU per process of this host, else CPU
     and gloo. Without torchrun it is a group of one. ``threads``: CPU threads of this rank; None leaves
     torch's choice (torchrun sets OMP_NUM_THREADS=1 for more than one process a host). ``timeout``: how
-    long a rank waits for another before it is an error. Raises ``AbsentRanks`` where one does not come.
+    long a rank waits for another before it is an error. ``bind``: on CPUs, where the host has a core for
+    each thread of all its ranks, keep each rank on cores of its own; also what it starts meanwhile, such as
+    workers of a ``DataLoader``. Raises ``AbsentRanks`` where a rank does not come.
     """
     place = _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    store, rank, size = _meet(timeout or c10d.default_pg_timeout)
-    dist.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo",
-        timeout=timeout,
-        device_id=place if place.type == "cuda" else None,  # else NCCL may take another GPU for its first message
-        store=store,
-        rank=rank,
-        world_size=size,
-    )
-    try:
-        group = dist.group.WORLD
-        assert group is not None
-        yield group, place
-    finally:
-        dist.destroy_process_group()
+    bound = own_cores(*_place_on_host(), torch.get_num_threads()) if bind and place.type == "cpu" else nullcontext()
+    with bound:
+        store, rank, size = _meet(timeout or c10d.default_pg_timeout)
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo",
+            timeout=timeout,
+            device_id=place if place.type == "cuda" else None,  # else NCCL may take another GPU for its first message
+            store=store,
+            rank=rank,
+            world_size=size,
+        )
+        try:
+            group = dist.group.WORLD
+            assert group is not None
+            yield group, place
+        finally:
+            dist.destroy_process_group()
+
+
+def _place_on_host() -> tuple[int, int]:
+    """This rank's number among those of its host, and how many these are."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _meet(patience: timedelta) -> tuple[c10d.Store, int, int]:
@@ -88,7 +98,7 @@ def _meet(patience: timedelta) -> tuple[c10d.Store, int, int]:
 def _device(wanted: str | None) -> torch.device:
     if (wanted or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
         return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    (local_rank, _), gpus = _place_on_host(), torch.cuda.device_count()
     if local_rank >= gpus:
         raise SystemExit(
             f"process {local_rank} of this host has no GPU of its own: there are {gpus}. "

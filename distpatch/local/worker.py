@@ -8,7 +8,7 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -22,6 +22,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from distpatch.errors import DistPatchError
 from distpatch.local.packed import Packed
 from distpatch.model.convert import convert_model
+from distpatch.torch_utils.cores import own_cores
 from distpatch.torch_utils.tree import map_tensors
 
 
@@ -51,11 +52,12 @@ def serve(handle: int) -> None:
     multiprocessing.current_process().authkey = key
     models: dict[int, nn.Module] = {}
     place = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    _reply(pipe, rank, lambda: _join(rank, size, port, place, threads, timeout))
-    with suppress(EOFError, ConnectionError):
-        while True:
-            message = pipe.recv_bytes()
-            _reply(pipe, rank, lambda message=message: _answer(pickle.loads(message), models, place))  # type: ignore[misc]
+    with own_cores(rank, size, threads) if kind == "cpu" else nullcontext():
+        _reply(pipe, rank, lambda: _join(rank, size, port, place, threads, timeout))
+        with suppress(EOFError, ConnectionError):
+            while True:
+                message = pipe.recv_bytes()
+                _reply(pipe, rank, lambda message=message: _answer(pickle.loads(message), models, place))  # type: ignore[misc]
 
 
 def _join(rank: int, size: int, port: int, place: torch.device, threads: int, timeout: timedelta) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,24 @@ def test_without_torchrun_it_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) 
         assert (group.size(), group.rank(), device.type) == (1, 0, "cpu")
         assert not launch.console(group).quiet
     assert not dist.is_initialized()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system binds no threads")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_rank_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Where the host has a core for each thread, and where it has not; of a program that may not use all of them."""
+    allowed: list[set[int]] = [{1, 3, 4, 6}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda thread: set(allowed[-1]))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: allowed.append(set(cores)))
+    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for bind in (True, False):
+        with launch.process_group(device="cpu", bind=bind):
+            bound = {1: {3}, 2: {4, 6}, 3: allowed[0]}[threads]
+            assert allowed[-1] == (bound if bind else allowed[0])
+        assert allowed[-1] == allowed[0]
 
 
 def test_on_rank_0_only() -> None:

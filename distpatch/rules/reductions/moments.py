@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from distpatch.lazy.row_patches import patches_to_run
 from distpatch.rules.core.operands import needs_grad
 from distpatch.tensor.patch_tensor import BlockTensor, PatchTensor
 from distpatch.torch_utils.chunk_sizes import sizes_of
+from distpatch.torch_utils.constants import constant
 from distpatch.torch_utils.private import foreach_copy
 
 
@@ -56,29 +58,49 @@ def moments(
     whole = whole or isinstance(local, BlockTensor)  # of an inner axis, of which some would have to be in order
     rows = local.shape[along]
     intervals = _intervals(rows, rows if whole else _rows_of_a_reading(local, along))
-    counts, means, m2s = [], [], []
+    at_once = not (grads or exact or sizes.reads_twice) and local.shape.numel() > 0
+    counts: list[int] = []
+    found: list[tuple[Tensor, ...]] = []
     for lo, hi in patches_to_run(intervals):
         chunk = local.evaluate(lo, hi) if isinstance(local, Recipe) else _narrowed(local, along, lo, hi)
         chunk = chunk.unflatten(1, (groups, -1)) if groups else chunk
-        count = math.prod(chunk.shape[d] for d in dims)
-        counts.append(count)
-        if count and not grads and not exact and not sizes.reads_twice:
-            var, mean = torch.var_mean(chunk.to(precise), dims, correction=0, keepdim=True)
-            m2s.append(var.to(double) * count)
-            means.append(mean.to(double))
-            continue
-        middle = chunk.detach().sum(dims, keepdim=True, dtype=precise) / max(count, 1)
-        centred = chunk - middle
-        rest = centred.sum(dims, keepdim=True) / max(count, 1)
-        squared = centred.square() if grads else centred.square_()
-        m2s.append(
-            squared.sum(dims, keepdim=True, dtype=double if exact else None).to(double)
-            - count * rest.to(double).square()
-        )
-        means.append(middle.to(double) + rest)
-    if len(counts) == 1:
-        return counts[0], means[0], m2s[0]
-    return merge_moments(counts, torch.stack(means), torch.stack(m2s))
+        counts.append(math.prod(chunk.shape[d] for d in dims))
+        if at_once:
+            found.append(torch.var_mean(chunk.to(precise), dims, correction=0, keepdim=True))
+        else:
+            found.append(_around_rounded_mean(chunk, dims, counts[-1], precise, double if exact else None, grads))
+    parts = [t.to(double) for t in (found[0] if len(found) == 1 else map(torch.stack, zip(*found, strict=True)))]
+    count = _as_factor(counts, parts[0])
+    if at_once:
+        mean, m2 = parts[1], parts[0] * count
+    else:
+        middle, rest, squares = parts
+        mean, m2 = middle + rest / count, squares - rest.square() / count
+    return (counts[0], mean, m2) if len(found) == 1 else merge_moments(counts, mean, m2)
+
+
+def _around_rounded_mean(
+    rows: Tensor, dims: tuple[int, ...], count: int, precise: torch.dtype, summed: torch.dtype | None, grads: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A rounded mean, and the sums of the differences from it and of their squares, which correct it."""
+    middle = rows.detach().sum(dims, keepdim=True, dtype=precise) / max(count, 1)
+    centred = rows - middle
+    rest = centred.sum(dims, keepdim=True)
+    return middle, rest, (centred.square() if grads else centred.square_()).sum(dims, keepdim=True, dtype=summed)
+
+
+def _as_factor(counts: list[int], like: Tensor) -> Tensor | int:
+    """Of what is stacked along dim 0, or of one; no 0."""
+    if min(counts) == max(counts):
+        return max(counts[0], 1)
+    return constant(_column, tuple(counts), like.ndim, like=like)
+
+
+def _column(counts: Sequence[int], ndim: int) -> list[Any]:
+    nested: list[Any] = [max(count, 1) for count in counts]
+    for _ in range(ndim - 1):
+        nested = [[inner] for inner in nested]
+    return nested
 
 
 def _narrowed(rows: Tensor, dim: int, lo: int, hi: int) -> Tensor:
