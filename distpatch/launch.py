@@ -41,17 +41,16 @@ def process_group(
     CUDA and NCCL where there are GPUs (or ``device="cuda"``), one GPU per process of this host, else CPU
     and gloo. Without torchrun it is a group of one. ``threads``: CPU threads of this rank; None leaves
     torch's choice (torchrun sets OMP_NUM_THREADS=1 for more than one process a host). ``timeout``: how
-    long a rank waits for another before it is an error. ``bind``: on CPUs, where the host has a core for
-    each thread of all its ranks, keep each rank on cores of its own; also what it starts meanwhile, such as
-    workers of a ``DataLoader``. Raises ``AbsentRanks`` where a rank does not come.
+    long a rank waits for another before it is an error. ``bind``: on CPUs keep each rank, and
+    what it starts meanwhile, on its share of the host's cores, where these suffice for the threads of all
+    ranks and nobody else has chosen cores. Raises ``AbsentRanks`` where a rank does not come.
     """
     place = _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    bound = own_cores(*_place_on_host(), torch.get_num_threads()) if bind and place.type == "cpu" else nullcontext()
-    with bound:
+    with own_cores(place, *_place_on_host(), torch.get_num_threads()) if bind else nullcontext():
         store, rank, size = _meet(timeout or c10d.default_pg_timeout)
         dist.init_process_group(
             "nccl" if place.type == "cuda" else "gloo",

@@ -53,6 +53,9 @@ SECTIONS = (
     timed("unequal", "python -m benchmarks.unequal --rounds 5"),
     timed("host", "python -m benchmarks.host"),
     timed("no-links", "python -m benchmarks.host --no-links --compiled --by-rule --rounds 30"),
+    Section(
+        name="messages", commands=("python -m benchmarks.messages", "python -m benchmarks.messages --ranks 4"), shown=2
+    ),
     timed("latency", "python -m benchmarks.latency --size 256 --rounds 7"),
     timed("scaling", "python -m benchmarks.scaling --size 256 --plot docs/scaling.png"),
     timed("displaced-hidden", f"{TWO_RANKS} -m benchmarks.displaced hidden --delay-ms 5"),

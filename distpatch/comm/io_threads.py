@@ -16,8 +16,8 @@ def made_without_preemption() -> Iterator[None]:
     """Those that are made meanwhile never take a core from a thread that runs when they wake (Linux's SCHED_BATCH).
 
     gloo's thread polls, over and over, a connection whose lock another thread holds. Where the kernel runs it in
-    place of that thread, both stand until its time slice is over: 3 or 4 ms, for a message of 50 us. Threads of a
-    program's other groups are left as they are.
+    place of that thread, both stand until its time slice is over, which is far longer than a message takes. Threads of
+    a program's other groups are left as they are.
     """
     if not hasattr(os, "SCHED_BATCH") or not THREADS.is_dir():
         yield
@@ -30,7 +30,7 @@ def made_without_preemption() -> Iterator[None]:
 
 
 def running() -> set[int]:
-    """The numbers that Linux gives those of this process."""
+    """Their thread ids, in this process."""
     found = set()
     for thread in THREADS.iterdir():
         with contextlib.suppress(OSError):

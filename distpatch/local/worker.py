@@ -8,7 +8,7 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -52,7 +52,7 @@ def serve(handle: int) -> None:
     multiprocessing.current_process().authkey = key
     models: dict[int, nn.Module] = {}
     place = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    with own_cores(rank, size, threads) if kind == "cpu" else nullcontext():
+    with own_cores(place, rank, size, threads):
         _reply(pipe, rank, lambda: _join(rank, size, port, place, threads, timeout))
         with suppress(EOFError, ConnectionError):
             while True:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distpatch import launch
+from distpatch.torch_utils.cores import own_cores
 from tests.support.threads import rank_outcomes, run_ranks
 
 
@@ -21,21 +22,34 @@ def test_without_torchrun_it_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system binds no threads")
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_rank_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    """Where the host has a core for each thread, and where it has not; of a program that may not use all of them."""
-    allowed: list[set[int]] = [{1, 3, 4, 6}]
+@pytest.mark.parametrize(
+    ("rank", "ranks", "threads", "cores", "share"),
+    [
+        pytest.param(1, 2, 1, range(2), {1}, id="one each"),
+        pytest.param(0, 2, 1, range(8), {0, 1, 2, 3}, id="more than threads"),
+        pytest.param(2, 3, 2, range(8), {5, 6, 7}, id="uneven"),
+        pytest.param(1, 2, 3, range(4), None, id="fewer than threads"),
+        pytest.param(0, 1, 1, range(4), None, id="one rank"),
+        pytest.param(1, 2, 1, [4, 5], None, id="chosen by others"),
+    ],
+)
+def test_a_rank_stays_on_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int, threads: int, cores: list[int], share: set[int] | None
+) -> None:
+    allowed = [set(cores)]
+    monkeypatch.setattr(os, "cpu_count", lambda: max(cores) + 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda thread: set(allowed[-1]))
-    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: allowed.append(set(cores)))
-    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, given: allowed.append(set(given)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     for bind in (True, False):
         with launch.process_group(device="cpu", bind=bind):
-            bound = {1: {3}, 2: {4, 6}, 3: allowed[0]}[threads]
-            assert allowed[-1] == (bound if bind else allowed[0])
-        assert allowed[-1] == allowed[0]
+            assert allowed[-1] == (share if bind and share else set(cores))
+        assert allowed[-1] == set(cores)
+    with own_cores(torch.device("cuda", 0), rank, ranks, threads):
+        assert allowed[-1] == set(cores)
 
 
 def test_on_rank_0_only() -> None:

@@ -36,3 +36,10 @@ class Deadly(nn.Module):
         if torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return F.avg_pool2d(x, 3, 1, 1).sum()
+
+
+class Cores(nn.Module):
+    """The cores that rank 0 may run on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor(sorted(os.sched_getaffinity(0)))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import distpatch
 from distpatch import DistPatchError, RankError
 from distpatch.local.packed import State, pack
-from tests.procs.served import Deadly, Net
+from tests.procs.served import Cores, Deadly, Net
 from tests.support.oracle import random_tensor
 from tests.support.zoo.models import tiny_kl
 
@@ -47,6 +47,12 @@ def check(ranks: distpatch.LocalGroup, model: nn.Module, x: Tensor = X, **kwargs
     for key, value in found.items():
         assert value.dtype == expected[key].dtype
         torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or (os.cpu_count() or 1) < 2, reason="no cores to share")
+def test_a_rank_stays_on_its_share_of_the_cores(ranks: distpatch.LocalGroup) -> None:
+    found, here = ranks(Cores().eval(), X).tolist(), sorted(os.sched_getaffinity(0))
+    assert found == (here[: len(here) // 2] if len(here) == os.cpu_count() else here)
 
 
 def test_values(ranks: distpatch.LocalGroup) -> None:
