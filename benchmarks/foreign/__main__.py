@@ -27,11 +27,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distpatch
+from benchmarks.foreign.medical import medical_nets
 from benchmarks.foreign.nets import LIBRARIES, Foreign
 from tests.support.threads import run_ranks
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "out" / "foreign"
+LIBRARIES |= {"monai": medical_nets}
 PACKAGES = """
 numpy pillow pyyaml huggingface_hub safetensors tqdm packaging scipy einops matplotlib pandas tensorly tensorly-torch
 ruamel.yaml configmypy zencfg opt_einsum h5py zarr wandb lightning lightly torchmetrics shapely geopandas rasterio

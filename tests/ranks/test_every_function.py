@@ -356,7 +356,7 @@ def test_kinds() -> None:
     known = {
         "sharded": [torch.relu, F.gelu, torch.Tensor.add_, F.max_pool2d, torch.Tensor.shape.__get__],
         "partial": [F.interpolate, torch.where, torch.Tensor.__getitem__, torch.var],
-        "fallback": [torch.renorm, torch.histc, torch.cov, torch.Tensor.renorm_],
+        "fallback": [torch.renorm, torch.histogram, torch.cov, torch.Tensor.renorm_],
         "refused": [torch.Tensor.data_ptr, torch.Tensor.numpy, torch.Tensor.itemsize.__set__],
     }
     for kind, funcs in known.items():

@@ -96,6 +96,14 @@ def bincount(func: Any, input: Tensor, weights: Tensor | None = None, minlength:
     return sum_ranks(func(with_dummy_row(input.local, 0), with_dummy_row(own, 0), count), input, func)
 
 
+@rule(*named("histc"), any_order=True)
+def histogram(func: Any, input: PatchTensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
+    """Of equal bounds torch takes the smallest and the largest value, for which the host waits as on one device."""
+    if min == max and input.numel():
+        min, max = (value.item() for value in input.detach().aminmax())
+    return sum_ranks(func(input.local, bins, min, max), input, func)
+
+
 @rule(*named("prod"), any_order=True)
 def product(func: Any, input: PatchTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if isinstance(dim, torch.dtype):
