@@ -8,8 +8,16 @@ what=$1
 folder=$(realpath -m "$2")
 
 stop() {
+    local pids=()
     for daemon in slurmd slurmctld munged; do
-        [[ -f $folder/$daemon.pid ]] && kill "$(<"$folder/$daemon.pid")" 2>/dev/null || true
+        [[ ! -f $folder/$daemon.pid ]] || pids+=("$(<"$folder/$daemon.pid")")
+    done
+    for pid in "${pids[@]}"; do
+        kill "$pid" 2>/dev/null || true
+        for _ in $(seq 100); do # slurmctld saves its state before it ends
+            kill -0 "$pid" 2>/dev/null || break
+            sleep 0.1
+        done
     done
 }
 
