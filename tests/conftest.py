@@ -32,16 +32,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--staged", action="store_true", help="all tensors go through other memory (tests/support/transports/staged.py)"
     )
     parser.addoption("--meshes", action="store_true", help="all cases and nets on meshes (tests/support/mesh_cases.py)")
+    parser.addoption("--compiled", action="store_true", help="all cases compiled (tests/support/compiled_cases.py)")
     parser.addoption("--nccl", action="store_true", help="over a simulated NCCL (tests/support/transports/nccl.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from tests.support import forced
+    from tests.support import compiled_cases, forced
     from tests.support.mesh_cases import everything
     from tests.support.transports import nccl, staged
 
     if config.getoption("--meshes"):
         everything.on = True
+    if config.getoption("--compiled"):
+        compiled_cases.every = 1
     if config.getoption("--forced"):
         forced.apply()
     if config.getoption("--staged"):

@@ -145,6 +145,8 @@ class PatchTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         inside = private.functorch_transform()
+        if func is torch.ops.aten.detach.default and inside is None:  # ``x.data`` in a graph, which asks no rule
+            return PatchTensor(args[0].local.detach(), args[0].row_layout, args[0].region)
         hidden = "" if inside is None else f" (inside torch.func's {inside.key().name}, which hides the tensor)"
         raise UnsupportedOpError(
             f"{func} reached a sharded tensor below the table of rules{hidden}, where its rows could be taken "
@@ -158,15 +160,21 @@ class PatchTensor(torch.Tensor):
                 f"a tensor of shape {tuple(self.shape)} is sharded along several dims, and cannot enter what "
                 "torch.compile compiles: shard along one dim, or leave this module as it is (torch.compiler.disable)"
             )
-        return ["local"], (self.row_layout, self.region.lasting)
+        return ["local"], (self.row_layout, self.region.lasting, self.local.stride())
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, strides: Any) -> PatchTensor:
-        return PatchTensor(inner["local"], *context)
+        layout, region, _ = context
+        return PatchTensor(inner["local"], layout, region)
 
     @classmethod
-    def __metadata_guard__(cls, known: tuple[RowLayout, Region], given: tuple[RowLayout, Region]) -> bool:
-        return known[0] == given[0] and known[1].alike(given[1])
+    def __metadata_guard__(
+        cls,
+        known: tuple[RowLayout, Region, memory_format.Strides],
+        given: tuple[RowLayout, Region, memory_format.Strides],
+    ) -> bool:
+        """Of an input of a compiled graph: the wrapper's own strides, which are guarded too, are not its rows'."""
+        return known[0] == given[0] and known[1].alike(given[1]) and known[2] == given[2]
 
     def _stable_hash_for_caching(self) -> str:
         raise UnsupportedOpError("what the rules make of a sharded tensor is not cached beyond this process")
@@ -285,6 +293,36 @@ class RowCopy(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         return RULES.dispatcher.on_copies(func, args, kwargs or {})
+
+
+class RowCopyInGraph(RowCopy):
+    """One that a compiler traces: around the rows, not a class of them, which fake tensors cannot have."""
+
+    @staticmethod
+    def __new__(cls, plain: Tensor) -> RowCopyInGraph:
+        self: RowCopyInGraph = _new_wrapper(
+            cls, plain.shape, strides=plain.stride(), dtype=plain.dtype, device=plain.device
+        )
+        self.plain = plain
+        return self
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What compilers call past the table of rules, such as a detach."""
+        return func(*map_tensors(_without, args), **map_tensors(_without, kwargs or {}))
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["plain"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, strides: Any) -> Tensor:
+        return inner["plain"]
+
+
+def _without(tensor: Tensor) -> Tensor:
+    return tensor.plain if isinstance(tensor, RowCopyInGraph) else tensor
 
 
 def shard(tensor: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] | None = None) -> PatchTensor:

@@ -51,16 +51,16 @@ class _All:
 everything = _All()
 
 
-def cases() -> dict[str, Case]:
-    """Those whose rows are the dim before the last, by the file's name and their own."""
+def cases(along_any_dim: bool = False) -> dict[str, Case]:
+    """All of them, or those whose rows are the dim before the last, by the file's name and their own."""
     found: dict[str, Case] = {}
     for path in sorted(HERE.glob("test_*.py")):
-        if path.stem == "test_meshes":
+        if path.stem in {"test_meshes", "test_compiled"}:
             continue
         for table in vars(importlib.import_module(f"tests.ranks.{path.stem}")).values():
             for name, case in table.items() if isinstance(table, dict) else ():
-                is_case = isinstance(case, partial) and case.func is check and case.keywords.get("dim", -2) == -2
-                if is_case and name not in UNDER_A_LOCK:
+                is_case = isinstance(case, partial) and case.func is check
+                if is_case and name not in UNDER_A_LOCK and (along_any_dim or case.keywords.get("dim", -2) == -2):
                     found[f"{path.stem.removeprefix('test_')}: {name}"] = case
     return found
 

@@ -90,7 +90,7 @@ def check(
     operations that may be gathered there, too.
     """
     global compared
-    runs = [(rows, _make(inputs, rows, channels_last)) for rows in heights]
+    runs = [(rows, make_inputs(inputs, rows, channels_last)) for rows in heights]
     expected = [run(fn, tensors, list, rows, order=order) for rows, tensors in runs]
     for mesh in meshes or [(world,) for world in worlds]:
         world, along = math.prod(mesh), dims if meshes else (dim,)
@@ -123,7 +123,7 @@ def random_tensor(shape: Shape, seed: int = 0, dtype: torch.dtype = torch.float6
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def _make(inputs: Sequence[Input], rows: int, channels_last: bool) -> list[Tensor]:
+def make_inputs(inputs: Sequence[Input], rows: int, channels_last: bool) -> list[Tensor]:
     tensors = []
     for index, item in enumerate(inputs):
         if callable(item):
@@ -233,8 +233,8 @@ def run(
     with torch.no_grad(), distpatch.trace() as t:
         result = fn(*distribute([t.clone() for t in tensors]))
         assert p2p is None or t.count("p2p") <= p2p, f"more than {p2p} point-to-point batches:\n{t.table()}"
-        inference = _whole(result)
-    outputs = _whole(fn(*distribute(leaves)))
+        inference = whole(result)
+    outputs = whole(fn(*distribute(leaves)))
     below: list[Tensor | None] = []
     found, wanted = list(outputs), [leaf for leaf in leaves if leaf.requires_grad]
     for _ in range(order - 1):
@@ -250,7 +250,7 @@ def _loss(outputs: list[Tensor], seed: int) -> Tensor:
     return torch.stack([(out * random_tensor(tuple(out.shape), seed=seed)).sum() for out in outputs]).sum()
 
 
-def _whole(result: Any) -> list[Tensor]:
+def whole(result: Any) -> list[Tensor]:
     """Every tensor of a result, gathered; what it said of itself before is true."""
     tensors = list(tensors_in(result))
     gathered = [distpatch.gather(tensor) for tensor in tensors]

@@ -18,7 +18,8 @@ from torch import Tensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.lazy import buffer_reuse
 from distpatch.lazy.deferred_ops import detached_recipe
-from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy
+from distpatch.rules.core.wrapping import dense_strides_of
+from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy, RowCopyInGraph
 from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.private import DisableTorchFunctionSubclass, FakeTensor, OpOverloadPacket
@@ -27,6 +28,10 @@ from distpatch.torch_utils.tree import map_tensors, tensors_in
 _IN_PLACE_OPERATORS = {
     f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul div".split()
 } | {"__setitem__", "__set__", "__delitem__", "__setstate__"}
+_OF_NO_VALUES = frozenset(
+    getattr(torch.Tensor, name)
+    for name in "size stride dim numel __len__ __hash__ storage_offset is_contiguous is_complex".split()
+)
 _NOTHING = RuleEntry()
 
 
@@ -138,7 +143,7 @@ def strides_of(x: PatchTensor) -> list[int]:
     """The strides that it has on one device; a slice has gaps between its rows."""
     if x.strides is not None:
         return list(x.strides)
-    strides, row = list(x.stride()), x.row_layout.dim
+    strides, row = list(dense_strides_of(x)), x.row_layout.dim
     if x.row_stride:
         size, step = max(x.row_layout.size, 1), strides[row]
         outer = [d for d in range(x.ndim) if d != row and strides[d] >= step * size]
@@ -159,7 +164,8 @@ def _version(source: PatchTensor) -> int | None:
 
 def copied(value: Tensor, source: PatchTensor, func: Any, write: Callable[[], object] | None = None) -> Tensor:
     """``value``, marked as a copy of what is a view of ``source`` on one device."""
-    if torch.compiler.is_compiling() or isinstance(value, (PatchCopy, RowCopy, FakeTensor)):
+    compiling = torch.compiler.is_compiling()
+    if isinstance(value, (PatchCopy, RowCopy)) or (isinstance(value, FakeTensor) and not compiling):
         return value
     return _mark(value, Origin(source, op_name(func), write, _version(source)))
 
@@ -168,6 +174,8 @@ def _mark(value: Tensor, origin: Origin) -> Tensor:
     if isinstance(value, PatchTensor):
         copy: Any = PatchCopy(value.local, value.row_layout, value.region)
         copy.strides = value.strides
+    elif torch.compiler.is_compiling():
+        copy = RowCopyInGraph(value)
     else:
         copy = value.as_subclass(RowCopy)  # type: ignore[arg-type]
     copy.plain, copy.origin = value, origin
@@ -211,8 +219,9 @@ def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return PatchTensor.__torch_function__(func, (), args, kwargs)
     moves_dims = _known(func).moves_dims
     written = set() if moves_dims else {id(t) for t in tensors_in(mutates(func, args, kwargs))}
-    for copy in copies:
-        copy.origin.check(func, writing=id(copy) in written)
+    if _asks_of_values(func):
+        for copy in copies:
+            copy.origin.check(func, writing=id(copy) in written)
     result = func(*map_tensors(_plain, args), **map_tensors(_plain, kwargs))
     if moves_dims:
         return _follow(copies[0], func, args, kwargs)
@@ -231,6 +240,11 @@ def through(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _mark(tensor, copies[0].origin) if _is_aliasing(func) else tensor
 
     return map_tensors(again, result) if isinstance(result, (Tensor, tuple, list)) else result
+
+
+def _asks_of_values(func: Any) -> bool:
+    """Not of a shape, a dtype and the like, which are right whatever the values are."""
+    return func not in _OF_NO_VALUES and (getattr(func, "__name__", "") != "__get__" or _known(func).view)
 
 
 def _are_up_to_date(rows: Any) -> None:

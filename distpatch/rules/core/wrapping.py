@@ -15,7 +15,7 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.lazy.row_patches import none_of, same_memory, with_dummy_row
 from distpatch.tensor.patch_tensor import BlockTensor, PatchTensor, shard_in
 from distpatch.torch_utils import memory_format
-from distpatch.torch_utils.memory_format import Order
+from distpatch.torch_utils.memory_format import Order, Strides
 from distpatch.torch_utils.tree import map_tensors
 
 
@@ -56,11 +56,16 @@ def dim_order(x: PatchTensor) -> Order:
     return memory_format.order_in(x.recipe.format, x.ndim) if x.is_deferred else memory_format.memory_order(x.local)
 
 
+def dense_strides_of(x: PatchTensor) -> Strides:
+    """Those that it has on one device, dense in the memory order of the local rows."""
+    return memory_format.dense_strides(x.shape, dim_order(x)) if x.strides is None else x.strides
+
+
 def in_memory_of(local: Tensor, x: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """Rows that came from elsewhere, in memory as those of ``x``."""
     result = wrap(memory_format.in_memory_order(local, dim_order(x)), x, layout)
     if result.row_layout.is_tiny and not torch.compiler.is_compiling():
-        result.strides = x.stride()
+        result.strides = dense_strides_of(x)
     return result
 
 

@@ -87,7 +87,7 @@ def count_nonzero(func: Any, input: PatchTensor, dim: Dims = None) -> Any:
 @rule(*named("bincount"), asks_if_empty=True)
 def bincount(func: Any, input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Any:
     """How many numbers there are says the largest of all ranks, as on one device the host waits for it."""
-    if not isinstance(input, PatchTensor) or input.ndim != 1:
+    if not isinstance(input, PatchTensor) or input.ndim != 1 or torch.compiler.is_compiling():
         return NotImplemented
     count = max(minlength, int(input.max()) + 1)
     if weights is None:
@@ -100,6 +100,8 @@ def bincount(func: Any, input: Tensor, weights: Tensor | None = None, minlength:
 def histogram(func: Any, input: PatchTensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
     """Of equal bounds torch takes the smallest and the largest value, for which the host waits as on one device."""
     if min == max and input.numel():
+        if torch.compiler.is_compiling():
+            return NotImplemented
         min, max = (value.item() for value in input.detach().aminmax())
     return sum_ranks(func(input.local, bins, min, max), input, func)
 

@@ -222,8 +222,8 @@ def rows_by_number(x: PatchTensor, numbers: Tensor, func: Any) -> PatchTensor:
 
 
 def _readable(numbers: Tensor) -> bool:
-    """Whether the host can read them without waiting for a device."""
-    return numbers.device.type == "cpu" and not isinstance(numbers, FakeTensor)
+    """Whether the host can read them without waiting for a device; a compiler has none."""
+    return numbers.device.type == "cpu" and not (isinstance(numbers, FakeTensor) or torch.compiler.is_compiling())
 
 
 def _intervals(numbers: Sequence[int], bounds: Sequence[int]) -> Needs:

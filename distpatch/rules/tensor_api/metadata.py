@@ -13,10 +13,9 @@ from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
 from distpatch.rules.core.executor import run_rows
 from distpatch.rules.core.operands import local_rows_of
 from distpatch.rules.core.registry import named, rule
-from distpatch.rules.core.wrapping import dim_order, wrap
+from distpatch.rules.core.wrapping import dense_strides_of, wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.tensor.rule_table import Rule
-from distpatch.torch_utils.memory_format import dense_strides
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.private import DisableTorchFunctionSubclass, is_compiling
 from distpatch.torch_utils.tree import tensors_in
@@ -50,8 +49,13 @@ def _on_local(func: Any, x: PatchTensor, *args: Any, **kwargs: Any) -> PatchTens
 
 
 def _stride(func: Any, x: PatchTensor, dim: int | None = None) -> Any:
-    """Strides that the global tensor would have, dense in the memory order of the local rows."""
-    strides = dense_strides(x.shape, dim_order(x)) if x.strides is None else x.strides
+    """Strides that the global tensor would have.
+
+    While a graph is compiled the wrapper's own, which its guards see.
+    """
+    if is_compiling():
+        return from_wrapper(func, x) if dim is None else from_wrapper(func, x, dim)
+    strides = dense_strides_of(x)
     return strides if dim is None else strides[dim]
 
 
@@ -194,7 +198,7 @@ _HAVE_NO_ADDRESS = named(
 )  # fmt: skip
 
 
-@rule(*_HAVE_NO_ADDRESS)
+@rule(*_HAVE_NO_ADDRESS, any_order=True)
 def refused(func: Any, *args: Any, **kwargs: Any) -> Any:
     if is_compiling():  # torch.compile makes a fake tensor of it
         x = args[0]
