@@ -37,7 +37,7 @@ LIBRARIES |= {"monai": medical_nets}
 PACKAGES = """
 numpy pillow pyyaml huggingface_hub safetensors tqdm packaging scipy einops matplotlib pandas tensorly tensorly-torch
 ruamel.yaml configmypy zencfg opt_einsum h5py zarr wandb lightning lightly torchmetrics shapely geopandas rasterio
-rtree pyproj jsonargparse lightning-utilities torch_geometric pytorch_msssim expecttest pytest
+rtree pyproj jsonargparse lightning-utilities torch_geometric pytorch_msssim monai expecttest pytest
 """.split()
 # Their own pins ask for a torch or a numpy that others exclude.
 PINNED = """

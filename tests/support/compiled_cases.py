@@ -23,8 +23,54 @@ from tests.support.threads import run_ranks
 
 every = 31  # which cases are run: each 31st
 
-# What is refused by name when it is compiled, and why.
-REFUSED: dict[str, str] = {}
+SIZES, ASKS = "data-dependent", r"sourceless builder|repr\(\) on tensor"
+# What torch refuses to compile of sharded tensors: sizes that values say; cases that ask what is sharded; and some more.
+REFUSED = {
+    **dict.fromkeys(
+        [
+            "argument_forms: truth values as indices",
+            "every_function: repeat_interleave of repeats alone",
+            "concatenation: repeat_interleave rows by tensor",
+            "index_writes: by mask, values",
+            "index_writes: by mask, rows of values",
+            "index_writes: by mask, what was there",
+            "index_writes: increased",
+            "indexing: rows by a mask",
+            "indexing: rows by numbers, then joined",
+            "reduction: bincount",
+            "shape: by mask",
+        ],
+        SIZES,
+    ),
+    **dict.fromkeys(
+        [
+            "attention: tokens of frames",
+            "attention: tokens of frames, mask of frames",
+            "attention: tokens of frames, mask with a gradient",
+            "fresh_tensors: one-hot by scatter_",
+            "fresh_tensors: one-hot by scatter_ of ones",
+            "fresh_tensors: a histogram by scatter_add_",
+            "fresh_tensors: scatter_reduce_",
+            "fresh_tensors: index_add_",
+            "fresh_tensors: index_copy_",
+            "fresh_tensors: copy_",
+            "fresh_tensors: +=",
+            "fresh_tensors: add_ of another layout",
+            "fresh_tensors: addcmul_",
+            "fresh_tensors: add, out=",
+            "fresh_tensors: where, out=",
+            "gpu_choices: group_norm of frames",
+            "index_writes: packed on text",
+            "normalization: group_norm of frames",
+            "ways_of_attention: tokens of frames",
+            "ways_of_attention: tokens of frames, mask of frames",
+            "ways_of_attention: tokens of frames, mask with a gradient",
+        ],
+        ASKS,
+    ),
+    "operators: attention, decomposed": "returned non-Tensor",
+    "shape: mT": "hash_impl",  # of an input of the graph
+}
 
 
 def chosen(always: frozenset[str]) -> list[object]:

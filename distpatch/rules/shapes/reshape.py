@@ -250,7 +250,7 @@ def _has_view(x: PatchTensor, shape: Sequence[int]) -> bool:
     """Whether on one device it can be seen in this shape without a copy."""
     try:
         memory_of(x).view(shape)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the latter of fake tensors
         return False
     return True
 

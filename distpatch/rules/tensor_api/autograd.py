@@ -266,7 +266,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(cls.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         args = bound.args
-    if cls.__module__.startswith("torch._functorch."):  # what AOTAutograd made of a compiled region
+    if cls.__module__.startswith("torch._functorch._aot_autograd."):  # what AOTAutograd made of a compiled region
         raise UnsupportedOpError(f"gradients of a compiled region that was given sharded tensors. {COMPILED}")
     call = _Call([_kind(arg) for arg in args])
     results = _on_rows(cls).apply(call, *map(_local, args))
