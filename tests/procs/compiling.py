@@ -136,6 +136,36 @@ def pixels_and_text(rank: int, dim: int, backend: str) -> list[list[Tensor]]:
     return results
 
 
+class InTwoGraphs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.GroupNorm(2, 4),
+            nn.Conv2d(4, 3, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).to(memory_format=torch.channels_last)
+        torch._dynamo.graph_break()
+        return self.last(nn.functional.silu(self.norm(y)))
+
+
+def in_two_graphs(rank: int) -> tuple[str, Tensor, Tensor]:
+    """What one graph says of it; its values in two, and on one device."""
+    torch._dynamo.reset()
+    model, x = InTwoGraphs().double(), random_tensor((2, 3, 7, 5))
+    message = ""
+    with torch.no_grad():
+        try:
+            distpatch.convert_model(InTwoGraphs(), dist.group.WORLD, compile={"backend": "aot_eager"})(x.float())
+        except Exception as error:
+            message = str(error)
+        option = {"backend": "aot_eager", "fullgraph": False}
+        return message, distpatch.convert_model(InTwoGraphs().double(), dist.group.WORLD, compile=option)(x), model(x)
+
+
 def called_differently(rank: int) -> tuple[str, Tensor]:
     """A compiled call with another shape on one rank, then a proper one."""
     torch._dynamo.reset()

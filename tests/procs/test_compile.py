@@ -60,6 +60,13 @@ def test_changes_between_a_norm_and_a_convolution(pool: Pool, world: int, height
             assert_same(compiled, right, 1e-10, name)
 
 
+def test_two_graphs(pool: Pool) -> None:
+    """What stands between them is sharded, in channels_last."""
+    for message, value, right in pool.run(2, compiling.in_two_graphs, timeout=60):
+        assert "graph_break" in message
+        assert_same(value, right, 1e-12, "picture")
+
+
 def test_displaced_steps_between_compiled_calls(pool: Pool) -> None:
     for results in pool.run(2, compiling.steps_between_compiled_calls, timeout=60):
         for result in results:
