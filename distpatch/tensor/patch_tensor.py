@@ -23,6 +23,7 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.tensor import sharded_checkpoint
 from distpatch.tensor.options import Options, default
 from distpatch.tensor.region import Region
+from distpatch.tensor.row_copy import RowCopy
 from distpatch.tensor.rule_table import RULES
 from distpatch.tensor.user_classes import kind_of, plain
 from distpatch.torch_utils import memory_format, private
@@ -282,47 +283,6 @@ class PatchCopy(PatchTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         return RULES.dispatcher.on_copies(func, args, kwargs or {})
-
-
-class RowCopy(torch.Tensor):
-    """Rows that are a view of a sharded tensor on one device, such as ``x[:, :, 0]``: replicated, as PatchCopy."""
-
-    plain: Tensor
-    origin: Any
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return RULES.dispatcher.on_copies(func, args, kwargs or {})
-
-
-class RowCopyInGraph(RowCopy):
-    """One that a compiler traces: around the rows, not a class of them, which fake tensors cannot have."""
-
-    @staticmethod
-    def __new__(cls, plain: Tensor) -> RowCopyInGraph:
-        self: RowCopyInGraph = _new_wrapper(
-            cls, plain.shape, strides=plain.stride(), dtype=plain.dtype, device=plain.device
-        )
-        self.plain = plain
-        return self
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """What compilers call past the table of rules, such as a detach."""
-        return func(*map_tensors(_without, args), **map_tensors(_without, kwargs or {}))
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["plain"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, strides: Any) -> Tensor:
-        return inner["plain"]
-
-
-def _without(tensor: Tensor) -> Tensor:
-    return tensor.plain if isinstance(tensor, RowCopyInGraph) else tensor
 
 
 def shard(tensor: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] | None = None) -> PatchTensor:

@@ -137,8 +137,11 @@ def pixels_and_text(rank: int, dim: int, backend: str) -> list[list[Tensor]]:
 
 
 class InTwoGraphs(nn.Module):
-    def __init__(self) -> None:
+    """``writes``: also to a row of the first graph, in the second."""
+
+    def __init__(self, writes: bool = False) -> None:
         super().__init__()
+        self.writes = writes
         torch.manual_seed(0)
         self.first, self.norm, self.last = (
             nn.Conv2d(3, 4, 3, padding=1),
@@ -148,22 +151,30 @@ class InTwoGraphs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x).to(memory_format=torch.channels_last)
+        row = y[:, :, 0]
         torch._dynamo.graph_break()
-        return self.last(nn.functional.silu(self.norm(y)))
+        if self.writes:
+            row.zero_()
+        return self.last(nn.functional.silu(self.norm(y))) * row[:, :3].mean()
 
 
-def in_two_graphs(rank: int) -> tuple[str, Tensor, Tensor]:
-    """What one graph says of it; its values in two, and on one device."""
+def in_two_graphs(rank: int) -> tuple[list[str], Tensor, Tensor]:
+    """What is said of one graph, and of a write in the second of two; the values in two, and on one device."""
     torch._dynamo.reset()
     model, x = InTwoGraphs().double(), random_tensor((2, 3, 7, 5))
-    message = ""
+    messages = []
+
+    def converted(writes: bool, fullgraph: bool) -> nn.Module:
+        option = {"backend": "aot_eager", "fullgraph": fullgraph}
+        return distpatch.convert_model(InTwoGraphs(writes).double(), dist.group.WORLD, compile=option)
+
     with torch.no_grad():
-        try:
-            distpatch.convert_model(InTwoGraphs(), dist.group.WORLD, compile={"backend": "aot_eager"})(x.float())
-        except Exception as error:
-            message = str(error)
-        option = {"backend": "aot_eager", "fullgraph": False}
-        return message, distpatch.convert_model(InTwoGraphs().double(), dist.group.WORLD, compile=option)(x), model(x)
+        for case in ((False, True), (True, False)):
+            try:
+                converted(*case)(x)
+            except Exception as error:
+                messages.append(str(error))
+        return messages, converted(False, False)(x), model(x)
 
 
 def called_differently(rank: int) -> tuple[str, Tensor]:

@@ -16,7 +16,8 @@ import torch
 from torch.overrides import handle_torch_function
 
 from distpatch.errors import UnsupportedOpError
-from distpatch.tensor.patch_tensor import PatchTensor, RowCopy
+from distpatch.tensor.patch_tensor import PatchTensor
+from distpatch.tensor.row_copy import RowCopy
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils import patches
 from distpatch.torch_utils.private import ScriptMethod, parse_schema

@@ -19,7 +19,8 @@ from distpatch.errors import UnsupportedOpError
 from distpatch.lazy import buffer_reuse
 from distpatch.lazy.deferred_ops import detached_recipe
 from distpatch.rules.core.wrapping import dense_strides_of
-from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy, RowCopyInGraph
+from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor
+from distpatch.tensor.row_copy import RowCopy, RowCopyInGraph
 from distpatch.tensor.rule_table import RULES, RuleEntry
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.private import DisableTorchFunctionSubclass, FakeTensor, OpOverloadPacket
@@ -91,9 +92,13 @@ def before_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @dataclass(eq=False)
 class Origin:
-    """What a copy is a copy of. ``write`` puts the copied values back, where that is possible."""
+    """What a copy is a copy of. ``write`` puts the copied values back, where that is possible.
 
-    source: PatchTensor
+    ``shape``: the source's; ``source``: None where nothing more is known of it.
+    """
+
+    source: PatchTensor | None
+    shape: torch.Size
     op: str
     write: Callable[[], object] | None
     version: int | None
@@ -102,13 +107,13 @@ class Origin:
         if self.version is not None and self.version != _version(self.source):
             raise UnsupportedOpError(
                 f"{op_name(func)} reads the result of {self.op}, a view of a tensor of shape "
-                f"{tuple(self.source.shape)} that was written to since. Its rows were copied from another "
+                f"{tuple(self.shape)} that was written to since. Its rows were copied from another "
                 "rank and are out of date: take the view again."
             )
         if writing and self.write is None:
             raise UnsupportedOpError(
                 f"{op_name(func)} writes to the result of {self.op}, a view of a tensor of shape "
-                f"{tuple(self.source.shape)} whose rows had to be copied from other ranks: the change would "
+                f"{tuple(self.shape)} whose rows had to be copied from other ranks: the change would "
                 "be lost. Write to the tensor itself (x[...] = value), or clone() the view first."
             )
 
@@ -116,6 +121,10 @@ class Origin:
         assert self.write is not None
         self.write()
         self.version = _version(self.source)
+
+    def outside(self) -> Origin:
+        """Of a copy that leaves the graph in which its source is: what is written to it is refused."""
+        return Origin(None, self.shape, self.op, None, None)
 
     def then(self, outer: Origin) -> None:
         """What is written back to the source, itself a copy, goes on to where that came from."""
@@ -157,9 +166,9 @@ def strides_of(x: PatchTensor) -> list[int]:
     return strides
 
 
-def _version(source: PatchTensor) -> int | None:
+def _version(source: PatchTensor | None) -> int | None:
     """How often the rows were written to, the same on all ranks; inference tensors do not count it."""
-    return None if source.local.is_inference() else source.local._version
+    return None if source is None or source.local.is_inference() else source.local._version
 
 
 def copied(value: Tensor, source: PatchTensor, func: Any, write: Callable[[], object] | None = None) -> Tensor:
@@ -167,7 +176,11 @@ def copied(value: Tensor, source: PatchTensor, func: Any, write: Callable[[], ob
     compiling = torch.compiler.is_compiling()
     if isinstance(value, (PatchCopy, RowCopy)) or (isinstance(value, FakeTensor) and not compiling):
         return value
-    return _mark(value, Origin(source, op_name(func), write, _version(source)))
+    return _mark(value, _origin(source, func, write))
+
+
+def _origin(source: PatchTensor, func: Any, write: Callable[[], object] | None = None) -> Origin:
+    return Origin(source, source.shape, op_name(func), write, _version(source))
 
 
 def _mark(value: Tensor, origin: Origin) -> Tensor:
@@ -175,7 +188,7 @@ def _mark(value: Tensor, origin: Origin) -> Tensor:
         copy: Any = PatchCopy(value.local, value.row_layout, value.region)
         copy.strides = value.strides
     elif torch.compiler.is_compiling():
-        copy = RowCopyInGraph(value)
+        copy = RowCopyInGraph(value, origin)
     else:
         copy = value.as_subclass(RowCopy)  # type: ignore[arg-type]
     copy.plain, copy.origin = value, origin
@@ -193,7 +206,7 @@ def protect(func: Any, source: PatchTensor, result: Any, args: tuple[Any, ...]) 
 
     def again(tensor: Tensor) -> Tensor:
         if isinstance(tensor, (PatchCopy, RowCopy)):  # a copy of the copy
-            tensor.origin.then(Origin(source, op_name(func), None, _version(source)))
+            tensor.origin.then(_origin(source, func))
         return copied(tensor, source, func)
 
     return map_tensors(again, result)

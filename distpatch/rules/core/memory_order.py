@@ -16,7 +16,8 @@ from torch import Tensor
 from distpatch.rules.core.aliasing import strides_of
 from distpatch.rules.core.operands import needs_grad
 from distpatch.rules.core.wrapping import dim_order
-from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy
+from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor
+from distpatch.tensor.row_copy import RowCopy
 from distpatch.tensor.rule_table import RuleEntry
 from distpatch.torch_utils.memory_format import (
     A_NUMBER,

@@ -19,7 +19,8 @@ from distpatch.rules.core.registry import R, named, rule
 from distpatch.rules.core.wrapping import beside_rows, wrap
 from distpatch.rules.reductions.moments import Norm
 from distpatch.rules.reductions.normalize import normalize, normalize_rows
-from distpatch.tensor.patch_tensor import PatchTensor, RowCopy, gather_replicated
+from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
+from distpatch.tensor.row_copy import RowCopy
 from distpatch.torch_utils.memory_format import memory_format
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors

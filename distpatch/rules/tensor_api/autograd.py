@@ -26,8 +26,9 @@ from distpatch.rules.core.registry import rule
 from distpatch.rules.core.wrapping import wrap
 from distpatch.rules.tensor_api.metadata import COMPILED
 from distpatch.tensor.axes import InnerTensor, bare
-from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, RowCopy, gather_replicated
+from distpatch.tensor.patch_tensor import PatchCopy, PatchTensor, gather_replicated
 from distpatch.tensor.region import Region
+from distpatch.tensor.row_copy import RowCopy
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils import patches
 from distpatch.torch_utils.private import KEEPS_INPUTS, BackwardHookFunction, has_setup_context
