@@ -284,6 +284,17 @@ class PatchCopy(PatchTensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         return RULES.dispatcher.on_copies(func, args, kwargs or {})
 
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names, known = super().__tensor_flatten__()
+        return names, (*known, self.origin.outside())
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, strides: Any) -> PatchCopy:
+        layout, region, _, origin = context
+        copy = PatchCopy(inner["local"], layout, region)
+        copy.plain, copy.origin = PatchTensor(inner["local"], layout, region), origin
+        return copy
+
 
 def shard(tensor: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] | None = None) -> PatchTensor:
     """Shard a replicated tensor: a slice, no communication.

@@ -150,18 +150,19 @@ class InTwoGraphs(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x).to(memory_format=torch.channels_last)
-        row = y[:, :, 0]
+        y = self.first(x)
+        row, pairs = y[:, :, 0], y.view(len(y), 4, -1, 10)
+        y = y.to(memory_format=torch.channels_last)
         torch._dynamo.graph_break()
         if self.writes:
             row.zero_()
-        return self.last(nn.functional.silu(self.norm(y))) * row[:, :3].mean()
+        return self.last(nn.functional.silu(self.norm(y))) * row[:, :3].mean() + pairs.mean()
 
 
 def in_two_graphs(rank: int) -> tuple[list[str], Tensor, Tensor]:
     """What is said of one graph, and of a write in the second of two; the values in two, and on one device."""
     torch._dynamo.reset()
-    model, x = InTwoGraphs().double(), random_tensor((2, 3, 7, 5))
+    model, x = InTwoGraphs().double(), random_tensor((2, 3, 6, 5))
     messages = []
 
     def converted(writes: bool, fullgraph: bool) -> nn.Module:

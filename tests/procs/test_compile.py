@@ -61,7 +61,7 @@ def test_changes_between_a_norm_and_a_convolution(pool: Pool, world: int, height
 
 
 def test_two_graphs(pool: Pool) -> None:
-    """What stands between them is sharded, in channels_last; a row of it is a copy, which may be read."""
+    """What stands between them is sharded, in channels_last; a row of it, and rows that had to move, are copies, which may be read."""
     for messages, value, right in pool.run(2, compiling.in_two_graphs, timeout=60):
         assert "graph_break" in messages[0] and "zero_ writes to the result of select" in messages[1]
         assert_same(value, right, 1e-12, "picture")

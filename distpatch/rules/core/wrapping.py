@@ -22,14 +22,9 @@ from distpatch.torch_utils.tree import map_tensors
 def wrap(local: Tensor | Recipe, like: PatchTensor, layout: RowLayout | None = None) -> PatchTensor:
     """A PatchTensor of the same region; of the same layout where none is given."""
     result = PatchTensor(local, layout or like.row_layout, like.region)
-    if like.row_stride and isinstance(local, Tensor) and shares_memory(local, like.local):
+    if like.row_stride and isinstance(local, Tensor) and same_memory(local, like.local):
         result.row_stride = like.row_stride
     return result
-
-
-def shares_memory(local: Tensor, other: Tensor) -> bool:
-    """Whether it sees what is written to the other."""
-    return torch.compiler.is_compiling() or same_memory(local, other)
 
 
 def crop(x: PatchTensor, lo: int, hi: int) -> PatchTensor:

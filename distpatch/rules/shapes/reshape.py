@@ -11,13 +11,14 @@ from torch import Tensor
 
 from distpatch.layout.blocks import BlockLayout, layout_of
 from distpatch.layout.rows import MANY, PRIME, Part, RowLayout, aligned_bounds
+from distpatch.lazy.row_patches import same_memory
 from distpatch.rules.core.aliasing import copied, memory_of, strides_unambiguous
 from distpatch.rules.core.fallback import computed_on_all, fallback
 from distpatch.rules.core.gather_records import record
 from distpatch.rules.core.operands import sizes_of
 from distpatch.rules.core.redistribution import redistribute, unmerge_blocks
 from distpatch.rules.core.registry import named, nth, rule
-from distpatch.rules.core.wrapping import shares_memory, wrap
+from distpatch.rules.core.wrapping import wrap
 from distpatch.tensor.patch_tensor import PatchTensor, gather_replicated
 from distpatch.torch_utils.op_names import op_name
 
@@ -121,7 +122,7 @@ def _placed(
             moved = _shared_out_alike(moved, shape, layout)
     sizes = [layout.height(x.rank) if d == dim else n for d, n in enumerate(shape)]
     local = moved.local.reshape(sizes)
-    is_view = shares_memory(local, input.local)
+    is_view = same_memory(local, input.local)
     if is_view and not strides_unambiguous(x) and not _has_view(input, shape):
         local = local.clone()
     result = wrap(local, x, layout)
