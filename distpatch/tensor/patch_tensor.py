@@ -23,10 +23,10 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.tensor import sharded_checkpoint
 from distpatch.tensor.options import Options, default
 from distpatch.tensor.region import Region
-from distpatch.tensor.row_copy import RowCopy
+from distpatch.tensor.row_copy import RowCopy, below_the_table
 from distpatch.tensor.rule_table import RULES
 from distpatch.tensor.user_classes import kind_of, plain
-from distpatch.torch_utils import memory_format, private
+from distpatch.torch_utils import memory_format
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
@@ -145,15 +145,7 @@ class PatchTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        inside = private.functorch_transform()
-        if func is torch.ops.aten.detach.default and inside is None:  # ``x.data`` in a graph, which asks no rule
-            return PatchTensor(args[0].local.detach(), args[0].row_layout, args[0].region)
-        hidden = "" if inside is None else f" (inside torch.func's {inside.key().name}, which hides the tensor)"
-        raise UnsupportedOpError(
-            f"{func} reached a sharded tensor below the table of rules{hidden}, where its rows could be taken "
-            "for the whole image. Gather it first (distpatch.gather), or register a rule for the "
-            "torch function that calls it (distpatch.register_rule)."
-        )
+        return below_the_table(func, args)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         if self.region.inner is not None or self.region.level:

@@ -10,9 +10,21 @@ from torch import Tensor
 from distpatch.errors import UnsupportedOpError
 from distpatch.tensor.rule_table import RULES
 from distpatch.torch_utils import private
-from distpatch.torch_utils.tree import map_tensors
 
 _new_wrapper = torch.Tensor._make_wrapper_subclass
+
+
+def below_the_table(func: Any, args: Any) -> Any:
+    """An operator that no rule was asked for: a detach, as which torch.compile sees ``x.data``, is asked of one now."""
+    inside = private.functorch_transform()
+    if func is torch.ops.aten.detach.default and inside is None:
+        return type(args[0]).__torch_function__(torch.Tensor.detach, (), args)
+    hidden = "" if inside is None else f" (inside torch.func's {inside.key().name}, which hides the tensor)"
+    raise UnsupportedOpError(
+        f"{func} reached a sharded tensor below the table of rules{hidden}, where its rows could be taken "
+        "for the whole image. Gather it first (distpatch.gather), or register a rule for the "
+        "torch function that calls it (distpatch.register_rule)."
+    )
 
 
 class RowCopy(torch.Tensor):
@@ -48,8 +60,7 @@ class RowCopyInGraph(RowCopy):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """What compilers call past the table of rules, such as a detach."""
-        return func(*map_tensors(_without, args), **map_tensors(_without, kwargs or {}))
+        return below_the_table(func, args)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["plain"], self.origin.outside()
@@ -74,7 +85,3 @@ _OF_WRAPPER = frozenset(
         torch.Tensor._base.__get__,  # type: ignore[union-attr]
     }
 )
-
-
-def _without(tensor: Tensor) -> Tensor:
-    return tensor.plain if isinstance(tensor, RowCopyInGraph) else tensor

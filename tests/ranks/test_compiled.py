@@ -11,6 +11,7 @@ ALWAYS = frozenset(
     {
         "index_writes: changed views",
         "index_writes: moved view",
+        "index_writes: changed data",
         "normalization: channels_last",
         "shape: merged, softmax",
     }

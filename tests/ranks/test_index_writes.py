@@ -68,6 +68,17 @@ def changed_views(x: Tensor) -> Tensor:
     return y
 
 
+def changed_data(x: Tensor) -> Tensor:
+    """Past autograd, which then knows of no change."""
+    y = (x.detach() * 1).contiguous()
+    y[:, :, 0].data.mul_(2)
+    y[:, :, -1].data[:, 0].zero_()
+    y.data[:, :, 1:].add_(1)
+    y.view(2, 3, -1, 10).data.mul_(3)
+    y.unbind(1)[0].data.sub_(1)
+    return y
+
+
 def moved_view(x: Tensor) -> Tensor:
     """Rows of two have to move before they can be seen as one; what is written to them comes back."""
     y = (x * 1).contiguous()
@@ -238,6 +249,7 @@ WRITTEN = {
     "filled, memory of numpy": case(filled_numpy, X),
     "increased": case(increased, X, heights=(7, 2), fallback="__getitem__"),
     "changed views": case(changed_views, X, heights=(7, 2)),
+    "changed data": case(changed_data, X, heights=(8, 2)),
     "moved view": case(moved_view, X, heights=(8, 4, 2)),
     "canvas": case(canvas, X),
     "on plain": case(on_plain, X),
