@@ -57,7 +57,6 @@ _EXPRESSIONS: list[tuple[list[Any], Callable[..., Any], dict[str, bool]]] = [
         _WRITES,
     ),
     ([torch.Tensor.__rmatmul__], lambda func, self, other: torch.matmul(other, self), {}),
-    ([torch.linalg.vecdot], lambda func, x, y, *, dim=-1: (x.conj() * y).sum(dim), {}),
     (
         [F.pairwise_distance],
         lambda func, x1, x2, p=2.0, eps=1e-6, keepdim=False: torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim),
@@ -226,6 +225,14 @@ def norm(
     if p == "nuc" or out is not None:
         return NotImplemented
     return torch.linalg.vector_norm(input, 2 if p in {"fro", None} else p, dim, keepdim, dtype=dtype)
+
+
+@composite(torch.linalg.vecdot)
+def vecdot(func: Any, x: Tensor, y: Tensor, *, dim: int = -1) -> Any:
+    total = (x.conj() * y).sum(dim)
+    if torch.is_autocast_enabled(x.device.type):
+        total = total.to(func(*(torch.zeros(1, dtype=t.dtype, device=t.device) for t in (x, y))).dtype)
+    return total
 
 
 @composite(torch.linalg.norm, asks_if_empty=True)

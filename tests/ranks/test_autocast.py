@@ -79,6 +79,10 @@ def test_dtypes_under_autocast(dtype: torch.dtype) -> None:
         "amax": lambda x: x.amax(2),
         "cosine_similarity": lambda x: F.cosine_similarity(x, x, dim=2),
         "baddbmm": lambda x: torch.baddbmm(torch.ones(8, 6, 6), x[0], x[0].mT),
+        "bilinear": lambda x: F.bilinear(x.float(), x.float(), torch.ones(5, 4, 4)),
+        "vecdot": lambda x: torch.linalg.vecdot(x, x, dim=2),
+        "linear over the rows": lambda x: F.linear(x.mT, torch.ones(5, 6), torch.ones(5)),
+        "einsum over the rows": lambda x: torch.einsum("nc,n->c", x[0, 0], x[0, 0, :, 0]),
         "linalg.norm": lambda x: torch.linalg.norm(x, 1, (2, 3)),
         "vector_norm in fp64": lambda x: torch.linalg.vector_norm(x, dtype=torch.float64),
     }
@@ -87,7 +91,8 @@ def test_dtypes_under_autocast(dtype: torch.dtype) -> None:
 
     def body(rank: int) -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            return {name: distpatch.gather(fn(distpatch.shard(x, dist.group.WORLD))) for name, fn in fns.items()}
+            rows = distpatch.shard(x, dist.group.WORLD, bounds=(0, 1, 6))
+            return {name: distpatch.gather(fn(rows)) for name, fn in fns.items()}
 
     for name, value in run_ranks(2, body)[1].items():
         assert value.dtype == right[name].dtype, name

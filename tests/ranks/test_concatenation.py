@@ -42,7 +42,7 @@ CASES = {
         lambda x: torch.cat([x, x.transpose(2, 3)], 1) + torch.cat([x.transpose(2, 3), x], 1), (2, 3, 4, 4), heights=(4,)
     ),
     "cat rows of turned": case(lambda x: torch.cat([x, x.transpose(2, 3)], 2), (2, 3, 5, 5), heights=(5,)),
-    "cat with nothing": case(lambda x: torch.cat([x, torch.empty(0).double(), x[:, :, :0]], 2), X),
+    "cat with nothing": case(lambda x: torch.cat([x.float(), torch.empty(0).double(), x[:, :, :0].float()], 2), X),
     "cat by axis": case(lambda x: torch.concatenate([x, x], axis=1) + torch.concat([x, x], 1), X),
     "cat of slices": case(padded_by_hand, X),
     "cat of tiles": case(tiled, X, heights=(7, 4, 3)),

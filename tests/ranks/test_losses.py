@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,9 @@ CASES = {
     "cross entropy": case(every(F.cross_entropy), X, classes(2, H, 5)),
     "cross entropy, sharded classes": case(every(F.cross_entropy), X, classes(2, H, 5), sharded=1),
     "cross entropy, ignored": case(every(F.cross_entropy), X, classes(2, H, 5, ignored=True)),
+    "cross entropy, a class that cannot be": case(
+        lambda x, y: F.cross_entropy(torch.where(x > 1, -math.inf, x), y), X, classes(2, H, 5, ignored=True)
+    ),
     "cross entropy, weighted": case(
         lambda x, y, w: every(F.cross_entropy, weight=w.detach().exp(), ignore_index=2)(x, y), X, classes(2, H, 5), (4,)
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,10 @@ ADAPTIVE = {
     "mean to 3": case(adaptive_mean(3, 2), X, heights=(13, 7, 2)),
     "mean to 5": case(adaptive_mean(5), X, heights=(7, 13)),
     "mean to 9": case(adaptive_mean(9), X),
+    "mean to 9, of infinite": case(lambda x: adaptive_mean(9)(torch.where(x > 1, math.inf, x)), X),
+    "mean of whole numbers": case(
+        lambda x: F.avg_pool2d((x.detach() * 9).long(), 3, 1, 1, count_include_pad=False), X, fallback="avg_pool2d"
+    ),
     "mean, halved": case(lambda x: F.adaptive_avg_pool2d(x, (x.shape[2] // 2, 3)), X, heights=(14, 6), p2p=1),
     "mean, rows kept": case(adaptive_mean(None, 3), X, p2p=0),
     "mean, unbatched": case(adaptive_mean(3), (3, H, 6)),

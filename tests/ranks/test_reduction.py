@@ -130,6 +130,8 @@ CASES = {
     **over(norm(1), "1-norm"),
     **over(norm(3.5), "3.5-norm", **FEW),
     **over(norm(-1), "-1-norm", **FEW),
+    "logsumexp of complex": case(lambda x: torch.complex(x, x).logsumexp(2).abs(), X, fallback="logsumexp", **FEW),
+    "0-norm of complex": case(lambda x: norm(0)(torch.complex(x, x).detach(), dim=2), ties(*X), **FEW),
     **over(lambda x, **options: norm(0)(x.detach(), **options), "0-norm", ties(*X), **FEW),
     **over(norm(math.inf), "max-norm", ties(*X), **FEW),
     **over(norm(-math.inf), "min-norm", ties(*X), **FEW),

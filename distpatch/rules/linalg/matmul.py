@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
@@ -47,9 +48,17 @@ def contract(
         return shard_rows(tensor, layout, comm.rank, comm.name)
 
     result = run(*join_gradients(list(map(to_rows, operands, labels))))
+    if torch.is_autocast_enabled(result.device.type):
+        result = result.to(_dtype(run, operands))
     if label in out:
         return wrap(result, lead, lead.row_layout.with_dim(out.index(label)))
     return sum_ranks(result.to(precise(result.dtype)), lead, func).to(result.dtype)
+
+
+def _dtype(run: Callable[..., Tensor], operands: Sequence[Tensor]) -> torch.dtype:
+    """Of the result on one device: of a single row, which a rank may have, an einsum is no product for autocast."""
+    small = [torch.zeros([min(n, 2) for n in t.shape], dtype=t.dtype, device=t.device) for t in operands]
+    return run(*small).dtype
 
 
 def _lead(operands: Sequence[Tensor], labels: Sequence[Labels], out: Labels) -> tuple[PatchTensor, Hashable] | None:
@@ -105,13 +114,19 @@ def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None)
     labels = batched(input, "k")
     out = [*labels[:-1], *columns[:-1]]
     result = contract(func, func, [input, weight], [labels, columns], out)
-    return result if bias is None else result + bias  # once, not by every rank
+    return result if bias is None else (result + bias).to(result.dtype)  # once, not by every rank
 
 
 @rule(F.bilinear, any_order=True)
 def bilinear(func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     labels = [batched(input1, "i"), batched(input2, "j"), ["o", "i", "j"]]
-    sums = partial(torch.einsum, "...i,...j,oij->...o")  # torch's own refuses a rank without rows
+
+    def sums(*operands: Tensor) -> Tensor:
+        """In the widest dtype of all, in autocast too. Torch's own refuses a rank without rows."""
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in operands))
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.einsum("...i,...j,oij->...o", *(t.to(dtype) for t in operands))
+
     result = contract(func, sums, [input1, input2, weight], labels, [*labels[0][:-1], "o"])
     return result if bias is None else result + bias
 

@@ -79,4 +79,5 @@ def _of_classes(logs: Tensor, target: Tensor, weight: Tensor | None, ignored: in
     seen = target != ignored
     chosen = target.where(seen, 0)
     weights = (logs.new_ones(()) if weight is None else weight[chosen]) * seen
-    return -logs.gather(dim, chosen.unsqueeze(dim)).squeeze(dim) * weights, weights
+    losses = -logs.gather(dim, chosen.unsqueeze(dim)).squeeze(dim) * weights
+    return torch.where(seen, losses, 0.0), weights  # of a class that cannot be, 0 times infinity

@@ -160,6 +160,8 @@ def logsumexp(func: Any, input: PatchTensor, dim: Dims, keepdim: bool = False) -
     dims = normalize_dims(dim, input.ndim)
     if input.row_layout.dim not in dims:
         return kept(input, func(input.local, dims, keepdim), dims, keepdim)
+    if input.is_complex():
+        return NotImplemented
     top = input.detach().amax(dims, keepdim=True)
     top = torch.where(top.isinf(), 0.0, top)
     result = (input - top).exp().sum(dims, keepdim=True).log() + top
@@ -179,16 +181,17 @@ def vector_norm(
         x = x if dtype is None else x.to(dtype)  # type: ignore[assignment]
         return x.abs().amax(dims, keepdim) if ord > 0 else x.abs().amin(dims, keepdim)
     kind = dtype or x.dtype
+    real = torch.empty(0, dtype=kind).abs().dtype
     rows = x.local if ord >= 0 else with_dummy_row(x.local, x.row_layout.dim, math.inf)
+    if ord == 0:  # of no rows at all torch's own of complex numbers warns
+        return sum_ranks(func(rows.abs(), ord, dims, keepdim, dtype=precise(real)), x, func).to(real)
     partial = func(rows, ord, dims, keepdim, dtype=precise(kind))
-    if ord == 0:
-        return sum_ranks(partial, x, func).to(kind)
     with torch.set_grad_enabled(torch.is_grad_enabled() and 0 < ord < 1):
         ranks = stack_ranks(partial, x.comm.name, op_name(func))
         result = func(ranks, ord, 0)
     if ord >= 1 or ord < 0:
         result = _with_gradient(x, result, ord, dims, keepdim, func)
-    return result.to(torch.empty(0, dtype=kind).abs().dtype)
+    return result.to(real)
 
 
 def _with_gradient(x: PatchTensor, norm: Tensor, ord: float, dims: Sequence[int], keepdim: bool, func: Any) -> Tensor:

@@ -86,7 +86,9 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     if all(t.shape == (0,) for t in tensors):
         return tensors[0]
     if any(t.ndim != 1 for t in tensors):  # torch lets these stand for none of any shape
-        tensors = [t for t in tensors if t.shape != (0,)]
+        some = [t for t in tensors if t.shape != (0,)]
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+        tensors = some if len(some) == len(tensors) else [t.to(dtype) for t in some]  # of which they still decide
     lead = next(t for t in tensors if isinstance(t, PatchTensor))
     at = nth(dim, lead.ndim)
     if at == lead.row_layout.dim:

@@ -130,10 +130,11 @@ def _antialias_taps(stencil: FilterStencil, filter: Filter, row: Tensor, dtype: 
 def _area_taps(stencil: AreaStencil, row: Tensor, dtype: torch.dtype) -> Taps:
     first = row * stencil.rows_in // stencil.rows_out
     stop = ((row + 1) * stencil.rows_in + stencil.rows_out - 1) // stencil.rows_out
-    share = 1 / (stop - first).to(dtype)
+    last, share = stop - 1, 1 / (stop - first).to(dtype)
+    times = stencil.widest - (last - first)  # so often the last row is taken, of whose share: 0 times infinity is no 0
     for offset in range(stencil.widest):
         at = first + offset
-        yield torch.minimum(at, stop - 1), torch.where(at < stop, share, 0.0)
+        yield torch.minimum(at, last), torch.where(at < last, share, share / times)
 
 
 def enlarged(

@@ -75,6 +75,8 @@ def avg_pool(
     divisor_override: int | None = None,
 ) -> Any:
     """Each mean is over a whole window, then corrected for the rows of it that should not count."""
+    if not input.dtype.is_floating_point:  # a mean of whole numbers is rounded once
+        return NotImplemented
     windows, axis, dim = _windows(func, input, kernel_size, stride or kernel_size, padding, 1, ceil_mode=ceil_mode)
     strides, window = [each.stride for each in windows], windows[max(axis, 0)]
     how = (ceil_mode, count_include_pad, *([divisor_override] if len(windows) > 1 else []))
