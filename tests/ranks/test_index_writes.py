@@ -60,11 +60,17 @@ def changed_views(x: Tensor) -> Tensor:
     y.transpose(1, 2)[:, 0].sub_(1)
     y.view(2, 3, -1).mul_(0.5)
     y.flatten(0, 1).neg_()
+    changed_row(y)
+    y[:, :, 1:].add_(1)
+    y.detach().clamp_(max=6)
+    return y
+
+
+def changed_row(y: Tensor) -> Tensor:
+    """Twice the same one: its owner alone has it."""
     row = y[0, :, 0]
     row[1:].mul_(3)
     row[0] = 7
-    y[:, :, 1:].add_(1)
-    y.detach().clamp_(max=6)
     return y
 
 
@@ -249,6 +255,7 @@ WRITTEN = {
     "filled, memory of numpy": case(filled_numpy, X),
     "increased": case(increased, X, heights=(7, 2), fallback="__getitem__"),
     "changed views": case(changed_views, X, heights=(7, 2)),
+    "changed row, channels_last": case(in_place(changed_row), X, channels_last=True),
     "changed data": case(changed_data, X, heights=(8, 2)),
     "moved view": case(moved_view, X, heights=(8, 4, 2)),
     "canvas": case(canvas, X),
