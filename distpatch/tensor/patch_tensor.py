@@ -23,10 +23,10 @@ from distpatch.lazy.recipe import Recipe
 from distpatch.tensor import sharded_checkpoint
 from distpatch.tensor.options import Options, default
 from distpatch.tensor.region import Region
-from distpatch.tensor.row_copy import RowCopy, below_the_table
+from distpatch.tensor.row_copy import RowCopy, below_the_table, refuse_forward_mode
 from distpatch.tensor.rule_table import RULES
 from distpatch.tensor.user_classes import kind_of, plain
-from distpatch.torch_utils import memory_format
+from distpatch.torch_utils import memory_format, private
 from distpatch.torch_utils.op_names import op_name
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
@@ -308,6 +308,8 @@ def shard(tensor: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] 
 
 
 def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
+    if private.in_forward_mode():
+        refuse_forward_mode("shard")
     comm = region.comm
     if type(tensor) is not Tensor:
         if (kind := kind_of(tensor)) is not None:

@@ -27,6 +27,13 @@ def below_the_table(func: Any, args: Any) -> Any:
     )
 
 
+def refuse_forward_mode(op: str) -> None:
+    raise UnsupportedOpError(
+        f"{op} was called inside torch.autograd.forward_ad.dual_level, and forward-mode derivatives have no rules for "
+        "what moves between ranks: use torch.autograd.grad, or torch.autograd.functional.jvp (by two backward passes)"
+    )
+
+
 class RowCopy(torch.Tensor):
     """Rows that are a view of a sharded tensor on one device, such as ``x[:, :, 0]``: replicated, as PatchCopy."""
 

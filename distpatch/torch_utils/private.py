@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 from torch.distributed import distributed_c10d as c10d
 from torch.nn.modules._functions import BackwardHookFunction, SyncBatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
@@ -214,6 +215,11 @@ def conv_backend(
 def functorch_transform() -> Any:
     """The transform of torch.func that calls, or None."""
     return torch._C._functorch.peek_interpreter_stack()
+
+
+def in_forward_mode() -> bool:
+    """Inside ``forward_ad.dual_level``, where tensors may have tangents."""
+    return forward_ad._current_level >= 0
 
 
 def is_compiling() -> bool:

@@ -265,3 +265,20 @@ def test_ways_that_hide_the_tensor_are_named(name: str) -> None:
             HIDDEN[name](x)
 
     run_ranks(2, body)
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    """Of a tensor that has a tangent, or may get one by what it meets: a sum over ranks would lose it."""
+
+    def sharded(rank: int) -> distpatch.PatchTensor:
+        return distpatch.shard(random_tensor((1, 2, 5, 3)), dist.group.WORLD)
+
+    def body(rank: int) -> None:
+        for call in (lambda: (made[rank] * dual).sum(), lambda: distpatch.shard(dual, dist.group.WORLD)):
+            with pytest.raises(distpatch.UnsupportedOpError, match="inside torch.autograd.forward_ad.dual_level"):
+                call()
+
+    made = run_ranks(2, sharded, keep=True)
+    with torch.autograd.forward_ad.dual_level():  # of all threads
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(2, 3), torch.ones(2, 3))
+        run_ranks(2, body, keep=True)
