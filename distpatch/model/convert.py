@@ -245,6 +245,7 @@ def _entry(
             return function(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return _compiled(function, entrance, state, model, args, kwargs)
+        private.recompute_to_the_end()  # the ranks leave a call together
         call = Call(entrance, state, model, args, kwargs)
         steps = state.steps if name == "forward" else None
         problem = _tiles(model, state.options.tiled) or call.problem

@@ -280,12 +280,28 @@ def backward_alone(model: nn.Module) -> list[Tensor | None]:
     return [image.grad, *(p.grad for p in model.parameters())]
 
 
+class Recomputed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x, use_reentrant=False)
+
+
+def around(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """With all of each call recomputed, which the ranks leave together, too."""
+    return lambda model: run(Recomputed(model))
+
+
 TRAINED: dict[str, tuple[Callable[[Any], Any], bool | None]] = {
     "R1": (penalised, None),
     "R1, recomputed": (penalised, False),
     "penalty alone": (penalty_alone, None),
     "penalty alone, recomputed": (penalty_alone, False),
     "recomputed by another backward": (backward_alone, True),
+    "recomputed around": (around(backward_alone), None),
+    "R1, recomputed around": (around(penalised), None),
     "some inputs": (of_some, None),
     "hooks": (hooked, None),
     **{name: (functional(name), None) for name in ("hvp", "vhp", "jvp", "vjp", "jacobian", "hessian")},
