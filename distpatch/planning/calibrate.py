@@ -37,14 +37,8 @@ def calibrate(
     """
     place = torch.device(device)
     each = seconds / 6
-    x = torch.randn(1, CHANNELS, SIDE, SIDE, device=place)
-    weight = torch.randn(CHANNELS, CHANNELS, 3, 3, device=place)
-    conv_flops = 2 * 9 * CHANNELS * CHANNELS * SIDE * SIDE
-    rates = {}
     with torch.no_grad():
-        for name, dtype in DTYPES.items():
-            conv = partial(F.conv2d, x.to(dtype), weight.to(dtype), padding=1)
-            rates[name] = conv_flops / _seconds(conv, place, each)
+        rates = {name: _of_convolution(dtype, place, each) for name, dtype in DTYPES.items()}
         square = torch.randn(512, 512, dtype=torch.float64, device=place)
         rates["float64"] = 2 * 512**3 / _seconds(lambda: square @ square, place, each)
         big = torch.ones(BIG_BYTES // 4, device=place)
@@ -57,6 +51,20 @@ def calibrate(
     every, launch = (overhead, 0.0) if place.type == "cpu" else (0.0, overhead)
     name, memory_bytes = _name(place), _memory_bytes(place)
     return Device(name, rates, bandwidth, memory_bytes, "", every, "", launch, place.type), link
+
+
+def _of_convolution(dtype: torch.dtype, place: torch.device, budget: float) -> float:
+    """FLOPs a second, of as large an image, up to ``SIDE``, as can be convolved often enough within the budget.
+
+    A CPU without instructions for a dtype may take a thousand times as long as for another.
+    """
+    weight = torch.randn(CHANNELS, CHANNELS, 3, 3, device=place).to(dtype)
+    for side in (2**i for i in range(2, SIDE.bit_length())):
+        conv = partial(F.conv2d, torch.randn(1, CHANNELS, side, side, device=place).to(dtype), weight, padding=1)
+        once = min(_timed(conv, place, 1) for _ in range(2))
+        if 4 * once * (3 + ROUNDS) > budget:
+            break
+    return 2 * 9 * CHANNELS * CHANNELS * side * side / _seconds(conv, place, budget)
 
 
 def _link(comm: Communicator, place: torch.device) -> Link:

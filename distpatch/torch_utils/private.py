@@ -58,6 +58,7 @@ __all__ = [
 _NOW = AllgatherOptions()
 _NOW.asyncOp = False
 ASKS_NOBODY = torch._C._disabled_torch_function_impl  # ``__torch_function__`` of a kind of tensor that has no rules
+CONNECTS = timedelta(seconds=60)  # to a store, also where the machine is busy
 RUN_BACKWARD = "_engine_run_backward"  # of torch.autograd: what backward() and grad() both call
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
@@ -165,8 +166,18 @@ def end_batch(group: dist.ProcessGroup, device: torch.device) -> Any:
 
 
 def own_connection(store: Any) -> Any:
-    """Another one to the same store: a wait at one makes all wait that use it."""
-    return store.clone()
+    """Another one to the same store: a wait at one makes all wait that use it.
+
+    The store answers at once, or has ended: torch would try for as long as ranks wait for each other.
+    """
+    timeout = store.timeout
+    store.set_timeout(min(timeout, CONNECTS))
+    try:
+        connection = store.clone()
+    finally:
+        store.set_timeout(timeout)
+    connection.set_timeout(timeout)
+    return connection
 
 
 # Of an operator that has to run whenever its graph does: a CUDA graph would replay its kernels without its Python.

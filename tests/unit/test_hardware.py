@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from distpatch import Device, Link, calibrate
+from distpatch.planning import calibrate as calibrating
 from distpatch.planning.hardware import (
     DEVICES,
     LAUNCH_SECONDS,
@@ -116,6 +120,23 @@ def test_unknown_names() -> None:
         device_named("H101")
     with pytest.raises(ValueError, match=r"NVLink 4.*got 'rope'"):
         link_named("rope", TOY, 2)
+
+
+def test_slow_kernels_are_timed_on_small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution of bfloat16 takes minutes on a CPU that has no instructions for it."""
+    sides: list[int] = []
+
+    def timed(work: partial[Tensor], place: object, calls: int) -> float:
+        if work.func is F.conv2d:
+            sides.append(work.args[0].shape[-1])
+        return 1e-3 * calls * (work.args[0].shape[-1] if work.func is F.conv2d else 1)
+
+    monkeypatch.setattr(calibrating, "_timed", timed)
+    for budget, largest in ((0.2, 8), (1e-3, 4), (1e3, calibrating.SIDE)):
+        sides.clear()
+        rate = calibrating._of_convolution(torch.bfloat16, torch.device("cpu"), budget)
+        assert max(sides) == largest and len(sides) < 20
+        assert rate == pytest.approx(18 * calibrating.CHANNELS**2 * largest / 1e-3)
 
 
 def test_calibrate() -> None:
