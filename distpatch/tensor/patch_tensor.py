@@ -308,7 +308,7 @@ def shard(tensor: Tensor, group: Mesh, *, dim: Dims = -2, bounds: Sequence[Any] 
 
 
 def shard_in(region: Region, tensor: Tensor, layout: RowLayout) -> PatchTensor:
-    if private.in_forward_mode():
+    if private.forward_mode_level() >= 0:
         refuse_forward_mode("shard")
     comm = region.comm
     if type(tensor) is not Tensor:

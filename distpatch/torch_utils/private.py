@@ -71,6 +71,7 @@ no_torch_function = torch._C._disabled_torch_function_impl  # type: ignore[attr-
 no_torch_dispatch = torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
 no_modes = _disable_current_modes
 count_dispatch_modes = torch._C._len_torch_dispatch_stack
+forward_mode_level = functools.partial(getattr, forward_ad, "_current_level")  # from 0, where tensors may have tangents
 in_functorch = torch._C._are_functorch_transforms_active
 has_setup_context = torch.autograd.function._is_setup_context_defined  # type: ignore[attr-defined]
 
@@ -234,11 +235,6 @@ def recompute_to_the_end() -> None:
     for cell in getattr(pack, "__closure__", None) or ():
         if isinstance(cell.cell_contents, torch.utils.checkpoint._CheckpointFrame):
             cell.cell_contents.early_stop = False
-
-
-def in_forward_mode() -> bool:
-    """Inside ``forward_ad.dual_level``, where tensors may have tangents."""
-    return forward_ad._current_level >= 0
 
 
 def is_compiling() -> bool:

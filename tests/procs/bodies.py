@@ -136,10 +136,9 @@ def as_if_on(hosts: str, rank: int) -> Iterator[None]:
 
 def is_stopped(rank: int, victim: int, hosts: str, seconds: float) -> tuple[str, Tensor]:
     """One rank's process is stopped in a call, and goes on later; what all say, and a call after that."""
-    goes_on = time.monotonic() + seconds + 1
     with as_if_on(hosts, rank), torch.no_grad():
         model: Any = distpatch.convert_model(tiny_kl(), dist.group.WORLD, liveness=1.0)
-        message = "no error"
+        message, goes_on = "no error", time.monotonic() + seconds + 2
 
         def stop(module: nn.Module, args: Any) -> None:
             subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])

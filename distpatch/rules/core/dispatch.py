@@ -34,7 +34,7 @@ from distpatch.tensor.region import meshes
 from distpatch.tensor.row_copy import refuse_forward_mode
 from distpatch.tensor.rule_table import RULES, Rule, RuleEntry, no_rule
 from distpatch.torch_utils.op_names import op_name
-from distpatch.torch_utils.private import in_forward_mode, schemas_named
+from distpatch.torch_utils.private import forward_mode_level, schemas_named
 from distpatch.torch_utils.tree import map_tensors, tensors_in
 
 _NO_TENSORS = frozenset({type(None), int, float, bool, str, tuple})
@@ -46,7 +46,7 @@ class _Dispatcher:
 
     def on_rows(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         """A call on sharded tensors."""
-        if in_forward_mode():
+        if forward_mode_level() >= 0:
             refuse_forward_mode(op_name(func))
         if meshes.some:
             args, kwargs = as_seen_by_outermost(args, kwargs)
