@@ -26,7 +26,7 @@ ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # ove
 
 
 def run(section: Section) -> None:
-    unit = section.pick(full=GIGA, tiny=1 << 18)  # elements that stand for a giga
+    unit = section.pick(full=GIGA, tiny=1 << 15)  # elements that stand for a giga
     fractions = section.pick(full=(0.5, 1, 2, 4), quick=(0.5, 1), tiny=(0.5, 4))
     dtypes = section.pick(full=(torch.bfloat16, torch.float32, torch.float16), tiny=(torch.bfloat16, torch.float32))
     peaks: dict[str, dict[str, float]] = {}
